@@ -1,0 +1,44 @@
+"""funcopt: functional, differentiable optimizers for PyTorch."""
+
+from funcopt import meta
+from funcopt.errors import (
+    FuncoptError,
+    GradientLostError,
+    HyperparameterError,
+    HyperparameterTypeError,
+    LeafError,
+    StructureError,
+    UnknownHyperparameterError,
+)
+from funcopt.hyper import Schedule
+from funcopt.optimizer import Optimizer, elementwise, per_tensor
+from funcopt.optimizers import adam, adamw, sgd
+from funcopt.select import by_name
+from funcopt.transforms import freeze, from_param_groups, partition
+from funcopt.unroll import Unrolled, detach, per_step, unroll
+
+__all__ = [
+    "FuncoptError",
+    "GradientLostError",
+    "HyperparameterError",
+    "HyperparameterTypeError",
+    "LeafError",
+    "Optimizer",
+    "Schedule",
+    "StructureError",
+    "UnknownHyperparameterError",
+    "Unrolled",
+    "adam",
+    "adamw",
+    "by_name",
+    "detach",
+    "elementwise",
+    "freeze",
+    "from_param_groups",
+    "meta",
+    "partition",
+    "per_step",
+    "per_tensor",
+    "sgd",
+    "unroll",
+]

@@ -1,0 +1,29 @@
+"""What funcopt raises: each error is also the builtin that a user would expect."""
+
+
+class FuncoptError(Exception):
+    """Base of every error that funcopt raises on purpose."""
+
+
+class HyperparameterError(FuncoptError, ValueError):
+    """A hyperparameter's value is out of range, or does not fit the parameters."""
+
+
+class UnknownHyperparameterError(FuncoptError, TypeError):
+    """A hyperparameter was named that the optimizer does not have."""
+
+
+class HyperparameterTypeError(FuncoptError, TypeError):
+    """A hyperparameter is of a kind that is never guessed, as a bare callable is."""
+
+
+class StructureError(FuncoptError, ValueError):
+    """A tree does not have the structure, or a leaf not the shape, that is needed."""
+
+
+class LeafError(FuncoptError, TypeError):
+    """A leaf is no tensor, or a tensor of a dtype, layout or device not accepted."""
+
+
+class GradientLostError(FuncoptError, RuntimeError):
+    """A gradient that the caller asked to follow would be dropped without a word."""

@@ -1,0 +1,1 @@
+"""How a rule runs on lists of leaves: it knows no tree and no optimizer."""

@@ -1,0 +1,80 @@
+"""Choose what runs a rule: the one place that knows every executor."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch._C._functorch as _functorch  # pyright: ignore[reportMissingImports]
+from torch.autograd import forward_ad
+
+from funcopt.execution import reference
+from funcopt.types import RuleFunction, Tensor
+
+
+def step(
+    rule: RuleFunction,
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[Sequence[Tensor]],
+    steps: Sequence[Any],
+    hyper: Sequence[dict[str, Any]],
+) -> list[tuple[Tensor, ...]]:
+    """One update of every leaf, by the fastest executor that may run it.
+
+    The reference executor is the only one so far, and runs everything. A faster one
+    stands before it, and is passed over when `differentiating` is true.
+    """
+    return reference.step(rule, grads, params, slots, steps, hyper)
+
+
+def differentiating(tensors: Iterable[Any]) -> bool:
+    """Whether a derivative may be asked of what is now computed from ``tensors``.
+
+    True inside any torch.func transform (vmap too: foreach and fused kernels have no
+    batching rule), inside a forward-mode level, and where grad mode is on and one of the
+    tensors requires grad. ``requires_grad`` alone would not do: it is False inside jvp
+    and vmap and for dual tensors. What is no tensor is passed over.
+    """
+    if _functorch.peek_interpreter_stack() is not None:
+        return True
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in tensors
+    )
+
+
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether this tensor carries a gradient or a tangent, at any transform level."""
+    while True:
+        if tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None:
+            return True
+        if not _functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the values can be read without waiting for a device or breaking a graph.
+
+    Not on an accelerator, not batched by vmap at any level, not while compiling or
+    tracing.
+    """
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return type(tensor) is Tensor
+
+
+def steps_of(counts: Tensor) -> list[Any]:
+    """An int64 vector of steps as numbers: ints where readable, else float64 scalars.
+
+    With ints the bias corrections are Python doubles, exactly as in torch.optim, and
+    cost no op per leaf.
+    """
+    if readable(counts):
+        return counts.tolist()
+    return list(counts.to(torch.float64).unbind())

@@ -1,0 +1,235 @@
+"""Hyperparameters as data: what one may be, and its value for each leaf."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from numbers import Real
+from typing import Any, final
+
+import torch
+
+from funcopt import select, tree
+from funcopt.errors import (
+    HyperparameterError,
+    HyperparameterTypeError,
+    UnknownHyperparameterError,
+)
+from funcopt.types import HyperMapping, HyperValue, Tensor
+
+
+@final
+class Schedule:
+    """A hyperparameter that is a function of the number of steps done.
+
+    The value at a leaf's update number t (counted from 1) is ``function(t - 1)``: the
+    first update sees 0, as in ``torch.optim.lr_scheduler``.
+
+    Args:
+        function: maps the count to a value ≥ 0. The count is an ``int`` where the step
+            can be read, and a 0-d float64 tensor under vmap or ``torch.compile``, so
+            ``function`` should be plain arithmetic (``torch.where``, no ``if``). What it
+            returns is a float or a 0-d tensor, and may carry a gradient to the
+            schedule's own parameters.
+
+    Raises:
+        HyperparameterTypeError: ``function`` is not callable.
+
+    Source:
+        Typed, and never a bare callable, because sniffing callables made optax take
+        parameter trees for schedules (google-deepmind/optax#1373).
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.sgd(lr=fo.Schedule(lambda count: 0.5**count))
+        >>> p, state = torch.zeros(1), opt.init(torch.zeros(1))
+        >>> for _ in range(3):
+        ...     p, state = opt.update(torch.ones(1), state, p)
+        >>> p                                                     # -(1 + 1/2 + 1/4)
+        tensor([-1.7500])
+    """
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        if not callable(function):
+            raise HyperparameterTypeError(
+                f"a Schedule takes a function of the step, not {function!r}"
+            )
+        self.function = function
+
+    def __repr__(self) -> str:
+        return f"Schedule({getattr(self.function, '__name__', self.function)})"
+
+
+@final
+@dataclass(frozen=True)
+class Hyper:
+    """One declared hyperparameter: its value, the range of a number given for it.
+
+    ``parts`` names the rule's arguments where the public one is a tuple of values
+    (``betas`` → ``beta1, beta2``).
+    """
+
+    value: HyperValue
+    low: float = 0.0
+    below: float = math.inf
+    parts: tuple[str, ...] = ()
+
+    def arguments(self, name: str, value: HyperValue) -> dict[str, HyperValue]:
+        """The rule's arguments that ``value`` for ``name`` sets, numbers checked."""
+        if not self.parts:
+            return {name: self.checked(name, value)}
+        if not isinstance(value, Sequence) or len(value) != len(self.parts):
+            raise HyperparameterError(
+                f"{name} must be {len(self.parts)} values ({', '.join(self.parts)}), "
+                f"not {value!r}"
+            )
+        return {
+            part: self.checked(f"{name}[{i}]", v)
+            for i, (part, v) in enumerate(zip(self.parts, value))
+        }
+
+    def checked(self, name: str, value: HyperValue) -> HyperValue:
+        """``value``; raises unless every number and kind in it is allowed.
+
+        Tensors are taken as they are: looking into one would wait for the device, and
+        is impossible under vmap.
+        """
+        if isinstance(value, float) and self.low <= value < self.below:
+            return value
+        for atom in select.values(value):
+            if isinstance(atom, Tensor | Schedule):
+                continue
+            if isinstance(atom, Real) and not isinstance(atom, bool):
+                if not self.low <= float(atom) < self.below:
+                    raise HyperparameterError(
+                        f"{name} must be in [{self.low:g}, {self.below:g}), got {atom}"
+                    )
+            elif callable(atom):
+                raise HyperparameterTypeError(
+                    f"{name} got a bare callable {atom!r}; wrap it: "
+                    "fo.Schedule(function_of_step)"
+                )
+            else:
+                raise HyperparameterTypeError(
+                    f"{name} takes floats, 0-d tensors, trees of them that are a prefix "
+                    f"of params, fo.by_name or fo.Schedule, not {atom!r}"
+                )
+        return value
+
+
+class Hypers:
+    """The hyperparameters of one optimizer, and their values for each leaf."""
+
+    def __init__(self, declared: Mapping[str, Hyper], owner: str) -> None:
+        self.declared = dict(declared)
+        self.owner = owner
+        self.arguments: dict[str, HyperValue] = {}
+        for name, hyper in self.declared.items():
+            self.arguments |= hyper.arguments(name, hyper.value)
+        # Trees of plain numbers give the same values at every call on one structure.
+        self._constant = {k for k, v in self.arguments.items() if _is_constant(v)}
+        self._constants = lru_cache(maxsize=32)(self._spread_constants)
+
+    def per_leaf(
+        self,
+        overrides: HyperMapping,
+        structure: tree.Structure,
+        params: Sequence[Any],
+        steps: Sequence[Any],
+    ) -> list[dict[str, Any]]:
+        """The rule's keyword arguments for each leaf, whose updates are ``steps``."""
+        arguments = dict(self.arguments)
+        varying = arguments.keys() - self._constant
+        for name, value in overrides.items():
+            if name not in self.declared:
+                raise unknown(name, self.declared, self.owner)
+            given = self.declared[name].arguments(name, value)
+            arguments |= given
+            varying |= given.keys()
+        compiling = torch.compiler.is_compiling()
+        rows = (self._spread_constants if compiling else self._constants)(structure)
+        if not varying:
+            return rows
+        columns = {
+            name: _column(name, arguments[name], structure, params, steps)
+            for name in self.arguments  # the declared order, so that runs repeat
+            if name in varying
+        }
+        names = tuple(columns)
+        return [
+            {**row, **dict(zip(names, values))}
+            for row, values in zip(rows, zip(*columns.values()))
+        ]
+
+    def _spread_constants(self, structure: tree.Structure) -> list[dict[str, Any]]:
+        names = [name for name in self.arguments if name in self._constant]
+        columns = [
+            [float(v) for v in select.per_leaf(self.arguments[n], structure, n)]
+            for n in names
+        ]
+        if not columns:
+            return [{} for _ in range(structure.num_leaves)]
+        return [dict(zip(names, values)) for values in zip(*columns)]
+
+
+def unknown(name: str, known: Mapping[str, Any], owner: str) -> Exception:
+    """The error for a hyperparameter that ``owner`` does not have."""
+    return UnknownHyperparameterError(
+        f"{owner} has no hyperparameter '{name}'; it has {', '.join(known) or 'none'}. "
+        "(Flags, and slots a zero leaves out, are fixed when the optimizer is made.)"
+    )
+
+
+def _is_constant(value: HyperValue) -> bool:
+    return all(isinstance(v, Real) for v in select.values(value))
+
+
+def _column(
+    name: str,
+    value: HyperValue,
+    structure: tree.Structure,
+    params: Sequence[Any],
+    steps: Sequence[Any],
+) -> list[Any]:
+    """One argument's value for each leaf, ready for arithmetic."""
+
+    def scalar(number: Any) -> Any:
+        return number if isinstance(number, Schedule) else _scalar(number, name)
+
+    value = select.map_values(scalar, value)  # before the leaves share it: one cast
+    column: list[Any] = []
+    for i, atom in enumerate(select.per_leaf(value, structure, name)):
+        p = params[i]
+        if isinstance(atom, Schedule):
+            atom = _scalar(atom.function(steps[i] - 1), name)
+        if p is not None and isinstance(atom, Tensor) and atom.ndim:
+            if not _fits(atom, p):
+                raise HyperparameterError(
+                    f"{name} at '{tree.paths(structure)[i]}' has shape "
+                    f"{tuple(atom.shape)} on {atom.device}, the parameter "
+                    f"{tuple(p.shape)} on {p.device}; give a 0-d tensor, or one that "
+                    "broadcasts to the parameter"
+                )
+            atom = atom.to(p.dtype)
+        column.append(atom)
+    return column
+
+
+def _scalar(value: Any, name: str) -> Any:
+    """A float, or a float64 scalar: 1 - beta**t would lose its digits in float32."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float64) if value.ndim == 0 else value
+    if isinstance(value, Real):
+        return float(value)
+    raise HyperparameterTypeError(
+        f"the Schedule of {name} must give a float or a tensor, not {value!r}"
+    )
+
+
+def _fits(atom: Tensor, p: Tensor) -> bool:
+    if atom.device != p.device or atom.ndim > p.ndim:
+        return False
+    pairs = zip(reversed(atom.shape), reversed(p.shape))
+    return all(a == b or a == 1 for a, b in pairs)

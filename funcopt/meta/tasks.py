@@ -1,0 +1,128 @@
+"""The mean of a task loss over a batch of tasks, and its gradient."""
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, Literal
+
+import torch
+
+from funcopt import tree
+from funcopt.errors import HyperparameterError, LeafError
+from funcopt.types import Tensor, Tree
+from funcopt.unroll import leading_axis
+
+Randomness = Literal["error", "different", "same"]
+
+
+def value_and_grad(
+    task_loss: Callable[[Tree, Tree], Any],
+    *,
+    tasks: Literal["vmap", "loop", "auto"] = "auto",
+    chunk_size: int | None = None,
+    has_aux: bool = False,
+    randomness: Randomness = "error",
+) -> Callable[[Tree, Tree], tuple[Any, Tree]]:
+    r"""The meta-loss and the meta-gradient over a batch of tasks.
+
+    .. math::
+        V(\theta) = \frac1T \sum_{i=1}^T \text{task\_loss}(\theta, \text{task}_i),
+        \qquad \nabla V(\theta) = \frac1T \sum_{i=1}^T
+        \nabla_\theta \text{task\_loss}(\theta, \text{task}_i)
+
+    The gradient is taken inside vmap, task by task, and then averaged. The other order,
+    ``grad`` of ``vmap``, is silently wrong where an affine batch, layer or instance norm
+    follows an adapted layer (pytorch/functorch#534).
+
+    Args:
+        task_loss: ``task_loss(theta, task)`` → a 0-d loss, or ``(loss, aux)`` with
+            ``has_aux``; a pure function of one task (no task axis).
+        tasks: "vmap" runs all tasks as one batch, "loop" one after another; "auto"
+            chooses by the rule of `choose`.
+        chunk_size: how many tasks to batch at once under vmap; None for all. The sum is
+            accumulated, so memory is that of one chunk.
+        has_aux: ``task_loss`` returns ``(loss, aux)``.
+        randomness: what random operations do across tasks: "different" numbers for each,
+            the "same" for all, or an "error" (under vmap), as in ``torch.func.vmap``.
+
+    Returns:
+        ``f(theta, tasks) -> (loss, grads)``, with ``has_aux`` ``((loss, aux), grads)``.
+        ``theta``: a tree of floating-point tensors. ``tasks``: a tree of tensors
+        [T, ...]. ``loss`` is 0-d, ``grads`` like ``theta``, ``aux`` has a leading [T].
+
+    Raises:
+        StructureError: by ``f``, for tasks whose leading axes differ, or are empty.
+        LeafError: by ``f``, for a leaf of theta that is no floating-point tensor.
+        HyperparameterError: an unknown ``tasks``, a chunk size below 1.
+
+    Source:
+        Finn, Abbeel, Levine, "Model-agnostic meta-learning", 2017, algorithm 1.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> def loss(p, target):
+        ...     return ((p - target) ** 2).sum()
+        >>> def task_loss(theta, target):
+        ...     run = fo.unroll(fo.sgd(lr=0.25), loss, theta, target, steps=1)
+        ...     return loss(run.params, target)
+        >>> targets = torch.tensor([[1.0], [3.0]])
+        >>> fo.meta.value_and_grad(task_loss)(torch.zeros(1), targets)
+        (tensor(1.2500), tensor([-1.]))
+    """
+    if tasks not in ("vmap", "loop", "auto"):
+        raise HyperparameterError(f"tasks is 'vmap', 'loop' or 'auto', not {tasks!r}")
+    if chunk_size is not None and chunk_size < 1:
+        raise HyperparameterError(f"chunk_size must be at least 1, got {chunk_size}")
+
+    one = torch.func.grad_and_value(task_loss, has_aux=has_aux)
+    many = torch.func.vmap(one, in_dims=(None, 0), randomness=randomness)
+
+    def mean_value_and_grad(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
+        _check_theta(theta)
+        count = leading_axis(task_batch, "tasks")
+        path = choose(theta, count) if tasks == "auto" else tasks
+        size = 1 if path == "loop" else chunk_size or count
+        seed = torch.get_rng_state() if randomness == "same" else None
+        total: Any = None
+        auxes: list[Tree] = []
+        for start in range(0, count, size):
+            if seed is not None:
+                torch.set_rng_state(seed)
+            if path == "loop":
+                grads, value = one(theta, tree.map(itemgetter(start), task_batch))
+                value, aux = value if has_aux else (value, None)
+                aux = tree.map(lambda x: x.unsqueeze(0), aux)
+            else:
+                chunk = tree.map(itemgetter(slice(start, start + size)), task_batch)
+                grads, value = many(theta, chunk)
+                value, aux = value if has_aux else (value, None)
+                grads, value = tree.map(lambda x: x.sum(0), (grads, value))
+            auxes.append(aux)
+            part = (value, grads)
+            total = part if total is None else tree.map(torch.add, total, part)
+        loss, grads = tree.map(lambda x: x / count, total)
+        if not has_aux:
+            return loss, grads
+        return (loss, tree.map(lambda *rows: torch.cat(rows), *auxes)), grads
+
+    return mean_value_and_grad
+
+
+def choose(theta: Tree, count: int) -> Literal["vmap", "loop"]:
+    """Whether ``count`` tasks run faster batched or one by one.
+
+    One task is no batch. Otherwise vmap, except on a CPU with wide convolutions.
+    """
+    if count == 1:
+        return "loop"
+    return "vmap"
+
+
+def _check_theta(theta: Tree) -> None:
+    leaves, structure = tree.flatten(theta)
+    for name, leaf in zip(tree.paths(structure), leaves):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise LeafError(
+                f"theta['{name}'] is {kind}; the meta-gradient needs floating-point "
+                "tensors: put everything else with the tasks, or close over it"
+            )

@@ -1,0 +1,321 @@
+"""Optimizer: a rule on one leaf becomes two pure functions on trees."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+
+from funcopt import tree
+from funcopt.errors import LeafError, StructureError
+from funcopt.execution import dispatch
+from funcopt.hyper import Hyper, Hypers
+from funcopt.types import (
+    HyperValue,
+    InitFunction,
+    RuleFunction,
+    State,
+    Tensor,
+    Tree,
+    UpdateFunction,
+)
+
+
+def _describe(leaf: Tensor) -> tuple[Any, ...]:
+    return leaf.shape, leaf.dtype, leaf.device, leaf.layout
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Optimizer:
+    """Two pure functions on trees of tensors; a value without hidden state.
+
+    ``init(params) -> state`` gives the state before the first step: a dict with
+    ``"step"`` (int64, one entry per leaf) and a tree like ``params`` for every slot.
+
+    ``update(grads, state, params, **hyper) -> (params, state)`` makes one step and
+    changes none of its arguments. Both results have the structure, shapes, dtypes and
+    devices of what came in. ``hyper`` replaces hyperparameters for this call. It is
+    differentiable in everything, and works under every torch.func transform and under
+    ``torch.compile``.
+
+    Args:
+        init: the first function.
+        update: the second function.
+        name: what the optimizer is called in messages.
+        hyper: the hyperparameters that ``update`` takes, with the values they have.
+
+    Raises:
+        StructureError: a tree that does not fit params, a leaf of another shape.
+        LeafError: a leaf that is no dense floating-point tensor, or a gradient of
+            another dtype or device than its parameter.
+        UnknownHyperparameterError, HyperparameterError, HyperparameterTypeError: by
+            ``update``, for what ``hyper`` names.
+
+    Source:
+        The shape of the interface is optax's (DeepMind, 2020), except that parameters
+        come out and not updates.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.sgd(lr=0.1)
+        >>> init, update = opt
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> params, state = update({"w": torch.ones(2)}, init(params), params)
+        >>> params["w"], state["step"]
+        (tensor([0.9000, 1.9000]), tensor([1]))
+    """
+
+    init: InitFunction
+    update: UpdateFunction
+    name: str = "optimizer"
+    hyper: Mapping[str, HyperValue] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        yield self.init
+        yield self.update
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value!r}" for name, value in self.hyper.items())
+        return f"{self.name}({values})"
+
+
+def elementwise(
+    rule: RuleFunction,
+    *,
+    name: str,
+    slots: Mapping[str, Callable[[Tensor], Tensor]],
+    hyper: Mapping[str, Hyper],
+) -> Optimizer:
+    """An Optimizer from a rule that treats every element of a leaf alike.
+
+    Args:
+        rule: ``rule(g, p, *slots, step, **hyper) -> (p, *slots)``, plain arithmetic on
+            one leaf: no in-place operation, no ``.item()``, no ``if`` on a tensor.
+            ``step`` counts from 1 and is an int or a 0-d float64 tensor. Hyperparameters
+            are floats, 0-d float64 tensors, or tensors that broadcast to the leaf.
+            float16 and bfloat16 leaves reach it as float32.
+        name: what messages call the optimizer.
+        slots: the names of the state, in the rule's order, with what makes the first
+            value from a parameter (``torch.zeros_like``).
+        hyper: the hyperparameters, under their public names.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        HyperparameterError, HyperparameterTypeError: a value that may not be.
+
+    Source:
+        funcopt.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> from funcopt.hyper import Hyper
+        >>> def signum(g, p, exp_avg, *, step, lr, beta):
+        ...     exp_avg = beta * exp_avg + (1 - beta) * g
+        ...     return p - lr * torch.sign(exp_avg), exp_avg
+        >>> opt = fo.elementwise(
+        ...     signum, name="signum", slots={"exp_avg": torch.zeros_like},
+        ...     hyper={"lr": Hyper(0.1), "beta": Hyper(0.9, below=1.0)})
+        >>> p = torch.tensor([1.0, -1.0])
+        >>> opt.update(p, opt.init(p), p)[0]
+        tensor([ 0.9000, -0.9000])
+    """
+    return _from_rule(rule, name, slots, hyper)
+
+
+def per_tensor(
+    rule: RuleFunction,
+    *,
+    name: str,
+    slots: Mapping[str, Callable[[Tensor], Tensor]],
+    hyper: Mapping[str, Hyper],
+) -> Optimizer:
+    """An Optimizer from a rule that needs its leaf whole: a norm, a matrix product.
+
+    The same as `elementwise` in every argument; but no executor may split such a leaf,
+    join it with others, or write the rule as an elementwise kernel.
+
+    Args:
+        rule: as in `elementwise`.
+        name: as in `elementwise`.
+        slots: as in `elementwise`.
+        hyper: as in `elementwise`.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        HyperparameterError, HyperparameterTypeError: a value that may not be.
+
+    Source:
+        funcopt.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> from funcopt.hyper import Hyper
+        >>> def normalized(g, p, *, step, lr):
+        ...     return (p - lr * g / torch.linalg.vector_norm(g),)
+        >>> opt = fo.per_tensor(
+        ...     normalized, name="normalized", slots={}, hyper={"lr": Hyper(1.0)})
+        >>> p = torch.tensor([3.0, 4.0])
+        >>> opt.update(p, opt.init(p), p)[0]
+        tensor([2.4000, 3.2000])
+    """
+    return _from_rule(rule, name, slots, hyper)
+
+
+def _from_rule(
+    rule: RuleFunction,
+    name: str,
+    slots: Mapping[str, Callable[[Tensor], Tensor]],
+    hyper: Mapping[str, Hyper],
+) -> Optimizer:
+    hypers = Hypers(hyper, name)
+    keys = ("step", *slots)
+
+    def init(params: Tree) -> State:
+        leaves, structure = tree.flatten(params)
+        _check_params(leaves, structure)
+        state: State = {"step": _zero_steps(leaves)}
+        for slot, first in slots.items():
+            values = [None if p is None else first(p.detach()) for p in leaves]
+            state[slot] = tree.unflatten(structure, values)
+        return state
+
+    def update(
+        grads: Tree, state: State, params: Tree, **overrides: HyperValue
+    ) -> tuple[Tree, State]:
+        p, structure = tree.flatten(params)
+        g = tree.flatten_like(structure, grads, "grads")
+        _check_state_keys(state, keys, name)
+        old = [
+            tree.flatten_like(structure, state[slot], f"state['{slot}']")
+            for slot in slots
+        ]
+        live = _live(g, p)
+        _check_leaves(g, p, old, live, structure, list(slots))
+        steps = _next_steps(state["step"], live, structure)
+        numbers = dispatch.steps_of(steps)
+        values = hypers.per_leaf(overrides, structure, p, numbers)
+        if live is None:
+            rows = dispatch.step(rule, g, p, old, numbers, values)
+            columns = list(zip(*rows)) or [() for _ in (p, *old)]
+        else:
+
+            def picked(column: Sequence[Any]) -> list[Any]:
+                return [column[i] for i in live]
+
+            rows = dispatch.step(
+                rule,
+                picked(g),
+                picked(p),
+                [picked(column) for column in old],
+                picked(numbers),
+                picked(values),
+            )
+            columns = [list(column) for column in (p, *old)]
+            for i, row in zip(live, rows):
+                for column, value in zip(columns, row):
+                    column[i] = value
+        new_params, *new_slots = [tree.unflatten(structure, c) for c in columns]
+        return new_params, {"step": steps, **dict(zip(slots, new_slots))}
+
+    public = {key: declared.value for key, declared in hyper.items()}
+    return Optimizer(init, update, name, public)
+
+
+def _live(grads: Sequence[Any], params: Sequence[Any]) -> list[int] | None:
+    """Which leaves have a gradient; None says all."""
+    if all(g is not None for g in grads) and all(p is not None for p in params):
+        return None
+    return [i for i, g in enumerate(grads) if g is not None]
+
+
+def _zero_steps(leaves: Sequence[Any]) -> Tensor:
+    devices = {p.device for p in leaves if p is not None}
+    device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+    return torch.zeros(len(leaves), dtype=torch.int64, device=device)
+
+
+def _next_steps(
+    steps: Tensor, live: list[int] | None, structure: tree.Structure
+) -> Tensor:
+    if steps.shape != (structure.num_leaves,):
+        raise StructureError(
+            f"state['step'] has shape {tuple(steps.shape)}, params has "
+            f"{structure.num_leaves} leaves: this state was made for another tree"
+        )
+    if live is None:
+        return steps + 1
+    stepping = set(live)
+    mask = [int(i in stepping) for i in range(structure.num_leaves)]
+    return steps + torch.tensor(mask, device=steps.device)
+
+
+def _check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
+    for i, leaf in enumerate(leaves):
+        if leaf is None:
+            continue
+        if not isinstance(leaf, Tensor):
+            raise LeafError(
+                f"params['{tree.paths(structure)[i]}'] is {type(leaf).__name__}, not a "
+                "tensor; keep other data outside of params"
+            )
+        if not leaf.is_floating_point() or leaf.layout is not torch.strided:
+            raise LeafError(
+                f"params['{tree.paths(structure)[i]}'] is {leaf.dtype}, {leaf.layout}; "
+                "the rule takes dense real floating-point leaves. Put integer tensors "
+                "with the buffers; a sparse leaf must be made dense"
+            )
+
+
+def _check_state_keys(state: State, keys: Sequence[str], name: str) -> None:
+    if not isinstance(state, Mapping) or state.keys() != set(keys):
+        found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        raise StructureError(
+            f"{name} keeps the state {sorted(keys)}, but was given {found}: this state "
+            "is another optimizer's (or was made with other flags); use opt.init(params)"
+        )
+
+
+def _check_leaves(
+    grads: Sequence[Any],
+    params: Sequence[Any],
+    slots: Sequence[Sequence[Any]],
+    live: list[int] | None,
+    structure: tree.Structure,
+    names: Sequence[str],
+) -> None:
+    """Each gradient and each slot must look like its parameter."""
+    indices = range(len(params)) if live is None else live
+    columns = [("grads", grads), *((f"state['{n}']", s) for n, s in zip(names, slots))]
+    try:
+        expected = [_describe(params[i]) for i in indices]
+        if all([_describe(c[i]) for i in indices] == expected for _, c in columns):
+            return
+    except AttributeError:
+        pass  # something is no tensor: named below
+    _check_params(params, structure)
+    for what, column in columns:
+        for i in indices:
+            _check_leaf(f"{what} at '{tree.paths(structure)[i]}'", column[i], params[i])
+
+
+def _check_leaf(where: str, found: Any, p: Any) -> None:
+    if p is None:
+        raise StructureError(f"{where} is given, but params has None there")
+    if not isinstance(found, Tensor):
+        raise LeafError(f"{where} is {type(found).__name__}, not a tensor")
+    if found.shape != p.shape:
+        raise StructureError(
+            f"{where} has shape {tuple(found.shape)}, its parameter {tuple(p.shape)}"
+        )
+    if found.layout is not torch.strided:
+        raise LeafError(f"{where} is sparse ({found.layout}); give .to_dense()")
+    if _describe(found) != _describe(p):
+        raise LeafError(
+            f"{where} is {found.dtype} on {found.device}, its parameter is {p.dtype} on "
+            f"{p.device}; cast or move it first"
+        )

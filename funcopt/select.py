@@ -1,0 +1,140 @@
+"""One value per leaf, from a prefix tree or from globs over the leaves' names."""
+
+import re
+from collections.abc import Callable, Mapping
+from fnmatch import translate
+from typing import Any
+
+from funcopt import tree
+from funcopt.errors import HyperparameterError, StructureError
+
+
+class ByName:
+    """Values chosen by a leaf's name; made by `by_name`."""
+
+    __slots__ = ("_fits", "default", "patterns")
+
+    def __init__(self, patterns: Mapping[str, Any], default: Any) -> None:
+        self.patterns = dict(patterns)
+        self.default = default
+        self._fits = {glob: re.compile(translate(glob)).match for glob in self.patterns}
+
+    def __repr__(self) -> str:
+        return f"by_name({self.patterns!r}, default={self.default!r})"
+
+    def per_leaf(self, structure: tree.Structure, what: str) -> list[Any]:
+        """The value of the first pattern that fits each leaf, else the default."""
+        names = tree.paths(structure)
+        for glob, fits in self._fits.items():
+            if not any(fits(name) for name in names):
+                raise HyperparameterError(
+                    f"{what}: the glob '{glob}' fits none of the parameters "
+                    f"{tree.some(list(names))}"
+                )
+        return [
+            next(
+                (self.patterns[glob] for glob, fits in self._fits.items() if fits(name)),
+                self.default,
+            )
+            for name in names
+        ]
+
+
+def by_name(patterns: Mapping[str, Any], *, default: Any) -> ByName:
+    """Select a value for each leaf by globs over its path.
+
+    A leaf's path is the keys that lead to it joined by dots (``"layers.0.bias"``); the
+    first pattern that fits gives the value, and a leaf that none fits takes ``default``.
+
+    Args:
+        patterns: glob (``*``, ``?``, ``[...]``; case counts) → value. A value is a
+            float, a 0-d tensor or a `Schedule`; for `partition` a label; for `freeze` a
+            bool.
+        default: value of the leaves that no pattern fits.
+
+    Returns:
+        A selector, to be given wherever a hyperparameter is taken.
+
+    Raises:
+        HyperparameterError: at use, when a pattern fits no leaf at all.
+
+    Source:
+        The globs are those of Python's ``fnmatch``.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.sgd(lr=fo.by_name({"*.bias": 0.0}, default=0.5))
+        >>> params = {"layer": {"weight": torch.ones(2), "bias": torch.ones(2)}}
+        >>> params, _ = opt.update(params, opt.init(params), params)
+        >>> params["layer"]["weight"], params["layer"]["bias"]
+        (tensor([0.5000, 0.5000]), tensor([1., 1.]))
+    """
+    return ByName(patterns, default)
+
+
+def values(value: Any) -> list[Any]:
+    """The values that a selector or a tree holds."""
+    if isinstance(value, ByName):
+        return [*value.patterns.values(), value.default]
+    return tree.leaves(value)
+
+
+def map_values(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same selector or tree with ``function`` on every value."""
+    if isinstance(value, ByName):
+        patterns = {glob: function(v) for glob, v in value.patterns.items()}
+        return ByName(patterns, function(value.default))
+    return tree.map(function, value)
+
+
+def per_leaf(value: Any, structure: tree.Structure, what: str) -> list[Any]:
+    """``value`` spread over the leaves: a selector, or a tree that is a prefix."""
+    if isinstance(value, ByName):
+        return value.per_leaf(structure, what)
+    if isinstance(value, float):  # the usual case needs no walk
+        return [value] * structure.num_leaves
+    spread: list[Any] = []
+    _spread(value, structure, what, "", spread)
+    return spread
+
+
+def _spread(
+    value: Any, structure: tree.Structure, what: str, at: str, out: list[Any]
+) -> None:
+    """Walk values and params together, so that a misfit is named on both sides."""
+    children = _children(value)
+    if children is None:
+        out.extend([value] * structure.num_leaves)
+        return
+    here, given = at or "<root>", list(children)
+    if structure.is_leaf():
+        raise StructureError(
+            f"{what}: the tree of values has '{_join(at, given[:1])}' where params has "
+            f"a leaf '{here}'; a value tree must be a prefix of params"
+        )
+    keys = structure.entries()
+    if set(keys) != set(given):
+        lacking = [key for key in keys if key not in children] or keys
+        unknown = [key for key in given if key not in keys] or given
+        raise StructureError(
+            f"{what}: the tree of values does not fit params at '{here}': params has "
+            f"{_named(at, lacking)}, the values have {_named(at, unknown)}; a value tree "
+            "must be a prefix of params (one value for a whole branch, or one for each "
+            "child)"
+        )
+    for key, child in zip(keys, structure.children()):
+        _spread(children[key], child, what, _join(at, [key]), out)
+
+
+def _children(value: Any) -> Mapping[Any, Any] | None:
+    if isinstance(value, Mapping):
+        return value
+    return dict(enumerate(value)) if isinstance(value, list | tuple) else None
+
+
+def _named(at: str, keys: list[Any]) -> str:
+    return tree.some([_join(at, [key]) for key in keys]) or "no entry"
+
+
+def _join(at: str, keys: list[Any]) -> str:
+    return ".".join([*([at] if at else []), *(str(key) for key in keys)])

@@ -1,0 +1,89 @@
+"""torch.optim's param groups as a tree and hyperparameter trees."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from funcopt.errors import HyperparameterError, LeafError
+from funcopt.types import HyperValue, Tensor, Tree
+
+
+def from_param_groups(
+    groups: Iterable[Mapping[str, Any]], **defaults: HyperValue
+) -> tuple[list[Tree], dict[str, HyperValue]]:
+    """Split torch-style group dicts into a parameter tree and hyperparameter trees.
+
+    Args:
+        groups: dicts as ``torch.optim`` takes them: ``"params"`` holds tensors, or
+            (name, tensor) pairs; every other key is a hyperparameter of that group.
+        defaults: hyperparameters of the groups that do not name them, as the keyword
+            arguments of a ``torch.optim`` constructor.
+
+    Returns:
+        ``(params, hyper)``: params is a list with one entry per group, a list of tensors
+        or a dict by name; hyper maps each name to a list with one value per group (for
+        ``betas`` a pair of lists), to be given to a factory: ``fo.adamw(**hyper)``. A
+        flag that all groups share stays a bool.
+
+    Raises:
+        HyperparameterError: a group without "params"; a hyperparameter that some groups
+            lack and no default gives; a flag that differs between groups (use
+            `partition`).
+        LeafError: a parameter that is no tensor.
+
+    Source:
+        The groups of ``torch.optim``.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> body, head = torch.ones(1), torch.ones(1)
+        >>> params, hyper = fo.from_param_groups(
+        ...     [{"params": [body]}, {"params": [head], "lr": 0.5}], lr=0.25)
+        >>> hyper
+        {'lr': [0.25, 0.5]}
+        >>> opt = fo.sgd(**hyper)
+        >>> opt.update(params, opt.init(params), params)[0]
+        [[tensor([0.7500])], [tensor([0.5000])]]
+    """
+    listed = [dict(group) for group in groups]
+    params = [_group_params(group, i) for i, group in enumerate(listed)]
+    names = dict.fromkeys([*defaults, *(name for group in listed for name in group)])
+    hyper = {}
+    for name in names:
+        values = []
+        for i, group in enumerate(listed):
+            if name not in group and name not in defaults:
+                raise HyperparameterError(
+                    f"group {i} does not set '{name}', which another group sets; give "
+                    f"the value for the rest: from_param_groups(groups, {name}=...)"
+                )
+            values.append(group.get(name, defaults.get(name)))
+        hyper[name] = _transpose(name, values)
+    return params, hyper
+
+
+def _group_params(group: dict[str, Any], index: int) -> Tree:
+    if "params" not in group:
+        raise HyperparameterError(f"group {index} has no 'params', only {sorted(group)}")
+    found = group.pop("params")
+    members: list[Any] = [found] if isinstance(found, Tensor) else list(found)
+    named = bool(members) and all(isinstance(member, tuple) for member in members)
+    for member in [value for _, value in members] if named else members:
+        if not isinstance(member, Tensor):
+            raise LeafError(
+                f"group {index} holds {type(member).__name__} among its params; give "
+                "tensors, or (name, tensor) pairs"
+            )
+    return dict(members) if named else members
+
+
+def _transpose(name: str, values: list[Any]) -> HyperValue:
+    if any(isinstance(value, bool) for value in values):
+        if any(value is not values[0] for value in values):
+            raise HyperparameterError(
+                f"the flag '{name}' differs between groups ({values}); it chooses the "
+                "formula: use fo.partition with one optimizer for each"
+            )
+        return values[0]
+    if all(isinstance(value, tuple) for value in values):
+        return tuple(list(column) for column in zip(*values))
+    return values

@@ -1,0 +1,163 @@
+"""Different rules for different leaves; none for frozen ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from funcopt import select, tree
+from funcopt.errors import HyperparameterError, StructureError
+from funcopt.hyper import unknown
+from funcopt.optimizer import Optimizer
+from funcopt.types import HyperValue, State, Tree
+
+
+def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
+    """One Optimizer that gives every leaf to the optimizer its label names.
+
+    Args:
+        optimizers: label → Optimizer.
+        labels: a label for each leaf: a tree of labels that is a prefix of params, or a
+            `by_name` selector.
+
+    Returns:
+        An Optimizer; its state is a dict label → that optimizer's state, in which the
+        leaves of the others are ``None``. Hyperparameters given to ``update`` go to
+        every optimizer that has them.
+
+    Raises:
+        HyperparameterError: at ``init`` and ``update``, for a label without optimizer.
+        UnknownHyperparameterError: by ``update``, when no optimizer has that name.
+        StructureError: labels that are no prefix of params; the state of another tree.
+
+    Source:
+        The idea is optax's ``partition`` (DeepMind, 2020).
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.partition(
+        ...     {"matrix": fo.sgd(lr=0.5), "rest": fo.adam(lr=0.1)},
+        ...     fo.by_name({"*weight": "matrix"}, default="rest"))
+        >>> params = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+        >>> new, state = opt.update(params, opt.init(params), params)
+        >>> new["bias"], sorted(state["rest"])
+        (tensor([0.9000, 0.9000]), ['exp_avg', 'exp_avg_sq', 'step'])
+    """
+    optimizers = dict(optimizers)
+
+    def split(structure: tree.Structure) -> dict[str, list[bool]]:
+        names = select.per_leaf(labels, structure, "labels")
+        for path, name in zip(tree.paths(structure), names):
+            if name not in optimizers:
+                raise HyperparameterError(
+                    f"'{path}' has the label {name!r}, but the optimizers are "
+                    f"{sorted(optimizers)}"
+                )
+        return {label: [name == label for name in names] for label in optimizers}
+
+    def init(params: Tree) -> State:
+        leaves, structure = tree.flatten(params)
+        return {
+            label: optimizers[label].init(_keep(leaves, structure, mine))
+            for label, mine in split(structure).items()
+        }
+
+    def update(
+        grads: Tree, state: State, params: Tree, **overrides: HyperValue
+    ) -> tuple[Tree, State]:
+        for name in overrides:
+            if not any(name in opt.hyper for opt in optimizers.values()):
+                raise unknown(name, hyper, "partition")
+        leaves, structure = tree.flatten(params)
+        gradients = tree.flatten_like(structure, grads, "grads")
+        if not isinstance(state, Mapping) or state.keys() != optimizers.keys():
+            raise StructureError(
+                f"partition keeps a state for each of {sorted(optimizers)}; this one is "
+                "another optimizer's; use opt.init(params)"
+            )
+        merged, new_state = list(leaves), {}
+        for label, mine in split(structure).items():
+            opt = optimizers[label]
+            its_params, new_state[label] = opt.update(
+                _keep(gradients, structure, mine),
+                state[label],
+                _keep(leaves, structure, mine),
+                **{k: v for k, v in overrides.items() if k in opt.hyper},
+            )
+            for i, leaf in enumerate(tree.leaves(its_params)):
+                if mine[i]:
+                    merged[i] = leaf
+        return tree.unflatten(structure, merged), new_state
+
+    hyper: dict[str, HyperValue] = {}
+    for label, opt in optimizers.items():
+        for name, value in opt.hyper.items():
+            hyper.setdefault(name, {})[label] = value
+    return Optimizer(init, update, "partition", hyper)
+
+
+def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
+    """``opt`` for the leaves that are not frozen; those stay, and keep no state.
+
+    Args:
+        opt: the Optimizer of the other leaves.
+        frozen: a bool for each leaf: a tree of bools that is a prefix of params, or a
+            `by_name` selector.
+
+    Returns:
+        An Optimizer with ``opt``'s state, in which frozen leaves are ``None``. The
+        gradient of a frozen leaf may be ``None`` or anything of its shape: it is not
+        read.
+
+    Raises:
+        HyperparameterError: at ``init`` and ``update``, for a value that is no bool.
+        StructureError: ``frozen`` is no prefix of params.
+
+    Source:
+        funcopt.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.freeze(fo.sgd(lr=1.0), {"body": True, "head": False})
+        >>> params = {"body": torch.ones(1), "head": torch.ones(1)}
+        >>> opt.update(params, opt.init(params), params)[0]
+        {'body': tensor([1.]), 'head': tensor([0.])}
+    """
+
+    def active(structure: tree.Structure) -> list[bool]:
+        flags = select.per_leaf(frozen, structure, "frozen")
+        for path, flag in zip(tree.paths(structure), flags):
+            if not isinstance(flag, bool):
+                raise HyperparameterError(
+                    f"freeze wants True or False for '{path}', got {flag!r}"
+                )
+        return [not flag for flag in flags]
+
+    def init(params: Tree) -> State:
+        leaves, structure = tree.flatten(params)
+        return opt.init(_keep(leaves, structure, active(structure)))
+
+    def update(
+        grads: Tree, state: State, params: Tree, **overrides: HyperValue
+    ) -> tuple[Tree, State]:
+        leaves, structure = tree.flatten(params)
+        gradients = tree.flatten_like(structure, grads, "grads")
+        moving = active(structure)
+        its_params, state = opt.update(
+            _keep(gradients, structure, moving),
+            state,
+            _keep(leaves, structure, moving),
+            **overrides,
+        )
+        merged = [
+            new if moves else old
+            for new, old, moves in zip(tree.leaves(its_params), leaves, moving)
+        ]
+        return tree.unflatten(structure, merged), state
+
+    return Optimizer(init, update, f"freeze({opt.name})", opt.hyper)
+
+
+def _keep(leaves: list[Any], structure: tree.Structure, mine: list[bool]) -> Tree:
+    """The tree with ``None`` for every leaf that is another's."""
+    return tree.unflatten(
+        structure, [x if keep else None for x, keep in zip(leaves, mine)]
+    )

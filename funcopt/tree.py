@@ -1,0 +1,100 @@
+"""The one door to pytrees: nested dicts, lists, tuples, namedtuples of leaves.
+
+optree stands behind it, and not torch's own pytree: on the development machine it
+rebuilt an 18-leaf tree in 1.6 µs against 11.9 and compared its structure in 0.3 µs
+against 4.5; at 300 nested leaves it flattens in 127 µs against 321 and rebuilds in 21
+against 180 (`benchmarks/overhead.py` measures it anew). ``None`` is a leaf here: it marks
+a place that holds no tensor, and so keeps two trees aligned when one of them has gaps.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import optree
+
+from funcopt.errors import StructureError
+from funcopt.types import Tree
+
+Structure: TypeAlias = optree.PyTreeSpec
+
+
+def flatten(tree: Tree) -> tuple[list[Any], Structure]:
+    """The leaves in a fixed order (dict keys sorted), and what rebuilds the tree."""
+    return optree.tree_flatten(tree, none_is_leaf=True)
+
+
+def unflatten(structure: Structure, leaves: Sequence[Any]) -> Tree:
+    """The tree of ``structure`` that holds ``leaves``."""
+    return optree.tree_unflatten(structure, leaves)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """The leaves of ``tree``, ``None`` among them."""
+    return optree.tree_leaves(tree, none_is_leaf=True)
+
+
+def map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+    """``function`` on each leaf of ``tree`` and the like leaves of ``others``.
+
+    A ``None`` leaf of ``tree`` stays ``None``.
+    """
+    leaves, structure = flatten(tree)
+    rows = zip(leaves, *(flatten_like(structure, o, "tree") for o in others))
+    return unflatten(
+        structure, [None if row[0] is None else function(*row) for row in rows]
+    )
+
+
+def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
+    """The leaves of ``tree``, which has to have ``structure``; ``what`` names it."""
+    found, its_structure = flatten(tree)
+    if its_structure != structure:
+        raise StructureError(
+            f"{what} must have the structure of params: "
+            + difference(structure, its_structure)
+        )
+    return found
+
+
+def without_none(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
+    """The leaves that are there, and what puts such leaves back in their places.
+
+    torch.func knows ``None`` as no leaf of its own: it gets the list.
+    """
+    found, structure = flatten(tree)
+
+    def rebuild(present: Sequence[Any]) -> Tree:
+        rest = iter(present)
+        return unflatten(
+            structure, [None if leaf is None else next(rest) for leaf in found]
+        )
+
+    return [leaf for leaf in found if leaf is not None], rebuild
+
+
+def paths(structure: Structure) -> tuple[str, ...]:
+    """Each leaf's name: the keys that lead to it, joined by dots."""
+    return tuple(
+        ".".join(str(key) for key in path) or "<root>" for path in structure.paths()
+    )
+
+
+def difference(expected: Structure, found: Structure) -> str:
+    """The paths that one structure has and the other lacks, in words."""
+    wanted, given = paths(expected), paths(found)
+    missing = [path for path in wanted if path not in set(given)]
+    extra = [path for path in given if path not in set(wanted)]
+    if not missing and not extra:
+        return f"the containers differ, expected {expected}, found {found}"
+    words = []
+    if missing:
+        words.append(f"missing {some(missing)}")
+    if extra:
+        words.append(f"not in params {some(extra)}")
+    return "; ".join(words)
+
+
+def some(names: list[str], most: int = 4) -> str:
+    """The first few names, quoted, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + rest

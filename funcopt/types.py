@@ -1,0 +1,27 @@
+"""The type names that annotations use."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+
+Tensor: TypeAlias = torch.Tensor
+
+#: A nested dict, list, tuple or namedtuple of tensors; a ``None`` leaf is an absent one.
+Tree: TypeAlias = Any
+
+#: ``{"step": int64 [leaves], slot: tree like params, ...}``
+State: TypeAlias = dict[str, Any]
+
+#: float, 0-d tensor, prefix tree, full tree, leaf-shaped tensor, `by_name`, `Schedule`.
+HyperValue: TypeAlias = Any
+
+#: One leaf's arithmetic: ``(g, p, *slots, step=, **hyper) -> (p, *slots)``.
+RuleFunction: TypeAlias = Callable[..., tuple[Tensor, ...]]
+
+#: ``loss_fn(params, batch[, meta])`` -> 0-d loss, or ``(loss, aux)``.
+LossFunction: TypeAlias = Callable[..., Any]
+
+InitFunction: TypeAlias = Callable[[Tree], State]
+UpdateFunction: TypeAlias = Callable[..., tuple[Tree, State]]
+HyperMapping: TypeAlias = Mapping[str, HyperValue]
