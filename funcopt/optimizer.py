@@ -21,8 +21,8 @@ from funcopt.types import (
 )
 
 
-def _describe(leaf: Tensor) -> tuple[Any, ...]:
-    return leaf.shape, leaf.dtype, leaf.device, leaf.layout
+def _describe(leaves: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(x.shape, x.dtype, x.device, x.layout) for x in leaves]
 
 
 @final
@@ -289,18 +289,22 @@ def _check_leaves(
     names: Sequence[str],
 ) -> None:
     """Each gradient and each slot must look like its parameter."""
-    indices = range(len(params)) if live is None else live
-    columns = [("grads", grads), *((f"state['{n}']", s) for n, s in zip(names, slots))]
+    columns = [params, grads, *slots]
+    if live is not None:
+        columns = [[column[i] for i in live] for column in columns]
     try:
-        expected = [_describe(params[i]) for i in indices]
-        if all([_describe(c[i]) for i in indices] == expected for _, c in columns):
+        expected = _describe(columns[0])
+        if all(_describe(column) == expected for column in columns[1:]):
             return
     except AttributeError:
         pass  # something is no tensor: named below
     _check_params(params, structure)
-    for what, column in columns:
-        for i in indices:
-            _check_leaf(f"{what} at '{tree.paths(structure)[i]}'", column[i], params[i])
+    paths = tree.paths(structure)
+    for what, column in zip(
+        ["grads", *(f"state['{n}']" for n in names)], [grads, *slots]
+    ):
+        for i in range(len(params)) if live is None else live:
+            _check_leaf(f"{what} at '{paths[i]}'", column[i], params[i])
 
 
 def _check_leaf(where: str, found: Any, p: Any) -> None:
@@ -314,7 +318,7 @@ def _check_leaf(where: str, found: Any, p: Any) -> None:
         )
     if found.layout is not torch.strided:
         raise LeafError(f"{where} is sparse ({found.layout}); give .to_dense()")
-    if _describe(found) != _describe(p):
+    if _describe([found]) != _describe([p]):
         raise LeafError(
             f"{where} is {found.dtype} on {found.device}, its parameter is {p.dtype} on "
             f"{p.device}; cast or move it first"

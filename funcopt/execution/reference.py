@@ -37,17 +37,12 @@ def _leaf(
     step: Any,
     hyper: dict[str, Any],
 ) -> tuple[Tensor, ...]:
-    arguments = (g, p, *state)
-    dtype, shape = p.dtype, p.shape
-    if dtype in _HALF:
-        # eps = 1e-8 is zero in float16, and 0 / 0 would follow; kernels too hold half
-        # leaves in float32 registers.
-        arguments = tuple(x.float() for x in arguments)
-    if not shape:
-        # A 0-d leaf would take part in type promotion as hyperparameters (float64) do.
-        arguments = tuple(x.reshape(1) for x in arguments)
-    out = rule(*arguments, step=step, **hyper)
-    return tuple(
-        x if x.dtype == dtype and x.shape == shape else x.to(dtype).reshape(shape)
-        for x in out
-    )
+    half = p.dtype in _HALF
+    if not half and p.ndim:
+        return rule(g, p, *state, step=step, **hyper)
+    # eps = 1e-8 is zero in float16, and 0 / 0 would follow: a half leaf is worked on in
+    # float32, as kernels do in their registers. A 0-d leaf would take part in type
+    # promotion as the float64 hyperparameters do: it is worked on as shape (1,).
+    leaf = [(x.float() if half else x).reshape(p.shape or (1,)) for x in (g, p, *state)]
+    out = rule(*leaf, step=step, **hyper)
+    return tuple(x.to(p.dtype).reshape(p.shape) for x in out)
