@@ -11,7 +11,10 @@ Number = Any  # float, 0-d float64 tensor, or a tensor that broadcasts to the le
 
 def average(mean: Tensor, value: Tensor, beta: Number) -> Tensor:
     """The exponential moving average β·mean + (1 - β)·value."""
-    return beta * mean + (1 - beta) * value
+    weight = 1 - beta
+    if isinstance(weight, Tensor):
+        weight = weight.to(mean.dtype)  # lerp promotes no dtypes
+    return torch.lerp(mean, value, weight)  # torch.optim's rounding, and one op for three
 
 
 def coupled_decay(g: Tensor, p: Tensor, weight_decay: Number) -> Tensor:
@@ -24,29 +27,15 @@ def decoupled_decay(p: Tensor, lr: Number, weight_decay: Number) -> Tensor:
     return p if _is_zero(weight_decay) else p * (1 - lr * weight_decay)
 
 
-def sqrt(x: Tensor) -> Tensor:
-    """√x, bit-equal, with derivative 0 where x is 0.
+def root(x: Tensor) -> Tensor:
+    """√x for a denominator √x + ε, with derivative 0 where x is 0.
 
-    There torch's is ∞; with x = β·x + (1-β)·g² at g = 0 the chain rule would make
-    ∞·0 = NaN of the meta-gradient of every hyperparameter.
+    There torch's derivative is ∞, and with x = β·x + (1-β)·g² at g = 0 the chain rule
+    makes ∞·0 = NaN of every meta-gradient. The root of the least normal number stands
+    for √0: 1e-19 in float32, 1e-154 in float64. ε swallows it, so that √x + ε is
+    bit-equal (down to ε = 1e-11 in float32).
     """
-    # Two selects, for one would let the NaN of the unused branch through.
-    zero = x == 0
-    return torch.sqrt(x.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
-
-
-def adam_direction(
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    step: Number,
-    beta1: Number,
-    beta2: Number,
-    eps: Number,
-) -> Tensor:
-    """m̂ / (√v̂ + ε), both moments freed of their start at zero."""
-    denom = sqrt(exp_avg_sq) / (1 - beta2**step) ** 0.5 + eps
-    return exp_avg / (1 - beta1**step) / denom
+    return torch.sqrt(x.clamp(min=torch.finfo(x.dtype).tiny))
 
 
 def _is_zero(value: Number) -> bool:

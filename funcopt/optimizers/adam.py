@@ -9,10 +9,10 @@ from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
 from funcopt.optimizers._parts import (
     Number,
-    adam_direction,
     average,
     coupled_decay,
     decoupled_decay,
+    root,
 )
 from funcopt.types import HyperValue, Tensor
 
@@ -41,8 +41,9 @@ def rule(
     exp_avg_sq = average(exp_avg_sq, g * g, beta2)
     max_exp_avg_sq = tuple(torch.maximum(x, exp_avg_sq) for x in max_exp_avg_sq)
     (second,) = max_exp_avg_sq or (exp_avg_sq,)
-    d = adam_direction(exp_avg, second, step=step, beta1=beta1, beta2=beta2, eps=eps)
-    return p - lr * d, exp_avg, exp_avg_sq, *max_exp_avg_sq
+    denom = root(second) / (1 - beta2**step) ** 0.5 + eps
+    p = p - lr / (1 - beta1**step) * (exp_avg / denom)
+    return p, exp_avg, exp_avg_sq, *max_exp_avg_sq
 
 
 def adam(

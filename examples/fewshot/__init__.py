@@ -1,0 +1,1 @@
+"""Few-shot image classification: data sets, episodes and networks for the examples."""
