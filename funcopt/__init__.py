@@ -15,7 +15,8 @@ from funcopt.optimizer import Optimizer, elementwise, per_tensor
 from funcopt.optimizers import adam, adamw, sgd
 from funcopt.select import by_name
 from funcopt.transforms import freeze, from_param_groups, partition
-from funcopt.unroll import Unrolled, detach, per_step, unroll
+from funcopt.tree import detach
+from funcopt.unroll import Unrolled, per_step, unroll
 
 __all__ = [
     "FuncoptError",

@@ -99,7 +99,7 @@ class Hyper:
         if isinstance(value, float) and self.low <= value < self.below:
             return value
         for atom in select.values(value):
-            if isinstance(atom, Tensor | Schedule):
+            if isinstance(atom, (Tensor, Schedule)):
                 continue
             if isinstance(atom, Real) and not isinstance(atom, bool):
                 if not self.low <= float(atom) < self.below:

@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 
 from funcopt import tree
-from funcopt.errors import LeafError, StructureError
+from funcopt.checks import check_leaves, check_params, check_state
 from funcopt.execution import dispatch
 from funcopt.hyper import Hyper, Hypers
 from funcopt.types import (
@@ -19,10 +19,6 @@ from funcopt.types import (
     Tree,
     UpdateFunction,
 )
-
-
-def _describe(leaves: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [(x.shape, x.dtype, x.device, x.layout) for x in leaves]
 
 
 @final
@@ -177,7 +173,7 @@ def _from_rule(
 
     def init(params: Tree) -> State:
         leaves, structure = tree.flatten(params)
-        _check_params(leaves, structure)
+        check_params(leaves, structure)
         state: State = {"step": _zero_steps(leaves)}
         for slot, first in slots.items():
             values = [None if p is None else first(p.detach()) for p in leaves]
@@ -189,36 +185,25 @@ def _from_rule(
     ) -> tuple[Tree, State]:
         p, structure = tree.flatten(params)
         g = tree.flatten_like(structure, grads, "grads")
-        _check_state_keys(state, keys, name)
+        check_state(state, keys, structure, name)
         old = [
             tree.flatten_like(structure, state[slot], f"state['{slot}']")
             for slot in slots
         ]
         live = _live(g, p)
-        _check_leaves(g, p, old, live, structure, list(slots))
-        steps = _next_steps(state["step"], live, structure)
+        check_leaves(g, p, old, live, structure, list(slots))
+        steps = _next_steps(state["step"], live)
         numbers = dispatch.steps_of(steps)
         values = hypers.per_leaf(overrides, structure, p, numbers)
-        if live is None:
-            rows = dispatch.step(rule, g, p, old, numbers, values)
-            columns = list(zip(*rows)) or [() for _ in (p, *old)]
-        else:
-
-            def picked(column: Sequence[Any]) -> list[Any]:
-                return [column[i] for i in live]
-
-            rows = dispatch.step(
-                rule,
-                picked(g),
-                picked(p),
-                [picked(column) for column in old],
-                picked(numbers),
-                picked(values),
-            )
-            columns = [list(column) for column in (p, *old)]
-            for i, row in zip(live, rows):
-                for column, value in zip(columns, row):
-                    column[i] = value
+        rows = dispatch.step(
+            rule,
+            _pick(g, live),
+            _pick(p, live),
+            [_pick(column, live) for column in old],
+            _pick(numbers, live),
+            _pick(values, live),
+        )
+        columns = _merge((p, *old), rows, live)
         new_params, *new_slots = [tree.unflatten(structure, c) for c in columns]
         return new_params, {"step": steps, **dict(zip(slots, new_slots))}
 
@@ -233,93 +218,36 @@ def _live(grads: Sequence[Any], params: Sequence[Any]) -> list[int] | None:
     return [i for i, g in enumerate(grads) if g is not None]
 
 
+def _pick(column: Sequence[Any], live: list[int] | None) -> Sequence[Any]:
+    return column if live is None else [column[i] for i in live]
+
+
+def _merge(
+    columns: Sequence[Sequence[Any]],
+    rows: Sequence[Sequence[Any]],
+    live: list[int] | None,
+) -> list[Sequence[Any]]:
+    """The columns with the live leaves' new values in them."""
+    if live is None:
+        return list(zip(*rows)) if rows else list(columns)
+    merged = [list(column) for column in columns]
+    for i, row in zip(live, rows):
+        for column, value in zip(merged, row):
+            column[i] = value
+    return list(merged)
+
+
 def _zero_steps(leaves: Sequence[Any]) -> Tensor:
     devices = {p.device for p in leaves if p is not None}
     device = devices.pop() if len(devices) == 1 else torch.device("cpu")
     return torch.zeros(len(leaves), dtype=torch.int64, device=device)
 
 
-def _next_steps(
-    steps: Tensor, live: list[int] | None, structure: tree.Structure
-) -> Tensor:
-    if steps.shape != (structure.num_leaves,):
-        raise StructureError(
-            f"state['step'] has shape {tuple(steps.shape)}, params has "
-            f"{structure.num_leaves} leaves: this state was made for another tree"
-        )
+def _next_steps(steps: Tensor, live: list[int] | None) -> Tensor:
+    """Steps count per leaf: a leaf without a gradient does not step."""
     if live is None:
         return steps + 1
-    stepping = set(live)
-    mask = [int(i in stepping) for i in range(structure.num_leaves)]
+    mask = [0] * steps.shape[0]
+    for i in live:
+        mask[i] = 1
     return steps + torch.tensor(mask, device=steps.device)
-
-
-def _check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
-    for i, leaf in enumerate(leaves):
-        if leaf is None:
-            continue
-        if not isinstance(leaf, Tensor):
-            raise LeafError(
-                f"params['{tree.paths(structure)[i]}'] is {type(leaf).__name__}, not a "
-                "tensor; keep other data outside of params"
-            )
-        if not leaf.is_floating_point() or leaf.layout is not torch.strided:
-            raise LeafError(
-                f"params['{tree.paths(structure)[i]}'] is {leaf.dtype}, {leaf.layout}; "
-                "the rule takes dense real floating-point leaves. Put integer tensors "
-                "with the buffers; a sparse leaf must be made dense"
-            )
-
-
-def _check_state_keys(state: State, keys: Sequence[str], name: str) -> None:
-    if not isinstance(state, Mapping) or state.keys() != set(keys):
-        found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-        raise StructureError(
-            f"{name} keeps the state {sorted(keys)}, but was given {found}: this state "
-            "is another optimizer's (or was made with other flags); use opt.init(params)"
-        )
-
-
-def _check_leaves(
-    grads: Sequence[Any],
-    params: Sequence[Any],
-    slots: Sequence[Sequence[Any]],
-    live: list[int] | None,
-    structure: tree.Structure,
-    names: Sequence[str],
-) -> None:
-    """Each gradient and each slot must look like its parameter."""
-    columns = [params, grads, *slots]
-    if live is not None:
-        columns = [[column[i] for i in live] for column in columns]
-    try:
-        expected = _describe(columns[0])
-        if all(_describe(column) == expected for column in columns[1:]):
-            return
-    except AttributeError:
-        pass  # something is no tensor: named below
-    _check_params(params, structure)
-    paths = tree.paths(structure)
-    for what, column in zip(
-        ["grads", *(f"state['{n}']" for n in names)], [grads, *slots]
-    ):
-        for i in range(len(params)) if live is None else live:
-            _check_leaf(f"{what} at '{paths[i]}'", column[i], params[i])
-
-
-def _check_leaf(where: str, found: Any, p: Any) -> None:
-    if p is None:
-        raise StructureError(f"{where} is given, but params has None there")
-    if not isinstance(found, Tensor):
-        raise LeafError(f"{where} is {type(found).__name__}, not a tensor")
-    if found.shape != p.shape:
-        raise StructureError(
-            f"{where} has shape {tuple(found.shape)}, its parameter {tuple(p.shape)}"
-        )
-    if found.layout is not torch.strided:
-        raise LeafError(f"{where} is sparse ({found.layout}); give .to_dense()")
-    if _describe([found]) != _describe([p]):
-        raise LeafError(
-            f"{where} is {found.dtype} on {found.device}, its parameter is {p.dtype} on "
-            f"{p.device}; cast or move it first"
-        )

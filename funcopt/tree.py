@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import optree
 
 from funcopt.errors import StructureError
-from funcopt.types import Tree
+from funcopt.types import Tensor, Tree
 
 Structure: TypeAlias = optree.PyTreeSpec
 
@@ -70,6 +70,48 @@ def without_none(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]
         )
 
     return [leaf for leaf in found if leaf is not None], rebuild
+
+
+def detach(values: Tree) -> Tree:
+    """The same tree with every tensor cut from its graph; the end of a truncation.
+
+    Args:
+        values: any tree; tensors keep shape, dtype and storage, other leaves are kept.
+
+    Returns:
+        A tree of the same structure; gradients and tangents stop at it.
+
+    Raises:
+        Nothing.
+
+    Source:
+        Truncated backpropagation: Williams, Peng, 1990.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> carry = {"params": torch.ones(2, requires_grad=True) * 2, "epoch": 3}
+        >>> fo.detach(carry)["params"].requires_grad
+        False
+    """
+    return map(lambda x: x.detach() if isinstance(x, Tensor) else x, values)
+
+
+def leading_axis(values: Tree, what: str) -> int:
+    """The length that every tensor of ``values`` has in its first dimension."""
+    found, structure = flatten(values)
+    lengths: dict[int, str] = {}
+    for name, leaf in zip(paths(structure), found):
+        if leaf is None:
+            continue
+        if not isinstance(leaf, Tensor) or not leaf.ndim:
+            raise StructureError(f"{what}['{name}'] must be a tensor with a leading axis")
+        lengths.setdefault(leaf.shape[0], name)
+    if len(lengths) != 1:
+        given = ", ".join(f"'{name}' has {n}" for n, name in lengths.items())
+        raise StructureError(
+            f"the leading axes of {what} must be equal, but {given or 'it is empty'}"
+        )
+    return next(iter(lengths))
 
 
 def paths(structure: Structure) -> tuple[str, ...]:

@@ -63,30 +63,6 @@ def per_step(values: Tree) -> PerStep:
     return PerStep(values)
 
 
-def detach(values: Tree) -> Tree:
-    """The same tree with every tensor cut from its graph; the end of a truncation.
-
-    Args:
-        values: any tree; tensors keep shape, dtype and storage, other leaves are kept.
-
-    Returns:
-        A tree of the same structure; gradients and tangents stop at it.
-
-    Raises:
-        Nothing.
-
-    Source:
-        Truncated backpropagation: Williams, Peng, 1990.
-
-    Example:
-        >>> import torch, funcopt as fo
-        >>> carry = {"params": torch.ones(2, requires_grad=True) * 2, "epoch": 3}
-        >>> fo.detach(carry)["params"].requires_grad
-        False
-    """
-    return tree.map(lambda x: x.detach() if isinstance(x, Tensor) else x, values)
-
-
 def unroll(
     opt: Optimizer,
     loss_fn: LossFunction,
@@ -179,9 +155,9 @@ def unroll(
     auxes: list[Tree] = []
     for k in range(steps):
         if window is not None and k % window == 0 and k:
-            params, state, buffers = detach((params, state, buffers))
+            params, state, buffers = tree.detach((params, state, buffers))
         data = batch if batches is None else tree.map(itemgetter(k), batches)
-        at = params if grad_mode == "reverse" else detach(params)
+        at = params if grad_mode == "reverse" else tree.detach(params)
         grads, (loss, aux, buffers) = inner.grad(at, data, buffers)
         if grad_mode == "first_order":
             _refuse_lost_gradients(grads)
@@ -251,34 +227,16 @@ def _number_of_steps(batch: Tree, batches: Tree, steps: int | None) -> int:
         return steps
     if batch is not None:
         raise StructureError("give batch (every step's) or batches (one each), not both")
-    length = leading_axis(batches, "batches")
+    length = tree.leading_axis(batches, "batches")
     if steps not in (None, length):
         raise StructureError(f"batches hold {length} steps, but steps={steps} was asked")
     return length
 
 
-def leading_axis(values: Tree, what: str) -> int:
-    """The length that every tensor of ``values`` has in its first dimension."""
-    leaves, structure = tree.flatten(values)
-    lengths: dict[int, str] = {}
-    for name, leaf in zip(tree.paths(structure), leaves):
-        if leaf is None:
-            continue
-        if not isinstance(leaf, Tensor) or not leaf.ndim:
-            raise StructureError(f"{what}['{name}'] must be a tensor with a leading axis")
-        lengths.setdefault(leaf.shape[0], name)
-    if len(lengths) != 1:
-        found = ", ".join(f"'{name}' has {n}" for n, name in lengths.items())
-        raise StructureError(
-            f"the leading axes of {what} must be equal, but {found or 'it is empty'}"
-        )
-    return next(iter(lengths))
-
-
 def _hyper_by_step(hyper: HyperMapping, steps: int) -> Callable[[int], dict[str, Any]]:
     for name, value in hyper.items():
         if isinstance(value, PerStep):
-            length = leading_axis(value.values, f"per_step {name}")
+            length = tree.leading_axis(value.values, f"per_step {name}")
             if length != steps:
                 raise StructureError(
                     f"hyper['{name}'] holds values for {length} steps, the loop makes "

@@ -58,9 +58,11 @@ def readable(tensor: Tensor) -> bool:
     """Whether the values can be read without waiting for a device or breaking a graph.
 
     Not on an accelerator, not batched by vmap at any level, not while compiling or
-    tracing.
+    tracing, and not of a tensor subclass.
     """
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    if torch._C._len_torch_dispatch_stack():
         return False
     while _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_batchedtensor(tensor):

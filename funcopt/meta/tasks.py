@@ -9,7 +9,6 @@ import torch
 from funcopt import tree
 from funcopt.errors import HyperparameterError, LeafError
 from funcopt.types import Tensor, Tree
-from funcopt.unroll import leading_axis
 
 Randomness = Literal["error", "different", "same"]
 
@@ -78,7 +77,7 @@ def value_and_grad(
 
     def mean_value_and_grad(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
         _check_theta(theta)
-        count = leading_axis(task_batch, "tasks")
+        count = tree.leading_axis(task_batch, "tasks")
         path = choose(theta, count) if tasks == "auto" else tasks
         size = 1 if path == "loop" else chunk_size or count
         seed = torch.get_rng_state() if randomness == "same" else None
