@@ -117,7 +117,8 @@ def leading_axis(values: Tree, what: str) -> int:
 def paths(structure: Structure) -> tuple[str, ...]:
     """Each leaf's name: the keys that lead to it, joined by dots."""
     return tuple(
-        ".".join(str(key) for key in path) or "<root>" for path in structure.paths()
+        ".".join(str(getattr(key, "field", key.entry)) for key in keys) or "<root>"
+        for keys in structure.accessors()
     )
 
 

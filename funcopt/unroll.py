@@ -234,22 +234,24 @@ def _number_of_steps(batch: Tree, batches: Tree, steps: int | None) -> int:
 
 
 def _hyper_by_step(hyper: HyperMapping, steps: int) -> Callable[[int], dict[str, Any]]:
+    """The hyperparameters as a function of the step, `per_step` values resolved."""
     for name, value in hyper.items():
-        if isinstance(value, PerStep):
-            length = tree.leading_axis(value.values, f"per_step {name}")
-            if length != steps:
-                raise StructureError(
-                    f"hyper['{name}'] holds values for {length} steps, the loop makes "
-                    f"{steps}"
-                )
+        for marked in tree.leaves(value):
+            if isinstance(marked, PerStep):
+                length = tree.leading_axis(marked.values, f"per_step {name}")
+                if length != steps:
+                    raise StructureError(
+                        f"hyper['{name}'] holds values for {length} steps, the loop "
+                        f"makes {steps}"
+                    )
 
     def at(k: int) -> dict[str, Any]:
-        return {
-            name: tree.map(itemgetter(k), value.values)
-            if isinstance(value, PerStep)
-            else value
-            for name, value in hyper.items()
-        }
+        def entry(value: Any) -> Any:
+            if isinstance(value, PerStep):
+                return tree.map(itemgetter(k), value.values)
+            return value
+
+        return tree.map(entry, dict(hyper))
 
     return at
 
