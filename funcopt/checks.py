@@ -39,6 +39,11 @@ def check_state(
             "is another optimizer's (or was made with other flags); use opt.init(params)"
         )
     steps = state["step"]
+    if not isinstance(steps, Tensor) or steps.dtype is not torch.int64:
+        found = steps.dtype if isinstance(steps, Tensor) else type(steps).__name__
+        raise LeafError(
+            f"state['step'] is {found}; it counts the steps of each leaf, in torch.int64"
+        )
     if steps.shape != (structure.num_leaves,):
         raise StructureError(
             f"state['step'] has shape {tuple(steps.shape)}, params has "
@@ -60,7 +65,10 @@ def check_leaves(
         columns = [[column[i] for i in live] for column in columns]
     try:
         expected = _describe(columns[0])
-        if all(_describe(column) == expected for column in columns[1:]):
+        if all(_describe(column) == expected for column in columns[1:]) and all(
+            dtype.is_floating_point and layout is torch.strided
+            for _, dtype, _, layout in expected
+        ):
             return
     except AttributeError:
         pass  # something is no tensor: named below

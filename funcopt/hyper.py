@@ -131,6 +131,7 @@ class Hypers:
         # Trees of plain numbers give the same values at every call on one structure.
         self._constant = {k for k, v in self.arguments.items() if _is_constant(v)}
         self._constants = lru_cache(maxsize=32)(self._spread_constants)
+        self._varying = self.arguments.keys() - self._constant
 
     def per_leaf(
         self,
@@ -140,18 +141,17 @@ class Hypers:
         steps: Sequence[Any],
     ) -> list[dict[str, Any]]:
         """The rule's keyword arguments for each leaf, whose updates are ``steps``."""
-        arguments = dict(self.arguments)
-        varying = arguments.keys() - self._constant
+        compiling = torch.compiler.is_compiling()
+        rows = (self._spread_constants if compiling else self._constants)(structure)
+        if not overrides and not self._varying:
+            return rows
+        arguments, varying = dict(self.arguments), set(self._varying)
         for name, value in overrides.items():
             if name not in self.declared:
                 raise unknown(name, self.declared, self.owner)
             given = self.declared[name].arguments(name, value)
             arguments |= given
             varying |= given.keys()
-        compiling = torch.compiler.is_compiling()
-        rows = (self._spread_constants if compiling else self._constants)(structure)
-        if not varying:
-            return rows
         columns = {
             name: _column(name, arguments[name], structure, params, steps)
             for name in self.arguments  # the declared order, so that runs repeat

@@ -142,8 +142,8 @@ def unroll(
         tensor(1.5000)
     """
     steps = _number_of_steps(batch, batches, steps)
-    if window is not None and window < 1:
-        raise HyperparameterError(f"window must be at least 1 step, got {window}")
+    if window is not None and not (isinstance(window, int) and window >= 1):
+        raise HyperparameterError(f"window must be a whole number ≥ 1, got {window}")
     if grad_mode not in ("reverse", "first_order"):
         raise HyperparameterError(
             f"grad_mode is 'reverse' or 'first_order', not {grad_mode!r}"
@@ -200,14 +200,23 @@ class _InnerLoss:
             buffers = tree.map(lambda b: b + zero.to(b.dtype), buffers)
             keywords["buffers"] = buffers
         out = self.loss_fn(params, batch, *self.extra, **keywords)
+        if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise StructureError(
+                f"with has_aux=True loss_fn must return (loss, aux), got {_kind(out)}"
+            )
         loss, aux = out if self.has_aux else (out, None)
         if not isinstance(loss, Tensor) or loss.ndim:
-            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss)
             raise StructureError(
-                f"loss_fn must return a 0-d tensor, got {found}; take the mean, and set "
-                "has_aux=True if it returns (loss, aux)"
+                f"loss_fn must return a 0-d tensor, got {_kind(loss)}; take the mean, "
+                "and set has_aux=True if it returns (loss, aux)"
             )
         return loss, (loss, aux, buffers)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def _zero_of(leaves: Sequence[Any]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from funcopt import tree
-from funcopt.errors import HyperparameterError, LeafError
+from funcopt.errors import HyperparameterError, LeafError, StructureError
 from funcopt.types import Tensor, Tree
 
 Randomness = Literal["error", "different", "same"]
@@ -51,7 +51,7 @@ def value_and_grad(
     Raises:
         StructureError: by ``f``, for tasks whose leading axes differ, or are empty.
         LeafError: by ``f``, for a leaf of theta that is no floating-point tensor.
-        HyperparameterError: an unknown ``tasks``, a chunk size below 1.
+        HyperparameterError: an unknown ``tasks`` or ``randomness``, a chunk size below 1.
 
     Source:
         Finn, Abbeel, Levine, "Model-agnostic meta-learning", 2017, algorithm 1.
@@ -69,6 +69,10 @@ def value_and_grad(
     """
     if tasks not in ("vmap", "loop", "auto"):
         raise HyperparameterError(f"tasks is 'vmap', 'loop' or 'auto', not {tasks!r}")
+    if randomness not in ("error", "different", "same"):
+        raise HyperparameterError(
+            f"randomness is 'error', 'different' or 'same', not {randomness!r}"
+        )
     if chunk_size is not None and chunk_size < 1:
         raise HyperparameterError(f"chunk_size must be at least 1, got {chunk_size}")
 
@@ -78,6 +82,10 @@ def value_and_grad(
     def mean_value_and_grad(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
         _check_theta(theta)
         count = tree.leading_axis(task_batch, "tasks")
+        if not count:
+            raise StructureError(
+                "tasks has 0 entries in its leading axis; give one or more"
+            )
         path = choose(theta, count) if tasks == "auto" else tasks
         size = 1 if path == "loop" else chunk_size or count
         seed = torch.get_rng_state() if randomness == "same" else None

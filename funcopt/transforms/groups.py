@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from funcopt import tree
 from funcopt.errors import HyperparameterError, LeafError
 from funcopt.types import HyperValue, Tensor, Tree
 
@@ -25,10 +26,10 @@ def from_param_groups(
         flag that all groups share stays a bool.
 
     Raises:
-        HyperparameterError: a group without "params"; a hyperparameter that some groups
-            lack and no default gives; a flag that differs between groups (use
-            `partition`).
-        LeafError: a parameter that is no tensor.
+        HyperparameterError: a group without "params"; a parameter or a name given twice;
+            a hyperparameter that some groups lack and no default gives; a flag that
+            differs between groups (use `partition`).
+        LeafError: a group that is no dict, a parameter that is no tensor.
 
     Source:
         The groups of ``torch.optim``.
@@ -44,8 +45,9 @@ def from_param_groups(
         >>> opt.update(params, opt.init(params), params)[0]
         [[tensor([0.7500])], [tensor([0.5000])]]
     """
-    listed = [dict(group) for group in groups]
+    listed = [_as_dict(group, i) for i, group in enumerate(groups)]
     params = [_group_params(group, i) for i, group in enumerate(listed)]
+    _refuse_shared(params)
     names = dict.fromkeys([*defaults, *(name for group in listed for name in group)])
     hyper = {}
     for name in names:
@@ -61,6 +63,15 @@ def from_param_groups(
     return params, hyper
 
 
+def _as_dict(group: Any, index: int) -> dict[str, Any]:
+    if not isinstance(group, Mapping):
+        raise LeafError(
+            f"group {index} is {type(group).__name__}, not a dict with 'params'; for one "
+            'group of parameters write [{"params": parameters}]'
+        )
+    return dict(group)
+
+
 def _group_params(group: dict[str, Any], index: int) -> Tree:
     if "params" not in group:
         raise HyperparameterError(f"group {index} has no 'params', only {sorted(group)}")
@@ -73,7 +84,28 @@ def _group_params(group: dict[str, Any], index: int) -> Tree:
                 f"group {index} holds {type(member).__name__} among its params; give "
                 "tensors, or (name, tensor) pairs"
             )
-    return dict(members) if named else members
+    if not named:
+        return members
+    names = [name for name, _ in members]
+    if len(set(names)) < len(names):
+        twice = tree.some(
+            [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        )
+        raise HyperparameterError(f"group {index} gives the name {twice} more than once")
+    return dict(members)
+
+
+def _refuse_shared(params: list[Tree]) -> None:
+    """Two places would step the one tensor twice, each with its own hyperparameters."""
+    where: dict[int, int] = {}
+    for i, group in enumerate(params):
+        for leaf in tree.leaves(group):
+            if id(leaf) in where:
+                raise HyperparameterError(
+                    f"a parameter of shape {tuple(leaf.shape)} stands in group "
+                    f"{where[id(leaf)]} and again in group {i}; name it once"
+                )
+            where[id(leaf)] = i
 
 
 def _transpose(name: str, values: list[Any]) -> HyperValue:
