@@ -60,15 +60,8 @@ def check_leaves(
     names: Sequence[str],
 ) -> None:
     """Each gradient and each slot must look like its parameter."""
-    columns = [params, grads, *slots]
-    if live is not None:
-        columns = [[column[i] for i in live] for column in columns]
     try:
-        expected = _describe(columns[0])
-        if all(_describe(column) == expected for column in columns[1:]) and all(
-            dtype.is_floating_point and layout is torch.strided
-            for _, dtype, _, layout in expected
-        ):
+        if _all_alike(params, grads, slots, live):
             return
     except AttributeError:
         pass  # something is no tensor: named below
@@ -79,6 +72,22 @@ def check_leaves(
     ):
         for i in range(len(params)) if live is None else live:
             _check_leaf(f"{what} at '{paths[i]}'", column[i], params[i])
+
+
+def _all_alike(
+    params: Sequence[Any],
+    grads: Sequence[Any],
+    slots: Sequence[Sequence[Any]],
+    live: list[int] | None,
+) -> bool:
+    """The quick look of every step: it decides, and `check_leaves` finds the words."""
+    if live is not None:
+        params, grads, *slots = [[c[i] for i in live] for c in (params, grads, *slots)]
+    expected = _describe(params)
+    kinds = {(dtype, layout) for _, dtype, _, layout in expected}
+    if not all(d.is_floating_point and lay is torch.strided for d, lay in kinds):
+        return False
+    return all(_describe(column) == expected for column in (grads, *slots))
 
 
 def _check_leaf(where: str, found: Any, p: Any) -> None:
