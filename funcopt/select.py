@@ -1,9 +1,10 @@
 """One value per leaf, from a prefix tree or from globs over the leaves' names."""
 
-import re
 from collections.abc import Callable, Mapping
-from fnmatch import translate
+from fnmatch import fnmatchcase
 from typing import Any
+
+import torch
 
 from funcopt import tree
 from funcopt.errors import HyperparameterError, StructureError
@@ -12,32 +13,38 @@ from funcopt.errors import HyperparameterError, StructureError
 class ByName:
     """Values chosen by a leaf's name; made by `by_name`."""
 
-    __slots__ = ("_fits", "default", "patterns")
+    __slots__ = ("default", "patterns")
 
     def __init__(self, patterns: Mapping[str, Any], default: Any) -> None:
         self.patterns = dict(patterns)
         self.default = default
-        self._fits = {glob: re.compile(translate(glob)).match for glob in self.patterns}
 
     def __repr__(self) -> str:
         return f"by_name({self.patterns!r}, default={self.default!r})"
 
     def per_leaf(self, structure: tree.Structure, what: str) -> list[Any]:
         """The value of the first pattern that fits each leaf, else the default."""
-        names = tree.paths(structure)
-        for glob, fits in self._fits.items():
-            if not any(fits(name) for name in names):
+        names, globs = tree.paths(structure), tuple(self.patterns)
+        choice = _first_fit(globs, names)
+        for glob in globs:
+            if not _any_fits(glob, names):
                 raise HyperparameterError(
                     f"{what}: the glob '{glob}' fits none of the parameters "
                     f"{tree.some(list(names))}"
                 )
-        return [
-            next(
-                (self.patterns[glob] for glob, fits in self._fits.items() if fits(name)),
-                self.default,
-            )
-            for name in names
-        ]
+        return [self.default if g is None else self.patterns[g] for g in choice]
+
+
+# Names are constants of a compiled graph: Dynamo calls these, for it cannot trace `re`.
+@torch.compiler.assume_constant_result
+def _first_fit(globs: tuple[str, ...], names: tuple[str, ...]) -> list[str | None]:
+    """The first glob that fits each name."""
+    return [next((g for g in globs if fnmatchcase(n, g)), None) for n in names]
+
+
+@torch.compiler.assume_constant_result
+def _any_fits(glob: str, names: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, glob) for name in names)
 
 
 def by_name(patterns: Mapping[str, Any], *, default: Any) -> ByName:

@@ -19,12 +19,12 @@ def average(mean: Tensor, value: Tensor, beta: Number) -> Tensor:
 
 def coupled_decay(g: Tensor, p: Tensor, weight_decay: Number) -> Tensor:
     """The gradient with the L2 penalty's added: g + λ·p."""
-    return g if _is_zero(weight_decay) else g + weight_decay * p
+    return g if is_zero(weight_decay) else g + weight_decay * p
 
 
 def decoupled_decay(p: Tensor, lr: Number, weight_decay: Number) -> Tensor:
     """The parameter shrunk past the gradient: (1 - γλ)·p (Loshchilov, Hutter, 2019)."""
-    return p if _is_zero(weight_decay) else p * (1 - lr * weight_decay)
+    return p if is_zero(weight_decay) else p * (1 - lr * weight_decay)
 
 
 def root(x: Tensor) -> Tensor:
@@ -38,5 +38,6 @@ def root(x: Tensor) -> Tensor:
     return torch.sqrt(x.clamp(min=torch.finfo(x.dtype).tiny))
 
 
-def _is_zero(value: Number) -> bool:
+def is_zero(value: Number) -> bool:
+    """Whether it is the float 0: a tensor's value is not looked at."""
     return isinstance(value, float) and value == 0

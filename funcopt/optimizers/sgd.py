@@ -1,14 +1,16 @@
 """SGD: stochastic gradient descent, with momentum."""
 
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
 
+from funcopt import select
 from funcopt.errors import HyperparameterError
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import Number, coupled_decay
+from funcopt.optimizers._parts import Number, coupled_decay, is_zero
 from funcopt.types import HyperValue, Tensor
 
 
@@ -40,7 +42,10 @@ def momentum_rule(
     maximize: bool,
 ) -> tuple[Tensor, ...]:
     g = coupled_decay(-g if maximize else g, p, weight_decay)
-    buf = momentum * buf + (1 - dampening * (step > 1)) * g  # the first step undampened
+    # torch dampens neither a leaf's first step nor one without momentum. The comparison
+    # becomes a number of the step's kind: bool tensor times float would be float32.
+    later = 0.0 if is_zero(momentum) else (step > 1) * step / step
+    buf = momentum * buf + (1 - dampening * later) * g
     g = g + momentum * buf if nesterov else buf
     return p - lr * g, buf
 
@@ -66,9 +71,9 @@ def sgd(
 
     Args:
         lr: learning rate, ≥ 0.
-        momentum: ≥ 0. With the number 0 there is no ``momentum_buffer``, and neither
-            momentum nor dampening can be given to ``update``.
-        dampening: any number; leaves a leaf's first step as it is.
+        momentum: ≥ 0. With the number 0 (for every group) there is no
+            ``momentum_buffer``, and ``update`` takes no momentum or dampening.
+        dampening: any number; a leaf's first step is not dampened.
         weight_decay: factor of the L2 penalty, ≥ 0.
         nesterov: look ahead along the momentum; needs momentum and no dampening.
         maximize: ascend.
@@ -95,12 +100,12 @@ def sgd(
         (tensor([-0.5804]), tensor([2.7182]))
     """
     common = {"lr": Hyper(lr), "weight_decay": Hyper(weight_decay)}
-    if nesterov and (_is_zero(momentum) or not _is_zero(dampening)):
+    if nesterov and (_all_zero(momentum) or not _all_zero(dampening)):
         raise HyperparameterError(
             f"nesterov needs momentum > 0 and dampening = 0, got momentum={momentum}, "
             f"dampening={dampening}"
         )
-    if _is_zero(momentum):
+    if _all_zero(momentum):
         return elementwise(
             partial(rule, maximize=maximize), name="sgd", slots={}, hyper=common
         )
@@ -116,5 +121,6 @@ def sgd(
     )
 
 
-def _is_zero(value: HyperValue) -> bool:
-    return isinstance(value, int | float) and value == 0
+def _all_zero(value: HyperValue) -> bool:
+    """Whether it is the number 0, also as a tree with 0 for every group."""
+    return all(isinstance(v, Real) and v == 0 for v in select.values(value))

@@ -1,0 +1,208 @@
+"""The step's derivatives: right, of both orders and modes, and finite everywhere."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from table import ENDS, SMOOTH, Case
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad
+from trees import assert_close, mixed, random_like, relative, small
+
+import funcopt as fo
+from funcopt import tree
+from funcopt.types import State, Tree
+
+FlatFunction = Callable[..., tuple[Tensor, ...]]
+
+# The sign of a gradient is one step's affair: the costly tests leave maximize out.
+DESCENDING = [case for case in SMOOTH if not case.flags["maximize"]]
+
+
+def loss(params: Tree, weights: Tree) -> Tensor:
+    """Smooth and coupled; its gradient has weights' signs and is nowhere near zero."""
+    leaves = zip(tree.leaves(params), tree.leaves(weights))
+    total = torch.stack([(torch.exp(p / 2) * c).sum() for p, c in leaves]).sum()
+    return total + 0.01 * total**2
+
+
+def warm_state(opt: fo.Optimizer, params: Tree) -> State:
+    """A state two steps old: in the first one, max_exp_avg_sq ties with exp_avg_sq."""
+    state = opt.init(params)
+    for seed in (11, 12):
+        _, state = opt.update(random_like(params, seed), state, params)
+    return state
+
+
+def flat(function: Callable[[Any], Any], argument: Any) -> tuple[FlatFunction, Any]:
+    """``function`` of the leaves of its argument to the leaves of its result."""
+    leaves, structure = tree.flatten(argument)
+
+    def on_leaves(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tree.leaves(function(tree.unflatten(structure, leaves))))
+
+    return on_leaves, tuple(leaf.detach().requires_grad_() for leaf in leaves)
+
+
+def one_step(case: Case) -> tuple[FlatFunction, Any]:
+    """A step as a function of gradients, slots, parameters and hyperparameters."""
+    opt, params = case.optimizer(), small(seed=1)
+    state = warm_state(opt, params)
+    step = state.pop("step")
+
+    def update(x: Tree) -> Tree:
+        state = {"step": step, **x["slots"]}
+        new, state = opt.update(x["grads"], state, x["params"], **x["hyper"])
+        del state["step"]
+        return new, state
+
+    grads = random_like(params, seed=2)
+    point = {"grads": grads, "slots": state, "params": params, "hyper": case.tensors()}
+    return flat(update, point)
+
+
+def three_steps(case: Case) -> tuple[FlatFunction, Any]:
+    """Three steps as a function of parameters, slots, hyperparameters and the data."""
+    opt, params = case.optimizer(), small(seed=1)
+    state = warm_state(opt, params)
+    step = state.pop("step")
+
+    def unroll(x: Tree) -> Tree:
+        state = {"step": step, **x["slots"]}
+        run = fo.unroll(
+            opt, loss, x["params"], x["data"], steps=3, state=state, hyper=x["hyper"]
+        )
+        del run.state["step"]
+        return run.params, run.state, run.losses
+
+    data = random_like(params, seed=3)
+    point = {"params": params, "slots": state, "hyper": case.tensors(), "data": data}
+    return flat(unroll, point)
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=str)
+def test_gradcheck_of_a_step(case: Case):
+    function, point = one_step(case)
+    assert gradcheck(function, point, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=str)
+def test_gradgradcheck_of_a_step(case: Case):
+    function, point = one_step(case)
+    assert gradgradcheck(function, point)
+
+
+@pytest.mark.parametrize("case", DESCENDING, ids=str)
+def test_gradcheck_of_three_steps(case: Case):
+    function, point = three_steps(case)
+    assert gradcheck(function, point)
+
+
+@pytest.mark.parametrize("case", DESCENDING, ids=str)
+def test_gradgradcheck_of_three_steps(case: Case):
+    function, point = three_steps(case)
+    assert gradgradcheck(function, point, fast_mode=True)  # a random projection
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=str)
+def test_central_differences(case: Case):
+    """A second oracle, past autograd's own checker: one direction at a time."""
+    opt, start, data = case.optimizer(), mixed(seed=1), mixed(seed=2)
+    point = {"params": start, "hyper": case.tensors(), "data": data}
+
+    def outer(x: Tree) -> Tensor:
+        run = fo.unroll(opt, loss, x["params"], x["data"], steps=3, hyper=x["hyper"])
+        return loss(run.params, random_like(start, seed=3))
+
+    slopes, h = grad(outer)(point), 1e-5
+    for seed in range(3):
+        direction = random_like(point, seed=20 + seed)
+        ahead = outer(tree.map(lambda x, d: x + h * d, point, direction))
+        behind = outer(tree.map(lambda x, d: x - h * d, point, direction))
+        along = tree.map(lambda s, d: (s * d).sum(), slopes, direction)
+        slope = torch.stack(tree.leaves(along)).sum()
+        assert relative((ahead - behind) / (2 * h), slope) <= 1e-7
+
+
+# Of a float64 pow against Python's; in float32 nothing of it is left.
+ROUNDING = {torch.float64: 1e-15, torch.float32: 0.0}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("case", ENDS, ids=str)
+def test_a_float_and_a_0d_tensor_are_the_same_number(case: Case, dtype: torch.dtype):
+    opt, params = case.optimizer(), mixed(dtype)
+    grads, state = random_like(params, seed=2), warm_state(opt, params)
+    expected = opt.update(grads, state, params, **case.floats())
+    given = opt.update(grads, state, params, **case.tensors())
+    made_with = case.optimizer(**case.tensors()).update(grads, state, params)
+    assert_close(given, expected, ROUNDING[dtype])
+    assert_close(made_with, expected, ROUNDING[dtype])
+
+
+# The derivative by a dead gradient is lr/eps: with torch's eps beyond float16's 65504.
+EPS = {
+    torch.float64: 1e-8,
+    torch.float32: 1e-8,
+    torch.bfloat16: 1e-8,
+    torch.float16: 1e-3,
+}
+
+
+def point_with_eps(case: Case, eps: float) -> dict[str, Any]:
+    """The hyperparameters as tensors, with an eps as small as in practice."""
+    hyper = case.tensors()
+    return hyper | {"eps": torch.tensor(eps)} if "eps" in hyper else hyper
+
+
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("start", ["zeros", "random"])
+@pytest.mark.parametrize("case", SMOOTH, ids=str)
+def test_finite_at_a_dead_unit(case: Case, start: str, dtype: torch.dtype):
+    """Zero gradients and a zero state, also with zero parameters."""
+    opt, target = case.optimizer(), mixed(dtype, seed=1)
+    params = mixed(dtype, seed=2)
+    if start == "zeros":
+        params = tree.map(torch.zeros_like, params)
+    alive = tree.map(lambda x: (torch.arange(x.numel()) > 0).view(x.shape), params)
+
+    def distance(a: Tree, b: Tree) -> Tensor:
+        parts = tree.map(lambda x, y: ((x - y) ** 2).sum(), a, b)
+        return torch.stack(tree.leaves(parts)).sum()
+
+    def inner(p: Tree, target: Tree) -> Tensor:
+        return distance(tree.map(torch.mul, p, alive), target)
+
+    def outer(x: Tree) -> Tensor:
+        run = fo.unroll(opt, inner, x["params"], target, steps=3, hyper=x["hyper"])
+        return distance(run.params, target)
+
+    dead = tree.leaves(grad(inner)(params, target))
+    assert all(g.flatten()[0] == 0 for g in dead if g.numel())
+    slopes = grad(outer)({"params": params, "hyper": point_with_eps(case, EPS[dtype])})
+    for path, slope in zip(tree.paths(tree.flatten(slopes)[1]), tree.leaves(slopes)):
+        assert slope.isfinite().all(), path
+    assert slopes["params"]["layers"][0]["weight"].count_nonzero() >= 6
+    assert slopes["hyper"]["lr"] != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", SMOOTH, ids=str)
+def test_finite_at_every_size_of_gradient(case: Case, dtype: torch.dtype):
+    """Down to the least number there is: squares that are subnormal, or nothing."""
+    sizes = torch.logspace(0, -320, 321, dtype=torch.float64).to(dtype)
+    opt, hyper = case.optimizer(), point_with_eps(case, 1e-8)
+
+    def outer(x: Tree) -> Tensor:
+        params = x["params"]
+        state = opt.init(params)
+        for _ in range(3):
+            params, state = opt.update(x["grads"], state, params, **x["hyper"])
+        return (params - 1).square().sum()
+
+    slopes = grad(outer)(
+        {"params": torch.zeros_like(sizes), "grads": sizes, "hyper": hyper}
+    )
+    assert all(slope.isfinite().all() for slope in tree.leaves(slopes))

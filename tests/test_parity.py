@@ -1,0 +1,223 @@
+"""The numbers are torch.optim's: 20 steps of every combination of flags."""
+
+from typing import Any
+
+import pytest
+import torch
+from table import CASES, Case
+from torch import Tensor
+from trees import assert_same, mixed, random_like
+
+import funcopt as fo
+from funcopt import tree
+from funcopt.types import Tree
+
+STEPS = 20
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+# torch.testing.assert_close's own: torch rounds to half precision after every operation
+# of a step, funcopt once at its end.
+HALF_TOLERANCE = {torch.float16: (1e-3, 1e-5), torch.bfloat16: (1.6e-2, 1e-5)}
+
+
+class Race:
+    """An Optimizer, and torch.optim on copies of the same parameters."""
+
+    def __init__(self, opt: fo.Optimizer, twin: torch.optim.Optimizer, params: Tree):
+        self.opt, self.twin = opt, twin
+        self.params, self.state = params, opt.init(params)
+        self.copies: list[Tensor] = [
+            p for group in twin.param_groups for p in group["params"]
+        ]
+        self.largest: dict[str, float] = {}
+        self.starts = [copy.clone() for copy in self.copies]
+        self.moved = [torch.zeros_like(copy, dtype=torch.bool) for copy in self.copies]
+
+    def step(self, grads: Tree, **hyper: Any) -> None:
+        self.params, self.state = self.opt.update(grads, self.state, self.params, **hyper)
+        for copy, g in zip(self.copies, tree.leaves(grads), strict=True):
+            copy.grad = None if g is None else g.clone()
+        self.twin.step()
+        for moved, start, leaf in zip(self.moved, self.starts, tree.leaves(self.params)):
+            moved |= leaf != start
+
+    def assert_moved(self) -> None:
+        """Every number has moved: parity of what stands still proves nothing."""
+        assert all(moved.all() for moved in self.moved)
+
+    def pairs(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Parameters and slots of both; torch makes slots at a first gradient."""
+        found: list[tuple[str, Tensor, Tensor]] = []
+        leaves, structure = tree.flatten(self.params)
+        for i, (path, copy) in enumerate(zip(tree.paths(structure), self.copies)):
+            found.append((path, leaves[i], copy))
+            for slot, theirs in self.twin.state[copy].items():
+                if slot == "step":
+                    assert self.state["step"][i] == theirs, path
+                elif theirs is not None:
+                    ours = tree.leaves(self.state[slot])[i]
+                    found.append((f"{slot} of {path}", ours, theirs))
+        return found
+
+    def assert_level(self, tolerance: float, floor: float = 0.0) -> None:
+        for name, ours, theirs in self.pairs():
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), name
+            if not ours.numel():
+                continue
+            # The largest number held so far is the scale: one that passes through zero
+            # keeps the rounding of the numbers that it was made of.
+            size = max(self.largest.get(name, 0.0), theirs.abs().max().item())
+            self.largest[name] = size
+            error = (ours.double() - theirs.double()).abs().max().item()
+            assert error <= tolerance * size + floor, f"{name}: {error:.2e} of {size}"
+
+
+def race(case: Case, params: Tree, **hyper: Any) -> Race:
+    copies = [leaf.clone() for leaf in tree.leaves(params)]
+    return Race(case.optimizer(**hyper), case.twin(copies, **hyper), params)
+
+
+def gradients(params: Tree, step: int) -> Tree:
+    """Small ones in the second half: only where exp_avg_sq falls is amsgrad not adam."""
+    size = 1.0 if step < STEPS // 2 else 0.01
+    return tree.map(lambda g: size * g, random_like(params, seed=100 + step))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_trajectory(case: Case, dtype: torch.dtype):
+    run = race(case, mixed(dtype))
+    for step in range(STEPS):
+        run.step(gradients(run.params, step))
+        run.assert_level(TOLERANCE[dtype])
+    run.assert_moved()
+    assert run.state["step"].tolist() == [STEPS] * 5
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_leaves_without_a_gradient_stay(case: Case):
+    run, counts = race(case, mixed()), [0] * 5
+    for step in range(STEPS):
+        leaves, structure = tree.flatten(gradients(run.params, step))
+        gaps = [None if (i + step) % 3 == 0 else g for i, g in enumerate(leaves)]
+        before, state = run.params, run.state
+        run.step(tree.unflatten(structure, gaps))
+        run.assert_level(TOLERANCE[torch.float64])
+        for i, g in enumerate(gaps):
+            counts[i] += g is not None
+            if g is None:  # nothing of that leaf is touched, not even copied
+                slots = [slot for slot in state if slot != "step"]
+                old = [before, *(state[slot] for slot in slots)]
+                new = [run.params, *(run.state[slot] for slot in slots)]
+                for a, b in zip(old, new):
+                    assert tree.leaves(a)[i] is tree.leaves(b)[i]
+    run.assert_moved()
+    assert run.state["step"].tolist() == counts
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_gradient_at_all(case: Case):
+    run = race(case, mixed())
+    nothing = tree.map(lambda _: None, run.params)
+    run.step(nothing)
+    assert run.state["step"].tolist() == [0] * 5
+    run.step(gradients(run.params, 0))
+    run.step(nothing)
+    run.assert_level(TOLERANCE[torch.float64])
+    run.assert_moved()
+
+
+def scaled(value: Any, factor: float) -> Any:
+    if isinstance(value, tuple):
+        return tuple(factor * v for v in value)
+    return factor * value
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.0])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_groups(case: Case, factor: float):
+    """Two groups that differ in every float; a zero switches terms off in one only."""
+    values = case.floats()
+    others = {name: scaled(value, factor) for name, value in values.items()}
+    others["lr"] = 0.5 * values["lr"]
+    members = [list(mixed(seed=seed)["layers"][0].values()) for seed in (1, 2)]
+    groups = [{"params": p, **v} for p, v in zip(members, (values, others))]
+    copies = [{**g, "params": [p.clone() for p in g["params"]]} for g in groups]
+    params, hyper = fo.from_param_groups(groups, **case.flags)
+    run = Race(case.row.factory(**hyper), case.twin(copies), params)
+    for step in range(STEPS):
+        run.step(gradients(params, step))
+        run.assert_level(TOLERANCE[torch.float64])
+    run.assert_moved()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_hyperparameters_as_tensors(case: Case, dtype: torch.dtype):
+    run = race(case, mixed(dtype), **case.floats())
+    for step in range(STEPS):
+        run.step(gradients(run.params, step), **case.tensors())
+        run.assert_level(TOLERANCE[dtype])
+    run.assert_moved()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_zero_gradients(case: Case, dtype: torch.dtype):
+    """The safe root changes no number: where nothing but zeros came in, not one bit."""
+    run = race(case, mixed(dtype))
+    dead = tree.map(lambda p: torch.arange(p.numel()).view(p.shape) % 2 == 0, run.params)
+    for step in range(STEPS):
+        grads = gradients(run.params, step)
+        run.step(tree.map(lambda g, off: g.masked_fill(off, 0.0), grads, dead))
+        run.assert_level(TOLERANCE[dtype])
+        if not case.flags["weight_decay"]:
+            for ours, theirs, off in zip(
+                tree.leaves(run.params), run.copies, tree.leaves(dead)
+            ):
+                assert torch.equal(ours[off], theirs[off])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_whose_square_underflows(case: Case):
+    """A zero under the root and none above it: eps alone divides."""
+    run = race(case, [torch.zeros(()) for _ in range(8)])
+    grads = list(torch.logspace(-23, -34, 8))
+    for _ in range(STEPS):
+        run.step(grads)
+        run.assert_level(TOLERANCE[torch.float32])
+    run.assert_moved()
+
+
+@pytest.mark.parametrize("dtype", HALF_TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_half_precision(case: Case, dtype: torch.dtype):
+    run = race(case, mixed(dtype))
+    for step in range(STEPS):
+        run.step(gradients(run.params, step))
+        run.assert_level(*HALF_TOLERANCE[dtype])
+        for _, ours, theirs in run.pairs():
+            theirs.detach().copy_(ours)
+    run.assert_moved()
+
+
+@pytest.mark.parametrize("dtype", HALF_TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_half_precision_is_a_float32_step_rounded_once(case: Case, dtype: torch.dtype):
+    """Zero gradients too: in float16 eps would be nothing, and 0/0 the step."""
+    opt, params = case.optimizer(), mixed(dtype)
+    state, start = opt.init(params), params
+    dead = tree.map(lambda p: torch.arange(p.numel()).view(p.shape) % 2 == 1, params)
+
+    def cast(value: Tree, to: torch.dtype) -> Tree:
+        return tree.map(lambda x: x.to(to) if x.is_floating_point() else x, value)
+
+    for step in range(STEPS):
+        grads = gradients(params, step)
+        grads = tree.map(lambda g, off: g.masked_fill(off, 0.0), grads, dead)
+        wide = opt.update(*(cast(x, torch.float32) for x in (grads, state, params)))
+        params, state = opt.update(grads, state, params)
+        assert_same((params, state), cast(wide, dtype))
+        assert all(p.isfinite().all() for p in tree.leaves(params))
+        if step == 0:  # later a coarse number may come back to where it was
+            rows = zip(*map(tree.leaves, (params, start, dead)), strict=True)
+            assert all((p != first)[~off].all() for p, first, off in rows)

@@ -1,0 +1,227 @@
+"""What holds for every tree, shape, dtype and grouping: drawn at random."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from table import CASES, ENDS, Case
+from torch import Tensor
+from trees import assert_same, mixed, random_like
+
+import funcopt as fo
+from funcopt import tree
+from funcopt.types import State, Tree
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+SHAPES = [(), (1,), (3,), (2, 3), (0, 3), (2, 1, 2)]
+
+
+@st.composite
+def parameters(draw: Callable[..., Any]) -> Tree:
+    """A tree of any containers, empty ones and None among them."""
+    leaf = st.builds(
+        lambda shape, dtype: torch.empty(shape, dtype=dtype),
+        st.sampled_from(SHAPES),
+        st.sampled_from(DTYPES),
+    )
+    keys = st.text("abc", min_size=1, max_size=2)
+    shape = st.recursive(
+        leaf | st.none(),
+        lambda child: (
+            st.lists(child, max_size=3)
+            | st.lists(child, max_size=3).map(tuple)
+            | st.dictionaries(keys, child, max_size=3)
+            | st.builds(Pair, child, child)
+        ),
+        max_leaves=6,
+    )
+    return random_like(draw(shape), draw(st.integers(0, 99)))
+
+
+def describe(value: Tree) -> Any:
+    """Structure, and shape, dtype and device of every leaf."""
+    leaves, structure = tree.flatten(value)
+    return structure, [x if x is None else (x.shape, x.dtype, x.device) for x in leaves]
+
+
+def run(opt: fo.Optimizer, params: Tree, steps: int = 3, **hyper: Any) -> Any:
+    """Some steps on gradients that depend on a leaf's place."""
+    state = opt.init(params)
+    for seed in range(steps):
+        params, state = opt.update(random_like(params, seed), state, params, **hyper)
+    return params, state
+
+
+some_case = st.sampled_from(CASES)
+
+
+@given(some_case, parameters(), st.data())
+def test_nothing_changes_form(case: Case, params: Tree, data: Any):
+    """Whatever has a gradient in a step, and whatever has none."""
+    opt = case.optimizer()
+    state = opt.init(params)
+    form = describe((params, state))
+    for slot in state.keys() - {"step"}:
+        assert describe(state[slot]) == describe(params)
+    for seed in range(3):
+        leaves, structure = tree.flatten(random_like(params, seed))
+        given = [g if data.draw(st.booleans()) else None for g in leaves]
+        result = opt.update(tree.unflatten(structure, given), state, params)
+        assert describe(result) == form
+        params, state = result
+
+
+@given(some_case, parameters(), st.data())
+def test_equal_groups_are_no_groups(case: Case, params: Tree, data: Any):
+    """As full trees of values, as optimizers of their own, and by name: the same bits."""
+    expected = run(case.optimizer(**case.floats()), params)
+    structure = tree.flatten(params)[1]
+
+    def everywhere(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(everywhere(v) for v in value)
+        return tree.unflatten(structure, [value] * structure.num_leaves)
+
+    trees = {name: everywhere(value) for name, value in case.floats().items()}
+    assert_same(run(case.optimizer(), params, **trees), expected)
+
+    named = fo.by_name(
+        {"*": case.floats()["lr"]} if structure.num_leaves else {}, default=0
+    )
+    assert_same(run(case.optimizer(**case.floats()), params, lr=named), expected)
+
+    labels = [data.draw(st.sampled_from("ab")) for _ in range(structure.num_leaves)]
+    split = fo.partition(
+        {label: case.optimizer(**case.floats()) for label in "ab"},
+        tree.unflatten(structure, labels),
+    )
+    new, states = run(split, params)
+    assert_same(new, expected[0])
+    for slot in expected[1].keys() - {"step"}:
+        parts = [tree.leaves(states[label][slot]) for label in "ab"]
+        joined = [a if label == "a" else b for a, b, label in zip(*parts, labels)]
+        assert_same(joined, tree.leaves(expected[1][slot]))
+
+
+@given(some_case, st.lists(parameters(), min_size=2, max_size=4), st.data())
+def test_group_order_is_irrelevant(case: Case, members: list[Tree], data: Any):
+    """Groups with rates of their own, in the order given and in another."""
+    order = data.draw(st.permutations(range(len(members))))
+    groups = [
+        {"params": [x for x in tree.leaves(m) if x is not None], "lr": 0.1 / (i + 1)}
+        for i, m in enumerate(members)
+    ]
+
+    def result(groups: list[Any]) -> Any:
+        params, hyper = fo.from_param_groups(groups)
+        return run_on_own_values(case.optimizer(**hyper), params)
+
+    expected = result(groups)
+    found = result([groups[i] for i in order])
+    assert_same(found, [expected[i] for i in order])
+
+
+def run_on_own_values(opt: fo.Optimizer, params: Tree) -> Tree:
+    """Steps on gradients that depend on a leaf's values alone, wherever it stands."""
+    state = opt.init(params)
+    for _ in range(3):
+        grads = tree.map(lambda p: torch.sin(3 * p) + p, params)
+        params, state = opt.update(grads, state, params)
+    return params
+
+
+@given(some_case, parameters())
+def test_order_of_optimizers_and_patterns_is_irrelevant(case: Case, params: Tree):
+    both = {"left": params, "right": params}
+    made = {"a": case.optimizer(), "b": case.optimizer(lr=0.01)}
+    labels = {"left": "a", "right": "b"}
+    expected = run(fo.partition(made, labels), both)
+    found = run(fo.partition(dict(reversed(made.items())), labels), both)
+    assert_same(found, expected)
+    if any(x is not None for x in tree.leaves(params)):
+        patterns = {"left*": 0.1, "right*": 0.01}
+        for order in (patterns, dict(reversed(patterns.items()))):
+            rates = fo.by_name(order, default=0.5)
+            assert_same(run(case.optimizer(), both, lr=rates)[0], expected[0])
+
+
+@given(some_case, parameters())
+def test_no_rate_no_step(case: Case, params: Tree):
+    assert_same(run(case.optimizer(), params, lr=0.0)[0], params)
+    zero = torch.tensor(0.0)
+    assert_same(run(case.optimizer(), params, lr=zero)[0], params)
+
+
+@given(some_case, parameters())
+def test_maximizing_is_descent_on_the_negative(case: Case, params: Tree):
+    up, down = (
+        Case(case.row, {**case.flags, "maximize": flag}).optimizer()
+        for flag in (True, False)
+    )
+    state, other = up.init(params), down.init(params)
+    there = here = params
+    for seed in range(3):
+        grads = random_like(params, seed)
+        there, state = up.update(grads, state, there)
+        here, other = down.update(tree.map(torch.neg, grads), other, here)
+    assert_same((there, state), (here, other))
+
+
+@given(
+    some_case,
+    st.sampled_from(DTYPES),
+    st.sampled_from([(7,), (4, 5), (2, 3, 3)]),
+    st.integers(0, 99),
+)
+def test_elementwise(case: Case, dtype: torch.dtype, shape: tuple[int, ...], seed: int):
+    """Steps commute with every reordering, reshaping and choice of a leaf's numbers."""
+    opt = case.optimizer()
+    params, *all_grads = random_like([torch.empty(shape, dtype=dtype)] * 4, seed)
+    order = torch.randperm(params.numel(), generator=torch.Generator().manual_seed(seed))
+
+    def after(view: Callable[[Tensor], Tensor]) -> tuple[Tensor, State]:
+        p = view(params)
+        state = opt.init(p)
+        for grads in all_grads:
+            p, state = opt.update(view(grads), state, p)
+        return p, state
+
+    expected = after(lambda x: x)
+    for view in (
+        lambda x: x.flatten(),
+        lambda x: x.flatten()[order],
+        lambda x: x.flatten()[order[:3]],
+        lambda x: x.mT if x.ndim > 1 else x.flip(0),
+        lambda x: torch.stack([x, x], dim=-1)[..., 0],  # not contiguous
+    ):
+        p, state = after(view)
+        assert_same(p, view(expected[0]))
+        for slot in state.keys() - {"step"}:
+            assert_same(state[slot], view(expected[1][slot]))
+
+
+@pytest.mark.parametrize("case", ENDS, ids=str)
+def test_tied_leaves_are_two_places(case: Case):
+    """The same tensor twice: two states, equal values; unequal rates part them."""
+    shared = mixed()
+    params, grads = {"a": shared, "b": shared}, random_like(shared, seed=1)
+    opt = case.optimizer()
+    state = opt.init(params)
+    assert state["step"].shape == (10,)
+    for _ in range(3):
+        params, state = opt.update({"a": grads, "b": grads}, state, params)
+    assert_same(params["a"], params["b"])
+    alone, _ = opt.update(grads, opt.init(shared), shared)
+    rates = {"a": case.row.floats["lr"], "b": 0.0}
+    both = {"a": shared, "b": shared}
+    parted, _ = opt.update({"a": grads, "b": grads}, opt.init(both), both, lr=rates)
+    assert_same(parted, {"a": alone, "b": shared})

@@ -1,0 +1,100 @@
+"""The state: a plain dict under torch.optim's names, of one structure, safe to save."""
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from table import CASES, ENDS, Case
+from trees import assert_same, mixed, random_like
+
+import funcopt as fo
+from funcopt import tree
+from funcopt.types import State, Tree
+
+
+def saved_and_loaded(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def steps(opt: fo.Optimizer, at: tuple[Tree, State], which: range) -> tuple[Tree, State]:
+    params, state = at
+    for step in which:
+        params, state = opt.update(random_like(params, seed=step), state, params)
+    return params, state
+
+
+def partitioned(case: Case) -> fo.Optimizer:
+    return fo.partition(
+        {"a": case.optimizer(), "b": fo.sgd(momentum=0.9)}, {"layers": "a", "empty": "b"}
+    )
+
+
+def frozen(case: Case) -> fo.Optimizer:
+    return fo.freeze(case.optimizer(), fo.by_name({"*.bias": True}, default=False))
+
+
+MADE = {"alone": Case.optimizer, "partition": partitioned, "freeze": frozen}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_save_load_continue(case: Case, make: Any, dtype: torch.dtype):
+    opt, start = make(case), mixed(dtype)
+    half = steps(opt, (start, opt.init(start)), range(3))
+    expected = steps(opt, half, range(3, 6))
+    loaded = saved_and_loaded(half)
+    assert_same(loaded, half)
+    # another optimizer object, as after a restart
+    assert_same(steps(make(case), loaded, range(3, 6)), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_names_are_those_of_torch(case: Case):
+    """But for the step, which sgd counts too, and for a buffer that is not there."""
+    opt, leaf = case.optimizer(), torch.ones(2)
+    twin, leaf.grad = case.twin([leaf]), torch.ones(2)
+    twin.step()
+    kept = {name for name, value in twin.state[leaf].items() if value is not None}
+    state = opt.init(leaf)
+    assert type(state) is dict
+    assert state.keys() == kept | {"step"}
+    assert next(iter(state)) == "step"
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_structure_stays(case: Case, make: Any):
+    opt, params = make(case), mixed(torch.float32)
+    state = opt.init(params)
+    first = tree.flatten(state)[1]
+    for step in range(3):
+        params, state = steps(opt, (params, state), range(step, step + 1))
+        assert tree.flatten(state)[1] == first
+        assert tree.paths(tree.flatten(state)[1]) == tree.paths(first)
+
+
+@pytest.mark.parametrize("case", ENDS, ids=str)
+def test_layout(case: Case):
+    """int64 steps, an entry per leaf; each slot like params, and zero before a step."""
+    params = mixed(torch.float16)
+    state = case.optimizer().init(params)
+    step = state.pop("step")
+    assert (step.dtype, step.tolist()) == (torch.int64, [0] * 5)
+    for slot in state.values():
+        assert_same(slot, tree.map(torch.zeros_like, params))
+    _, after = steps(case.optimizer(), (params, {"step": step, **state}), range(2))
+    assert after["step"].tolist() == [2] * 5
+
+
+@pytest.mark.parametrize("case", ENDS, ids=str)
+def test_frozen_leaves_keep_no_state(case: Case):
+    params = mixed()
+    state = frozen(case).init(params)
+    del state["step"]
+    assert all(slot["layers"][0]["bias"] is None for slot in state.values())
+    assert all(slot["layers"][0]["weight"] is not None for slot in state.values())
