@@ -128,6 +128,11 @@ class Hypers:
         self.arguments: dict[str, HyperValue] = {}
         for name, hyper in self.declared.items():
             self.arguments |= hyper.arguments(name, hyper.value)
+        # A copy: what the caller does to his dict later is not this optimizer's affair.
+        self.arguments = {
+            name: select.map_values(lambda x: x, value)
+            for name, value in self.arguments.items()
+        }
         # Trees of plain numbers give the same values at every call on one structure.
         self._constant = {k for k, v in self.arguments.items() if _is_constant(v)}
         self._constants = lru_cache(maxsize=32)(self._spread_constants)

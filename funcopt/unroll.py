@@ -9,6 +9,7 @@ import torch
 from funcopt import tree
 from funcopt.errors import GradientLostError, HyperparameterError, StructureError
 from funcopt.execution.dispatch import is_tracked
+from funcopt.listed import Listed
 from funcopt.optimizer import Optimizer
 from funcopt.types import HyperMapping, LossFunction, State, Tensor, Tree
 
@@ -104,7 +105,7 @@ def unroll(
         meta: a tree that the loss needs beside the parameters (loss weights, a learned
             loss, frozen features), so that its gradient is an explicit one.
         buffers: a tree of tensors, such as batch-norm statistics. Each step gets a copy,
-            batched by vmap where data or parameters are; what ``loss_fn`` writes into
+            batched by vmap where params, batch or meta are; what ``loss_fn`` writes into
             the copy in place is carried to the next step. Yours do not change.
         grad_mode: "reverse" is exact. "first_order" takes each gradient as a constant
             (FOMAML): cheap in memory, blind to everything that acts through the
@@ -179,24 +180,18 @@ class _InnerLoss:
 
     def grad(self, params: Tree, batch: Tree, buffers: Tree) -> tuple[Tree, tuple]:
         """∇L, and beside it the loss, aux and the buffers after."""
-        present, rebuild = tree.without_none(params)
-        rebuild_record: list[Callable[[Sequence[Any]], Tree]] = []
+        listed = Listed(lambda at: self._call(at, batch, buffers), params)
+        grads, out = listed.grad(*listed.inputs)
+        return listed.like_first(grads), listed.rebuild(out)
 
-        def loss(present: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-            value, record = self._call(rebuild(present), batch, buffers)
-            tensors, put_back = tree.without_none(record)
-            rebuild_record.append(put_back)
-            return value, tuple(tensors)
-
-        grads, tensors = torch.func.grad(loss, has_aux=True)(present)
-        return rebuild(grads), rebuild_record[-1](tensors)
-
-    def _call(self, params: Tree, batch: Tree, buffers: Tree) -> tuple[Tensor, tuple]:
+    def _call(
+        self, params: Tree, batch: Tree, buffers: Tree
+    ) -> tuple[Tensor, Tree, Tree]:
         keywords = {}
         if buffers is not None:
             # Adding a zero made of the data copies the buffers, and batches the copy in
             # every vmap that batches the data: batch norm writes into it in place.
-            zero = _zero_of(tree.leaves((params, batch)))
+            zero = _zero_of(tree.leaves((params, batch, self.extra)))
             buffers = tree.map(lambda b: b + zero.to(b.dtype), buffers)
             keywords["buffers"] = buffers
         out = self.loss_fn(params, batch, *self.extra, **keywords)
@@ -210,7 +205,7 @@ class _InnerLoss:
                 f"loss_fn must return a 0-d tensor, got {_kind(loss)}; take the mean, "
                 "and set has_aux=True if it returns (loss, aux)"
             )
-        return loss, (loss, aux, buffers)
+        return loss, aux, buffers
 
 
 def _kind(value: Any) -> str:

@@ -1,13 +1,13 @@
 """The mean of a task loss over a batch of tasks, and its gradient."""
 
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any, Literal
 
 import torch
 
 from funcopt import tree
 from funcopt.errors import HyperparameterError, LeafError, StructureError
+from funcopt.listed import Listed
 from funcopt.types import Tensor, Tree
 
 Randomness = Literal["error", "different", "same"]
@@ -76,8 +76,8 @@ def value_and_grad(
     if chunk_size is not None and chunk_size < 1:
         raise HyperparameterError(f"chunk_size must be at least 1, got {chunk_size}")
 
-    one = torch.func.grad_and_value(task_loss, has_aux=has_aux)
-    many = torch.func.vmap(one, in_dims=(None, 0), randomness=randomness)
+    def value_and_aux(theta: Tree, task: Tree) -> tuple[Tensor, Tree]:
+        return task_loss(theta, task) if has_aux else (task_loss(theta, task), None)
 
     def mean_value_and_grad(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
         _check_theta(theta)
@@ -88,28 +88,27 @@ def value_and_grad(
             )
         path = choose(theta, count) if tasks == "auto" else tasks
         size = 1 if path == "loop" else chunk_size or count
+        listed = Listed(value_and_aux, theta, task_batch)
+        variables, data = listed.inputs
+        many = torch.func.vmap(listed.grad, in_dims=(None, 0), randomness=randomness)
         seed = torch.get_rng_state() if randomness == "same" else None
-        total: Any = None
-        auxes: list[Tree] = []
+        total: list[Tensor] = []
+        auxes: list[list[Tensor]] = []
         for start in range(0, count, size):
             if seed is not None:
                 torch.set_rng_state(seed)
             if path == "loop":
-                grads, value = one(theta, tree.map(itemgetter(start), task_batch))
-                value, aux = value if has_aux else (value, None)
-                aux = tree.map(lambda x: x.unsqueeze(0), aux)
+                grads, out = listed.grad(variables, [x[start] for x in data])
+                parts, aux = [out[0], *grads], [x.unsqueeze(0) for x in out[1:]]
             else:
-                chunk = tree.map(itemgetter(slice(start, start + size)), task_batch)
-                grads, value = many(theta, chunk)
-                value, aux = value if has_aux else (value, None)
-                grads, value = tree.map(lambda x: x.sum(0), (grads, value))
+                grads, out = many(variables, [x[start : start + size] for x in data])
+                parts, aux = [x.sum(0) for x in (out[0], *grads)], out[1:]
+            total = [a + b for a, b in zip(total, parts)] if total else parts
             auxes.append(aux)
-            part = (value, grads)
-            total = part if total is None else tree.map(torch.add, total, part)
-        loss, grads = tree.map(lambda x: x / count, total)
-        if not has_aux:
-            return loss, grads
-        return (loss, tree.map(lambda *rows: torch.cat(rows), *auxes)), grads
+        loss, *grads = [x / count for x in total]
+        stacked = [torch.cat(rows) for rows in zip(*auxes)]
+        loss, aux = listed.rebuild([loss, *stacked])
+        return ((loss, aux) if has_aux else loss), listed.like_first(grads)
 
     return mean_value_and_grad
 
