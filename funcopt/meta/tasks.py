@@ -126,6 +126,8 @@ def choose(theta: Tree, count: int) -> Literal["vmap", "loop"]:
 def _check_theta(theta: Tree) -> None:
     leaves, structure = tree.flatten(theta)
     for name, leaf in zip(tree.paths(structure), leaves):
+        if leaf is None:
+            continue
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise LeafError(
