@@ -1,0 +1,43 @@
+# Every target makes .venv and installs what it needs: Python >= 3.10 is all that has to
+# be there. PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to the program.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD_DOCS = $(BIN)/sphinx-build -W --keep-going -qEa docs build/docs
+
+.PHONY: help demo test test-fast docs bench clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(VENV)/installed-examples  ## meta-train on characters, evaluate, draw
+	$(BIN)/python examples/maml_omniglot.py $(ARGS)
+
+test: $(VENV)/installed-test  ## lint, types, docs, every test and doctest
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BUILD_DOCS)
+	$(BIN)/pytest $(ARGS)
+
+test-fast: $(VENV)/installed-test  ## the tests that take under a few seconds each
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+docs: $(VENV)/installed-docs  ## build/docs/index.html, a warning is an error
+	$(BUILD_DOCS)
+
+bench: $(VENV)/installed-benchmarks  ## measure against higher and torchopt
+	$(BIN)/python benchmarks/maml.py $(ARGS)
+
+clean:  ## remove what make made: .venv, built docs, caches (not runs/)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per set of extras: installed once, and again when what it depends on changes.
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e ".[$*]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

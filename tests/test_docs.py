@@ -1,0 +1,77 @@
+"""The words: every snippet runs, every link leads on, no public name is missing."""
+
+import doctest
+import re
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+import funcopt as fo
+from funcopt import errors, optimizers
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = "```python"
+
+
+def read(path: str) -> str:
+    return (ROOT / path).read_text()
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def code_only(text: str) -> str:
+    """The page with every line blank but those in its python fences, which stay put."""
+    inside, kept = False, []
+    for line in text.split("\n"):
+        fence = line.startswith("```")
+        kept.append(line if inside and not fence else "")
+        if fence:
+            inside = line == FENCE
+    return "\n".join(kept)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if FENCE in p.read_text()], ids=name)
+def test_every_snippet_of_a_page_runs(page: Path) -> None:
+    code = code_only(page.read_text())
+    test = doctest.DocTestParser().get_doctest(code, {}, name(page), str(page), 0)
+    parsed = sum(e.source.count("\n") + e.want.count("\n") for e in test.examples)
+    assert parsed == len(re.findall(r"^.*\S", code, re.M)), "a line has no >>> or ..."
+    assert not doctest.DocTestRunner().run(test).failed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        assert "://" in link or (page.parent / link).exists(), link
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    page = read("docs/api.md")
+    shown = {full.split(".")[-1] for full in re.findall(r"auto\w+:: ([\w.]+)", page)}
+    assert ".. every-optimizer::" in page and "automodule:: funcopt.errors" in page
+    shown |= {*optimizers.__all__, *vars(errors)}
+    assert {*fo.__all__, *fo.meta.__all__} - {"meta"} <= shown
+
+
+def test_the_changelog_has_the_version() -> None:
+    found = re.search(r'^version = "(.+)"$', read("pyproject.toml"), re.M)
+    assert found and f"\n## {found[1]} - " in read("CHANGELOG.md")
+
+
+def test_ci_and_the_readme_run_targets_that_make_has() -> None:
+    targets = re.findall(r"^([a-z-]+):", read("Makefile"), re.M)
+    assert read(".ci/run").rstrip().endswith("\nmake test")
+    for page in ("README.md", "CONTRIBUTING.md"):
+        asked = re.findall(r"^make ([a-z-]+)", read(page), re.M)
+        assert asked and set(asked) <= set(targets)
+
+
+def test_every_direct_requirement_is_pinned() -> None:
+    pinned = re.findall(r"^([\w-]+)==", read("constraints.txt"), re.M)
+    for requirement in requires("funcopt") or []:
+        found = re.match(r"[\w-]+", requirement)
+        assert found and found[0] in {"funcopt", *pinned}, requirement

@@ -1,0 +1,769 @@
+"""Bad input: one table of what is refused, with which words, and nothing changed."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import funcopt as fo
+from funcopt import tree
+
+NAN = float("nan")
+ADAM = fo.adam(lr=0.1)
+SGD = fo.sgd(lr=0.1)
+HALVES = fo.partition({"a": SGD, "b": ADAM}, {"layer": "a", "scale": "b"})
+
+
+class Given(NamedTuple):
+    """What every call gets, anew."""
+
+    params: Any
+    grads: Any
+    state: Any
+
+
+def given() -> Given:
+    params = {
+        "layer": {"weight": torch.ones(2, 3), "bias": torch.zeros(3)},
+        "scale": torch.ones(4),
+    }
+    grads = tree.map(lambda p: torch.full_like(p, 0.5), params)
+    return Given(params, grads, ADAM.init(params))
+
+
+def step(x: Given, opt: fo.Optimizer = ADAM, state: Any = None, **hyper: Any) -> Any:
+    state = opt.init(x.params) if state is None else state
+    return opt.update(x.grads, state, x.params, **hyper)
+
+
+def with_weight(values: Any, leaf: Any) -> Any:
+    """The tree with another leaf for its weight."""
+    return {**values, "layer": {**values["layer"], "weight": leaf}}
+
+
+def grad_of(x: Given, weight: Any) -> Any:
+    return ADAM.update(with_weight(x.grads, weight), x.state, x.params)
+
+
+def init_with(x: Given, weight: Any) -> Any:
+    return ADAM.init(with_weight(x.params, weight))
+
+
+def loss(p: Any, _: Any) -> Tensor:
+    return sum((leaf.square().sum() for leaf in tree.leaves(p)), torch.zeros(()))
+
+
+def unroll(x: Given, loss_fn: Callable[..., Any] = loss, *batch: Any, **how: Any) -> Any:
+    if "batches" not in how:
+        how.setdefault("steps", 2)
+    return fo.unroll(SGD, loss_fn, x.params, *batch, **how)
+
+
+def first_order(x: Given, loss_fn: Callable[..., Any], *batch: Any, **how: Any) -> Any:
+    return unroll(x, loss_fn, *batch, grad_mode="first_order", **how)
+
+
+def scaled(p: Any, by: Tensor, *more: Tensor, buffers: Any = 1.0) -> Tensor:
+    """A loss that depends on whatever it is given."""
+    for factor in (by, *more):
+        buffers = buffers * (1.0 if factor is None else factor)
+    return p["scale"].sum() * buffers
+
+
+def learned() -> Tensor:
+    return torch.tensor(2.0, requires_grad=True)
+
+
+LEARNED = learned()
+
+
+def tasks_of(x: Given, batch: Any, **how: Any) -> Any:
+    return fo.meta.value_and_grad(loss, **how)(x.params, batch)
+
+
+def over_tasks(x: Given, task_loss: Callable[..., Any]) -> Any:
+    return fo.meta.value_and_grad(task_loss)(x.params, torch.ones(3))
+
+
+def two_groups(**differing: Any) -> list[dict[str, Any]]:
+    return [{"params": [torch.ones(1)]}, {"params": [torch.ones(1)], **differing}]
+
+
+class Case(NamedTuple):
+    what: str
+    call: Callable[[Given], Any]
+    error: type[Exception]
+    builtin: type[Exception]
+    words: tuple[str, ...]
+
+
+def refuses(error: type[Exception], builtin: type[Exception], *rows: Any) -> list[Case]:
+    """Rows of (what, call, words...) that raise the same error."""
+    return [Case(row[0], row[1], error, builtin, row[2:]) for row in rows]
+
+
+CASES = [
+    *refuses(
+        fo.HyperparameterError,
+        ValueError,
+        ("negative lr", lambda x: fo.sgd(lr=-0.1), "lr", "[0, inf)", "-0.1"),
+        ("NaN lr", lambda x: fo.adam(lr=NAN), "lr", "[0, inf)", "nan"),
+        ("infinite lr", lambda x: fo.adamw(lr=float("inf")), "lr", "[0, inf)"),
+        ("negative int lr", lambda x: fo.sgd(lr=-1), "lr", "-1"),
+        ("negative lr in update", lambda x: step(x, lr=-0.1), "lr", "-0.1"),
+        ("NaN in a tree", lambda x: step(x, lr={"layer": 0.1, "scale": NAN}), "nan"),
+        (
+            "NaN in by_name",
+            lambda x: fo.sgd(lr=fo.by_name({"*bias": NAN}, default=0.1)),
+            "lr",
+            "nan",
+        ),
+        ("beta1 of 1", lambda x: fo.adam(betas=(1.0, 0.9)), "betas[0]", "[0, 1)", "1.0"),
+        ("beta2 of 1", lambda x: fo.adamw(betas=(0.9, 1.0)), "betas[1]", "[0, 1)"),
+        ("negative beta", lambda x: step(x, betas=(0.9, -0.1)), "betas[1]", "-0.1"),
+        ("one beta", lambda x: fo.adam(betas=0.9), "2 values", "beta1, beta2", "0.9"),  # pyright: ignore[reportArgumentType]
+        ("three betas", lambda x: step(x, betas=(0.9, 0.9, 0.9)), "2 values"),
+        ("negative eps", lambda x: fo.adam(eps=-1e-8), "eps", "-1e-08"),
+        ("negative decay", lambda x: fo.adamw(weight_decay=-1.0), "weight_decay", "-1"),
+        ("negative momentum", lambda x: fo.sgd(momentum=-0.9), "momentum", "-0.9"),
+        ("nesterov without momentum", lambda x: fo.sgd(nesterov=True), "momentum=0.0"),
+        (
+            "nesterov with dampening",
+            lambda x: fo.sgd(momentum=0.9, dampening=0.1, nesterov=True),
+            "nesterov",
+            "dampening=0.1",
+        ),
+        (
+            "glob that fits nothing, in update",
+            lambda x: step(x, lr=fo.by_name({"*.biass": 0.0}, default=0.1)),
+            "lr",
+            "'*.biass'",
+            "'layer.bias', 'layer.weight', 'scale'",
+        ),
+        (
+            "glob that fits nothing, from the factory",
+            lambda x: step(x, fo.sgd(lr=fo.by_name({"Scale": 0.0}, default=0.1))),
+            "lr",
+            "'Scale'",
+            "'scale'",
+        ),
+        (
+            "tensor that does not broadcast",
+            lambda x: step(x, lr={"layer": 0.1, "scale": torch.ones(3)}),
+            "lr at 'scale'",
+            "(3,)",
+            "(4,)",
+        ),
+        (
+            "tensor with more dimensions",
+            lambda x: step(x, eps={"layer": 0.1, "scale": torch.ones(1, 4)}),
+            "eps at 'scale'",
+            "(1, 4)",
+            "(4,)",
+        ),
+        (
+            "tensor on another device",
+            lambda x: step(x, lr={"layer": 0.1, "scale": torch.ones(4, device="meta")}),
+            "lr at 'scale'",
+            "meta",
+            "cpu",
+        ),
+        (
+            "label without optimizer",
+            lambda x: fo.partition({"a": SGD}, {"layer": "a", "scale": "z"}).init(
+                x.params
+            ),
+            "'scale'",
+            "'z'",
+            "['a']",
+        ),
+        (
+            "label without optimizer, in update",
+            lambda x: fo.partition({"a": SGD}, {"layer": "a", "scale": "z"}).update(
+                x.grads, {"a": x.state}, x.params
+            ),
+            "'scale'",
+            "'z'",
+        ),
+        (
+            "labels' glob that fits nothing",
+            lambda x: fo.partition({"a": SGD}, fo.by_name({"z*": "a"}, default="a")).init(
+                x.params
+            ),
+            "labels",
+            "'z*'",
+        ),
+        (
+            "freeze by a number",
+            lambda x: fo.freeze(SGD, {"layer": 1, "scale": False}).init(x.params),
+            "True or False",
+            "'layer.bias'",
+            "1",
+        ),
+        (
+            "freeze by a number, in update",
+            lambda x: step(x, fo.freeze(SGD, 0), state=SGD.init(x.params)),
+            "True or False",
+            "0",
+        ),
+        (
+            "group without params",
+            lambda x: fo.from_param_groups([{"lr": 0.1}]),
+            "group 0",
+            "'params'",
+            "'lr'",
+        ),
+        (
+            "group that lacks a value",
+            lambda x: fo.from_param_groups(two_groups(lr=0.1)),
+            "group 0",
+            "'lr'",
+        ),
+        (
+            "flag that differs",
+            lambda x: fo.from_param_groups(two_groups(nesterov=True), nesterov=False),
+            "'nesterov'",
+            "[False, True]",
+            "partition",
+        ),
+        (
+            "name given twice in a group",
+            lambda x: fo.from_param_groups(
+                [{"params": [("a", torch.ones(1)), ("a", torch.ones(2))]}]
+            ),
+            "group 0",
+            "'a'",
+        ),
+        ("negative steps", lambda x: unroll(x, steps=-1), "steps", "-1"),
+        ("window of no step", lambda x: unroll(x, window=0), "window", "0"),
+        ("window of half a step", lambda x: unroll(x, window=1.5), "window", "1.5"),
+        ("unknown grad_mode", lambda x: unroll(x, grad_mode="exact"), "'exact'"),
+        ("unknown path", lambda x: tasks_of(x, torch.ones(3), tasks="pmap"), "'pmap'"),
+        ("empty chunks", lambda x: tasks_of(x, torch.ones(3), chunk_size=0), "0"),
+        (
+            "unknown randomness",
+            lambda x: tasks_of(x, torch.ones(3), randomness="some", tasks="loop"),
+            "randomness",
+            "'some'",
+        ),
+    ),
+    *refuses(
+        fo.UnknownHyperparameterError,
+        TypeError,
+        ("unknown name", lambda x: step(x, momentum=0.9), "adam", "'momentum'", "betas"),
+        ("a rule's own name", lambda x: step(x, beta1=0.9), "'beta1'", "betas"),
+        ("flag in update", lambda x: step(x, amsgrad=True), "'amsgrad'", "fixed"),
+        (
+            "momentum where there is no buffer",
+            lambda x: step(x, SGD, momentum=0.9),
+            "sgd",
+            "'momentum'",
+            "zero",
+        ),
+        (
+            "name that no part has",
+            lambda x: step(x, HALVES, momentum=0.9),
+            "partition",
+            "'momentum'",
+        ),
+        ("unknown name in unroll", lambda x: unroll(x, hyper={"beta": 0.9}), "'beta'"),
+        (
+            "unknown name through freeze",
+            lambda x: step(x, fo.freeze(SGD, {"layer": True, "scale": False}), rho=1.0),
+            "'rho'",
+        ),
+    ),
+    *refuses(
+        TypeError,  # Python's own, for a keyword that the factory does not have
+        TypeError,
+        ("unknown name in the factory", lambda x: fo.sgd(rate=0.1), "rate"),  # pyright: ignore[reportCallIssue]
+        ("step count that is no int", lambda x: unroll(x, steps=1.5), "float"),
+    ),
+    *refuses(
+        fo.HyperparameterTypeError,
+        TypeError,
+        ("bare callable", lambda x: fo.sgd(lr=lambda t: 0.1), "lr", "fo.Schedule"),
+        ("bare callable in update", lambda x: step(x, lr=lambda t: 0.1), "fo.Schedule"),
+        (
+            "bare callable in a tree",
+            lambda x: step(x, lr={"layer": 0.1, "scale": abs}),
+            "lr",
+            "fo.Schedule",
+        ),
+        (
+            "bare callable in betas",
+            lambda x: fo.adam(betas=(0.9, abs)),
+            "betas[1]",
+            "fo.Schedule",
+        ),
+        ("schedule of a number", lambda x: fo.Schedule(0.1), "function", "0.1"),  # pyright: ignore[reportArgumentType]
+        (
+            "schedule that gives a string",
+            lambda x: step(x, lr=fo.Schedule(lambda t: "fast")),
+            "lr",
+            "'fast'",
+        ),
+        ("string", lambda x: fo.sgd(lr="fast"), "lr", "'fast'"),
+        ("bool", lambda x: fo.sgd(lr=True), "lr", "True"),
+        ("complex", lambda x: fo.sgd(lr=1j), "lr", "1j"),
+        ("None", lambda x: fo.sgd(lr=None), "lr", "None"),
+        ("None in a tree", lambda x: step(x, lr={"layer": None, "scale": 1.0}), "None"),
+        ("per_step in update", lambda x: step(x, lr=fo.per_step(torch.ones(3))), "lr"),
+        (
+            "per_step in the factory",
+            lambda x: fo.sgd(lr=fo.per_step(torch.ones(3))),
+            "lr",
+            "per_step",
+        ),
+    ),
+    *refuses(
+        fo.StructureError,
+        ValueError,
+        (
+            "value tree of other keys",
+            lambda x: step(x, lr={"layer": 0.1, "scales": 0.1}),
+            "lr",
+            "params has 'scale'",
+            "the values have 'scales'",
+        ),
+        (
+            "value tree of other keys, deeper",
+            lambda x: step(x, lr={"layer": {"weights": 0.1, "bias": 1.0}, "scale": 1.0}),
+            "at 'layer'",
+            "'layer.weight'",
+            "'layer.weights'",
+        ),
+        (
+            "value tree that lacks a branch",
+            lambda x: step(x, fo.sgd(lr={"layer": 0.1})),
+            "'<root>'",
+            "'scale'",
+        ),
+        (
+            "value tree deeper than params",
+            lambda x: step(x, lr={"layer": 0.1, "scale": {"a": 0.1}}),
+            "'scale.a'",
+            "'scale'",
+        ),
+        (
+            "value list for a dict",
+            lambda x: step(x, lr=[0.1, 0.2]),
+            "'layer', 'scale'",
+            "'0', '1'",
+        ),
+        (
+            "labels that do not fit",
+            lambda x: fo.partition({"a": SGD}, {"layers": "a", "scale": "a"}).init(
+                x.params
+            ),
+            "labels",
+            "'layer'",
+            "'layers'",
+        ),
+        (
+            "frozen that does not fit",
+            lambda x: fo.freeze(SGD, {"layers": True, "scale": True}).init(x.params),
+            "frozen",
+            "'layer'",
+            "'layers'",
+        ),
+        (
+            "gradient that lacks a leaf",
+            lambda x: ADAM.update({"layer": x.grads["layer"]}, x.state, x.params),
+            "grads",
+            "missing 'scale'",
+        ),
+        (
+            "gradient with one leaf more",
+            lambda x: ADAM.update({**x.grads, "more": x.grads}, x.state, x.params),
+            "grads",
+            "'more.layer.bias'",
+        ),
+        (
+            "gradient in another container",
+            lambda x: ADAM.update((x.grads,), ADAM.init([x.params]), [x.params]),
+            "grads",
+            "containers differ",
+        ),
+        (
+            "gradient of another shape",
+            lambda x: grad_of(x, torch.ones(3, 2)),
+            "grads at 'layer.weight'",
+            "(3, 2)",
+            "(2, 3)",
+        ),
+        (
+            "gradient that would broadcast",
+            lambda x: grad_of(x, torch.ones(3)),
+            "(3,)",
+            "(2, 3)",
+        ),
+        (
+            "gradient where there is no parameter",
+            lambda x: ADAM.update(x.grads, x.state, with_weight(x.params, None)),
+            "grads at 'layer.weight'",
+            "None",
+        ),
+        (
+            "arguments in the wrong order",
+            lambda x: ADAM.update(x.params, x.grads, x.state),
+            "grads",
+            "exp_avg",
+        ),
+        (
+            "state of another optimizer",
+            lambda x: ADAM.update(x.grads, SGD.init(x.params), x.params),
+            "adam keeps",
+            "exp_avg_sq",
+            "['step']",
+        ),
+        (
+            "state of other flags",
+            lambda x: step(x, state=fo.adam(amsgrad=True).init(x.params)),
+            "max_exp_avg_sq",
+            "flags",
+        ),
+        ("no state", lambda x: ADAM.update(x.grads, None, x.params), "NoneType"),  # pyright: ignore[reportArgumentType]
+        (
+            "state of fewer leaves",
+            lambda x: step(x, SGD, state=SGD.init(x.params["layer"])),
+            "(2,)",
+            "3 leaves",
+            "another tree",
+        ),
+        (
+            "state of other names",
+            lambda x: step(
+                x, state=ADAM.init({**x.params["layer"], "s": x.params["scale"]})
+            ),
+            "state['exp_avg']",
+            "missing 'layer.bias', 'layer.weight', 'scale'",
+            "'s'",
+        ),
+        (
+            "state of other shapes",
+            lambda x: step(x, state=init_with(x, torch.ones(5))),
+            "state['exp_avg'] at 'layer.weight'",
+            "(5,)",
+            "(2, 3)",
+        ),
+        (
+            "state of no partition",
+            lambda x: HALVES.update(x.grads, x.state, x.params),
+            "['a', 'b']",
+        ),
+        ("no number of steps", lambda x: fo.unroll(SGD, loss, x.params), "steps="),
+        (
+            "batch and batches",
+            lambda x: unroll(x, loss, torch.ones(2), batches=torch.ones(2)),
+            "batch",
+            "batches",
+        ),
+        (
+            "batches of another number",
+            lambda x: unroll(x, batches=torch.ones(2), steps=3),
+            "2 steps",
+            "steps=3",
+        ),
+        (
+            "batches of unequal number",
+            lambda x: unroll(x, batches={"x": torch.ones(2), "y": torch.ones(3)}),
+            "batches",
+            "'x' has 2",
+            "'y' has 3",
+        ),
+        ("batches of nothing", lambda x: unroll(x, batches=()), "batches", "empty"),
+        ("0-d batches", lambda x: unroll(x, batches=[torch.ones(())]), "batches['0']"),
+        ("batches of numbers", lambda x: unroll(x, batches=[1, 2]), "batches['0']"),
+        (
+            "per_step of another number",
+            lambda x: unroll(x, hyper={"lr": fo.per_step(torch.ones(3))}),
+            "'lr'",
+            "3 steps",
+            "2",
+        ),
+        (
+            "per_step of unequal number",
+            lambda x: unroll(
+                x,
+                hyper={"lr": fo.per_step((torch.ones(2), torch.ones(3)))},
+            ),
+            "'0' has 2",
+            "'1' has 3",
+        ),
+        (
+            "per_step of floats",
+            lambda x: unroll(x, hyper={"lr": fo.per_step([0.1, 0.2])}),
+            "lr['0']",
+        ),
+        ("loss per row", lambda x: unroll(x, lambda p, _: p["scale"]), "0-d", "(4,)"),
+        ("loss of a float", lambda x: unroll(x, lambda p, _: 1.0), "0-d", "float"),
+        ("no loss", lambda x: unroll(x, lambda p, _: None), "0-d", "NoneType"),
+        (
+            "aux not announced",
+            lambda x: unroll(x, lambda p, _: (loss(p, _), p)),
+            "0-d",
+            "has_aux",
+        ),
+        ("aux announced, not given", lambda x: unroll(x, has_aux=True), "has_aux"),
+        (
+            "tasks of unequal number",
+            lambda x: tasks_of(x, {"x": torch.ones(2), "y": [torch.ones(3)]}),
+            "tasks",
+            "'x' has 2",
+            "'y.0' has 3",
+        ),
+        ("no task tensors", lambda x: tasks_of(x, {}), "tasks", "empty"),
+        ("tasks without axis", lambda x: tasks_of(x, torch.ones(())), "leading axis"),
+        ("no tasks", lambda x: tasks_of(x, torch.ones(0, 3)), "tasks"),
+        ("no tasks, looped", lambda x: tasks_of(x, torch.ones(0), tasks="loop"), "tasks"),
+    ),
+    *refuses(
+        fo.LeafError,
+        TypeError,
+        ("float leaf", lambda x: init_with(x, 1.0), "params['layer.weight']", "float"),
+        ("string leaf", lambda x: init_with(x, "w"), "params['layer.weight']", "str"),
+        ("module for params", lambda x: SGD.init(nn.Identity()), "<root>", "Identity"),
+        ("iterator for params", lambda x: SGD.init(iter([torch.ones(1)])), "iterator"),
+        (
+            "integer leaf",
+            lambda x: init_with(x, torch.ones(2, 3).long()),
+            "params['layer.weight']",
+            "torch.int64",
+        ),
+        ("bool leaf", lambda x: init_with(x, torch.ones(2) > 0), "torch.bool"),
+        ("complex leaf", lambda x: init_with(x, torch.ones(2) * 1j), "torch.complex64"),
+        (
+            "sparse leaf",
+            lambda x: init_with(x, torch.ones(2, 3).to_sparse()),
+            "params['layer.weight']",
+            "sparse",
+        ),
+        (
+            "integer leaf in update",
+            lambda x: SGD.update(
+                torch.ones(2).long(), SGD.init(torch.ones(2)), torch.ones(2).long()
+            ),
+            "params['<root>']",
+            "torch.int64",
+        ),
+        (
+            "sparse leaf in update",
+            lambda x: SGD.update(
+                torch.ones(2).to_sparse(),
+                SGD.init(torch.ones(2)),
+                torch.ones(2).to_sparse(),
+            ),
+            "params['<root>']",
+            "sparse",
+        ),
+        (
+            "gradient of another dtype",
+            lambda x: grad_of(x, torch.ones(2, 3).double()),
+            "grads at 'layer.weight'",
+            "torch.float64",
+            "torch.float32",
+        ),
+        (
+            "gradient on another device",
+            lambda x: grad_of(x, torch.ones(2, 3, device="meta")),
+            "grads at 'layer.weight'",
+            "meta",
+            "cpu",
+        ),
+        (
+            "sparse gradient",
+            lambda x: grad_of(x, torch.ones(2, 3).to_sparse()),
+            "grads at 'layer.weight'",
+            "sparse",
+            "to_dense",
+        ),
+        ("gradient of a branch", lambda x: grad_of(x, [1.0]), "'layer.weight'", "list"),
+        ("gradient of a float", lambda x: grad_of(x, 1.0), "'layer.weight'", "float"),
+        (
+            "state of another dtype",
+            lambda x: step(x, state=init_with(x, torch.ones(2, 3).double())),
+            "state['exp_avg'] at 'layer.weight'",
+            "torch.float64",
+            "torch.float32",
+        ),
+        (
+            "state on another device",
+            lambda x: step(x, state=init_with(x, torch.ones(2, 3, device="meta"))),
+            "state['exp_avg'] at 'layer.weight'",
+            "meta",
+            "cpu",
+        ),
+        (
+            "state of when the leaf was frozen",
+            lambda x: step(
+                x, state=fo.freeze(ADAM, {"layer": True, "scale": False}).init(x.params)
+            ),
+            "state['exp_avg'] at 'layer.bias'",
+        ),
+        (
+            "count of steps that is a number",
+            lambda x: step(x, state={**x.state, "step": 3}),
+            "state['step']",
+            "int",
+        ),
+        (
+            "count of steps in floats",
+            lambda x: step(x, state={**x.state, "step": torch.zeros(3)}),
+            "state['step']",
+            "torch.float32",
+            "int64",
+        ),
+        (
+            "group of numbers",
+            lambda x: fo.from_param_groups([{"params": [1.0]}]),
+            "group 0",
+            "float",
+        ),
+        (
+            "unroll of numbers",
+            lambda x: fo.unroll(SGD, loss, {"w": 1.0}, steps=1),
+            "params['w']",
+            "float",
+        ),
+        (
+            "integer theta",
+            lambda x: fo.meta.value_and_grad(loss)({"n": torch.arange(3)}, torch.ones(2)),
+            "theta['n']",
+            "torch.int64",
+        ),
+        (
+            "number in theta",
+            lambda x: fo.meta.value_and_grad(loss)({"lr": 0.1}, torch.ones(2)),
+            "theta['lr']",
+            "float",
+        ),
+    ),
+    *refuses(
+        fo.FuncoptError,
+        TypeError,
+        (
+            "parameters where groups are wanted",
+            lambda x: fo.from_param_groups([x.params["scale"]]),
+            "group 0",
+            "params",
+        ),
+    ),
+    *refuses(
+        fo.GradientLostError,
+        RuntimeError,
+        ("lost: batch", lambda x: first_order(x, scaled, learned()), "batch", "detach"),
+        (
+            "lost: batches",
+            lambda x: first_order(x, scaled, batches=learned().expand(2)),
+            "first_order",
+        ),
+        (
+            "lost: meta",
+            lambda x: first_order(x, scaled, meta=learned()),
+            "meta",
+            "reverse",
+        ),
+        (
+            "lost: closed over",
+            lambda x: first_order(x, lambda p, _: scaled(p, LEARNED)),
+            "closed-over",
+            "fo.detach",
+        ),
+        (
+            "lost: buffers",
+            lambda x: first_order(x, scaled, buffers=learned()),
+            "first_order",
+        ),
+        (
+            "lost: closed over, in func.grad",
+            lambda x: torch.func.grad(
+                lambda by: first_order(x, lambda p, _: scaled(p, by)).losses.sum()
+            )(torch.ones(())),
+            "closed-over",
+        ),
+        (
+            "lost: a tangent",
+            lambda x: torch.func.jvp(
+                lambda by: first_order(x, scaled, by).losses,
+                (torch.ones(()),),
+                (torch.ones(()),),
+            ),
+            "batch",
+        ),
+        (
+            "lost: closed over, in the tasks",
+            lambda x: over_tasks(
+                x,
+                lambda theta, task: first_order(
+                    x, lambda p, _: scaled(p, theta["scale"].sum())
+                ).losses.sum(),
+            ),
+            "closed-over",
+        ),
+    ),
+    *refuses(
+        RuntimeError,  # torch.func's own, and clear
+        RuntimeError,
+        (
+            "loss per row of a task",
+            lambda x: over_tasks(x, lambda t, _: t["scale"]),
+            "scalar",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.what for case in CASES])
+def test_bad_input_is_refused_and_nothing_changes(case: Case):
+    x = given()
+    leaves = tree.leaves(x)
+    before = [(leaf.clone(), leaf._version, leaf.data_ptr()) for leaf in leaves]
+    expected = tree.leaves(step(given()))
+    grad_enabled, noise = torch.is_grad_enabled(), torch.get_rng_state()
+    with pytest.raises(case.error) as caught:
+        case.call(x)
+    assert isinstance(caught.value, case.builtin)
+    message = str(caught.value)
+    for word in case.words:
+        assert word in message, message
+    for leaf, (value, version, pointer) in zip(tree.leaves(x), before, strict=True):
+        assert torch.equal(leaf, value)
+        assert (leaf._version, leaf.data_ptr()) == (version, pointer)
+        assert leaf.grad is None and not leaf.requires_grad
+    assert torch.is_grad_enabled() == grad_enabled
+    assert torch.equal(torch.get_rng_state(), noise)
+    found = tree.leaves(step(x))  # and the optimizer works as before
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_no_case_is_there_twice():
+    assert len({case.what for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize(
+    "error, builtin",
+    [
+        (fo.HyperparameterError, ValueError),
+        (fo.UnknownHyperparameterError, TypeError),
+        (fo.HyperparameterTypeError, TypeError),
+        (fo.StructureError, ValueError),
+        (fo.LeafError, TypeError),
+        (fo.GradientLostError, RuntimeError),
+    ],
+)
+def test_an_error_is_funcopts_and_the_builtin_one(error: type, builtin: type):
+    assert issubclass(error, fo.FuncoptError) and issubclass(error, builtin)
+    assert any(case.error is error for case in CASES)
+
+
+def test_detach_says_that_the_loss_of_a_gradient_is_meant():
+    x = given()
+    for how in ({"meta": fo.detach(learned())}, {"buffers": fo.detach(learned())}):
+        first_order(x, scaled, **how)
+    run = first_order(x, lambda p, _: scaled(p, LEARNED.detach()))
+    assert not run.losses.requires_grad
+    with torch.no_grad():
+        first_order(x, scaled, learned())  # nobody follows a gradient here

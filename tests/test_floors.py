@@ -1,0 +1,121 @@
+"""Import floors: a file of funcopt imports only from floors below its own."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+import funcopt
+
+PACKAGE = Path(funcopt.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# The first row that fits a file gives its floor. A package's __init__ is the top of it.
+FLOORS = {
+    "funcopt.errors": 0,
+    "funcopt.types": 0,
+    "funcopt.tree": 1,
+    "funcopt.checks": 2,
+    "funcopt.select": 2,
+    "funcopt.execution.reference": 2,
+    "funcopt.hyper": 3,
+    "funcopt.execution.dispatch": 3,
+    "funcopt.execution": 3.5,
+    "funcopt.optimizer": 4,
+    "funcopt.optimizers._parts": 5,
+    "funcopt.optimizers": 5.9,
+    "funcopt.optimizers.*": 5.5,
+    "funcopt.transforms": 6.5,
+    "funcopt.transforms.*": 6,
+    "funcopt.unroll": 7,
+    "funcopt.meta": 8.5,
+    "funcopt.meta.*": 8,
+    "funcopt": 9,
+}
+
+
+def module_name(file: Path) -> str:
+    parts = (PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+def floor(module: str) -> float:
+    return next(level for name, level in FLOORS.items() if fnmatch(module, name))
+
+
+def imports(source: str) -> Iterator[str]:
+    """Each module that the source imports, wherever in the file it stands."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from _targets(node)
+
+
+def _targets(node: ast.ImportFrom) -> Iterator[str]:
+    """``from funcopt import tree`` imports the module funcopt.tree, not the package."""
+    base = "." * node.level + (node.module or "")
+    for alias in node.names:
+        submodule = f"{base}.{alias.name}"
+        yield submodule if submodule in MODULES else base
+
+
+def misplaced(module: str, source: str) -> list[str]:
+    """What ``module`` may not import."""
+    wrong = []
+    for target in imports(source):
+        if target.startswith("."):
+            wrong.append(f"{target} (write the whole path)")
+        elif target.split(".")[0] != "funcopt":
+            if target.split(".")[0] not in {"torch", "optree"} | sys.stdlib_module_names:
+                wrong.append(f"{target} (not torch, optree or the standard library)")
+        elif target not in MODULES:
+            wrong.append(f"{target} (no such module)")
+        elif floor(target) >= floor(module):
+            wrong.append(f"{target} (floor {floor(target)}, here {floor(module)})")
+    return wrong
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_imports_from_below(module: str):
+    assert misplaced(module, MODULES[module].read_text()) == []
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if "optimizers." in m])
+def test_an_optimizer_knows_no_executor(module: str):
+    targets = list(imports(MODULES[module].read_text()))
+    assert not any(target.startswith("funcopt.execution") for target in targets)
+
+
+def test_every_file_has_a_floor_and_every_row_a_file():
+    rows = [{module for module in MODULES if fnmatch(module, name)} for name in FLOORS]
+    assert all(rows) and set.union(*rows) == set(MODULES)
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("funcopt.tree", "from funcopt import select"),
+        ("funcopt.tree", "from funcopt.select import by_name"),
+        ("funcopt.tree", "import funcopt.select"),
+        ("funcopt.select", "import funcopt"),
+        ("funcopt.select", "from funcopt import by_name"),
+        ("funcopt.errors", "from funcopt.types import Tree"),
+        ("funcopt.hyper", "def f():\n    from funcopt.optimizer import Optimizer"),
+        ("funcopt.optimizers.adam", "from funcopt.optimizers.sgd import sgd"),
+        ("funcopt.optimizers.adam", "from funcopt.optimizers import sgd"),
+        ("funcopt.optimizers.adam", "from . import sgd"),
+        ("funcopt.transforms.groups", "from funcopt.transforms.partition import freeze"),
+        ("funcopt.unroll", "from funcopt.meta import tasks"),
+        ("funcopt.unroll", "import numpy as np"),
+        ("funcopt.unroll", "from higher.patch import monkeypatch"),
+    ],
+)
+def test_a_misplaced_import_is_found(module: str, source: str):
+    assert len(misplaced(module, source)) == 1

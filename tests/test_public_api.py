@@ -1,0 +1,168 @@
+"""The public surface: every name documented in full, and a light, silent import."""
+
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import funcopt as fo
+
+NAMES = {name: getattr(fo, name) for name in fo.__all__ if name != "meta"}
+NAMES |= {f"meta.{name}": getattr(fo.meta, name) for name in fo.meta.__all__}
+ERRORS = {n: x for n, x in NAMES.items() if n.endswith("Error")}
+RECORDS = {
+    "Unrolled": fo.Unrolled
+}  # a result: its fields are documented where they stand
+CALLABLES = {n: x for n, x in NAMES.items() if n not in ERRORS and n not in RECORDS}
+CLASSES = {n: x for n, x in CALLABLES.items() if inspect.isclass(x)}
+
+# A function says all of these, in this order; a class is what it returns.
+SECTIONS = ("Args", "Returns", "Raises", "Source", "Example")
+
+
+def doc(thing: Any) -> str:
+    return inspect.getdoc(thing) or ""
+
+
+def sections(thing: Any) -> dict[str, str]:
+    """The docstring's sections, by their titles."""
+    parts = re.split(r"^([A-Z][a-z]+):$", doc(thing), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return [p for p in inspect.signature(function).parameters if p != "self"]
+
+
+def test_the_names_are_sorted_and_there():
+    for module in (fo, fo.meta):
+        assert list(module.__all__) == sorted(set(module.__all__))
+        public = {name for name in vars(module) if not name.startswith("_")}
+        submodules = {n for n in public if inspect.ismodule(getattr(module, n))}
+        assert public - submodules == set(module.__all__) - {"meta"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_docstring_begins_with_one_line_that_says_it(name: str):
+    first, *rest = doc(NAMES[name]).splitlines()
+    assert first.endswith(".") and len(first) <= 90
+    assert not rest or rest[0] == ""
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_the_sections_are_there_and_in_order(name: str):
+    wanted = [s for s in SECTIONS if s != "Returns" or name not in CLASSES]
+    found = [s for s in sections(CALLABLES[name]) if s in SECTIONS]
+    assert found == wanted
+    assert all(sections(CALLABLES[name])[s].strip() for s in wanted)
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_every_argument_is_described_once(name: str):
+    described = re.findall(r"^    (\w+): \S", sections(CALLABLES[name])["Args"], re.M)
+    assert described == parameters(CALLABLES[name])
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_every_error_that_is_named_is_one_of_ours(name: str):
+    text = sections(CALLABLES[name])["Raises"]
+    named = re.findall(r"\b[A-Z]\w+Error\b", text)
+    assert all(error in ERRORS for error in named)
+    assert named or re.search(r"Nothing|[Ww]hatever", text)
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_every_argument_is_annotated(name: str):
+    function = CALLABLES[name].__init__ if name in CLASSES else CALLABLES[name]
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name != "self":
+            assert parameter.annotation is not inspect.Parameter.empty, parameter
+    assert inspect.signature(function).return_annotation is not inspect.Signature.empty
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_an_example_runs_and_shows_what_comes_out(name: str):
+    """The doctests run with the suite; here: each is whole, and calls what it is of."""
+    example = sections(CALLABLES[name])["Example"]
+    lines = [line.strip() for line in example.splitlines() if line.strip()]
+    assert lines[0] == ">>> import torch, funcopt as fo"
+    assert f"fo.{name}(" in example or name == "Optimizer"  # which a factory makes
+    assert any(not line.startswith((">>>", "...")) for line in lines)
+    assert "doctest: +" not in example
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_says_when_it_is_raised(name: str):
+    assert len(doc(ERRORS[name]).splitlines()) == 1
+    assert ERRORS[name].__doc__ != Exception.__doc__
+
+
+def test_a_result_documents_its_fields():
+    source = inspect.getsource(fo.Unrolled)
+    for field in fo.Unrolled._fields:
+        assert re.search(rf"^    {field}: \w+  #: \S", source, re.M), field
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        (fo.sgd, torch.optim.SGD),
+        (fo.adam, torch.optim.Adam),
+        (fo.adamw, torch.optim.AdamW),
+    ],
+)
+def test_a_factory_takes_what_torch_optim_takes(ours: Any, theirs: Any):
+    execution = {"params", "foreach", "fused", "capturable", "differentiable"}
+    wanted = {
+        name: parameter.default
+        for name, parameter in inspect.signature(theirs).parameters.items()
+        if name not in execution
+    }
+    found = {n: p.default for n, p in inspect.signature(ours).parameters.items()}
+    assert found == wanted and list(found) == list(wanted)
+
+
+# The import, in a process of its own ---------------------------------------------------
+
+HEAVY = (
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.utils.tensorboard",
+    "hypothesis",
+    "higher",
+    "matplotlib",
+    "numpy.testing",
+    "PIL",
+    "pytest",
+    "torchopt",
+    "torchvision",
+    "tqdm",
+)
+CHILD = """
+import sys
+import torch, optree
+before = set(sys.modules)
+state = torch.get_rng_state(), torch.is_grad_enabled(), torch.get_default_dtype()
+import funcopt
+after = torch.get_rng_state(), torch.is_grad_enabled(), torch.get_default_dtype()
+assert torch.equal(state[0], after[0]) and state[1:] == after[1:]
+sys.stderr.write("\\n".join(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_the_import_is_light_silent_and_changes_no_setting():
+    command = [sys.executable, "-W", "error", "-c", CHILD]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert child.stdout == ""
+    modules = child.stderr.splitlines()
+    assert "funcopt.unroll" in modules
+    for module in modules:
+        assert not module.startswith(HEAVY), module
+        root = module.split(".")[0]
+        assert root in {"funcopt", "torch", "optree"} | sys.stdlib_module_names, module
