@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-
 from funcopt import tree
 from funcopt.errors import HyperparameterError, StructureError
 
@@ -35,16 +33,19 @@ class ByName:
         return [self.default if g is None else self.patterns[g] for g in choice]
 
 
-# Names are constants of a compiled graph: Dynamo calls these, for it cannot trace `re`.
-@torch.compiler.assume_constant_result
 def _first_fit(globs: tuple[str, ...], names: tuple[str, ...]) -> list[str | None]:
     """The first glob that fits each name."""
     return [next((g for g in globs if fnmatchcase(n, g)), None) for n in names]
 
 
-@torch.compiler.assume_constant_result
 def _any_fits(glob: str, names: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, glob) for name in names)
+
+
+# Names are constants of a compiled graph: Dynamo calls these, for it cannot trace `re`.
+# What torch.compiler.assume_constant_result does, without importing Dynamo.
+for _constant in (_first_fit, _any_fits):
+    vars(_constant)["_dynamo_marked_constant"] = True
 
 
 def by_name(patterns: Mapping[str, Any], *, default: Any) -> ByName:

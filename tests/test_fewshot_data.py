@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fewshot import glyphs, nets, omniglot
-from fewshot.episodes import Distortion, Episodes, Tasks
-from fewshot.split import Split, rotated
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.func import grad, vmap
+
+from fewshot import glyphs, nets, omniglot
+from fewshot.episodes import Distortion, Episodes, Tasks
+from fewshot.split import Split, rotated
 
 OMNIGLOT = Path(__file__).parents[2] / "shared" / "data" / "omniglot"
 needs_omniglot = pytest.mark.skipif(
