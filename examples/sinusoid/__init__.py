@@ -1,0 +1,1 @@
+"""The sinusoid example's parts: the tasks, the methods, the picture."""
