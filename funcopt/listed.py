@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
+from funcopt.execution import dispatch
 from funcopt.types import Tensor, Tree
 
 
@@ -29,14 +30,75 @@ class Listed:
         return present
 
     def grad(self, *lists: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
-        """∂(first output)/∂(first list), and beside it all outputs."""
+        """∂(first output)/∂(first list), and beside it all outputs.
 
+        Three ways to the same numbers. ``torch.func.grad`` is always right; it opens a
+        level that every op of the function and of its backward passes through. Autograd
+        alone does where it records the variables already, and, on leaves of our own,
+        where nothing that it can see is differentiated.
+        """
+        variables, rest = list(lists[0]), lists[1:]
+        if torch.compiler.is_compiling():
+            return torch.func.grad(self._first(rest), has_aux=True)(variables)
+        if dispatch.recorded(variables):
+            # Views: the derivative stops at them, also where the function closes over
+            # the same tensors (a proximal term).
+            views = [x.view_as(x) for x in variables]
+            out = self(views, *rest)
+            return _derivative(out[0], views, record=True), out
+        if not dispatch.differentiating(x for each in lists for x in each):
+            following = torch.is_grad_enabled()
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in variables]
+                out = self(leaves, *rest)
+                # What the function closes over may be differentiated: keep its graph.
+                record = following and not _reached(out) <= set(leaves)
+                grads = _derivative(out[0], leaves, record=record)
+            return grads, out if record else [x.detach() for x in out]
+        return torch.func.grad(self._first(rest), has_aux=True)(variables)
+
+    def _first(
+        self, rest: Sequence[Sequence[Any]]
+    ) -> Callable[[list[Any]], tuple[Tensor, list[Any]]]:
         def first(variables: list[Any]) -> tuple[Tensor, list[Any]]:
-            out = self(variables, *lists[1:])
+            out = self(variables, *rest)
             return out[0], out
 
-        return torch.func.grad(first, has_aux=True)(list(lists[0]))
+        return first
 
     def like_first(self, grads: Sequence[Any]) -> Tree:
         """A list like the first input's as a tree like the first."""
         return self._put_back[0](grads)
+
+
+def _derivative(
+    value: Tensor, variables: Sequence[Tensor], *, record: bool
+) -> list[Tensor]:
+    if not value.requires_grad:
+        return [torch.zeros_like(x) for x in variables]
+    return list(
+        torch.autograd.grad(
+            value,
+            variables,
+            create_graph=record,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
+
+
+def _reached(values: Sequence[Any]) -> set[Tensor]:
+    """The leaf tensors that a backward pass from ``values`` would come to."""
+    found: set[Tensor] = set()
+    seen: set[Any] = set()
+    ahead = [x.grad_fn for x in values if isinstance(x, Tensor)]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.add(leaf)
+        ahead.extend(function for function, _ in node.next_functions)
+    return found

@@ -44,6 +44,22 @@ def differentiating(tensors: Iterable[Any]) -> bool:
     )
 
 
+def recorded(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd records each tensor at the level that is now running.
+
+    A derivative can then be taken at this level. A tensor that an outer transform
+    follows requires grad, too, but not here: its level tells.
+    """
+    if not tensors or not torch.is_grad_enabled():
+        return False
+    top = _functorch.peek_interpreter_stack()
+    if top is None:
+        return all(t.requires_grad for t in tensors)
+    return top.key() == _functorch.TransformType.Grad and all(
+        t.requires_grad and _functorch.maybe_get_level(t) == top.level() for t in tensors
+    )
+
+
 def is_tracked(tensor: Tensor) -> bool:
     """Whether this tensor carries a gradient or a tangent, at any transform level."""
     while True:
