@@ -110,8 +110,10 @@ def unroll(
         grad_mode: "reverse" is exact. "first_order" takes each gradient as a constant
             (FOMAML): cheap in memory, blind to everything that acts through the
             gradient; the losses then are values only.
-        window: cut the graph after every ``window`` steps (truncation): gradients reach
-            back to the last cut only.
+        window: cut the graph after every ``window`` steps (truncation): gradients of
+            ``params`` and ``state`` reach back to the last cut only. ``losses`` keep the
+            graph of their own windows; for memory that does not grow, call `unroll` once
+            per window and `detach` what it gives.
         has_aux: ``loss_fn`` returns ``(loss, aux)``; aux is a tree of tensors.
 
     Returns:
@@ -165,7 +167,9 @@ def unroll(
         params, state = opt.update(grads, state, params, **hyper_at(k))
         losses.append(loss)
         auxes.append(aux)
-    stacked = torch.stack(losses) if losses else torch.zeros(0)
+    stacked = (
+        torch.stack(losses) if losses else torch.zeros(0)
+    )  # no loss: no dtype to follow
     aux = tree.map(lambda *rows: torch.stack(rows), *auxes) if auxes else None
     return Unrolled(params, state, stacked, aux, buffers)
 

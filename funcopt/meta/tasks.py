@@ -114,13 +114,20 @@ def value_and_grad(
 
 
 def choose(theta: Tree, count: int) -> Literal["vmap", "loop"]:
-    """Whether ``count`` tasks run faster batched or one by one.
+    """Whether ``count`` tasks run faster batched or one by one, from shapes alone.
 
-    One task is no batch. Otherwise vmap, except on a CPU with wide convolutions.
+    On a CPU one or two tasks are looped, and so is any number where theta holds a
+    convolution of 32 x 32 channels or more: batched weights make grouped convolutions,
+    which are slow there. Everything else is batched. The table of benchmarks/README.md
+    shows where the rule is right; where it is not, say ``tasks=`` yourself.
     """
-    if count == 1:
-        return "loop"
-    return "vmap"
+    leaves = [leaf for leaf in tree.leaves(theta) if leaf is not None]
+    if any(leaf.device.type != "cpu" for leaf in leaves):
+        return "loop" if count == 1 else "vmap"
+    wide = any(
+        leaf.ndim >= 4 and leaf.shape[0] * leaf.shape[1] >= 32**2 for leaf in leaves
+    )
+    return "loop" if count <= 2 or wide else "vmap"
 
 
 def _check_theta(theta: Tree) -> None:

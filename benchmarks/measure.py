@@ -1,0 +1,143 @@
+"""What every benchmark needs: time, memory, the machine, and a file for each result."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results"
+
+#: Milliseconds: median, min, max over ``repeats`` calls.
+Times: TypeAlias = dict[str, float]
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    fill: float = 0.1,
+    bar: tqdm[Any] | None = None,
+) -> dict[str, Times]:
+    """Time the calls in turn, A B C A B C, so that a slow moment of the machine hits all.
+
+    A sample is the mean over as many consecutive calls as fill about ``fill`` seconds, as
+    in training; garbage of the one before it is collected first. One round is untimed.
+    """
+    numbers = {name: max(1, round(fill / _seconds(call))) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            gc.collect()
+            samples[name].append(1e3 * _seconds(call, numbers[name]))
+            if bar is not None:
+                bar.update()
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def _seconds(call: Callable[[], Any], number: int | None = None) -> float:
+    if number is None:
+        call()  # the first is slower
+        number = 1
+    start = time.perf_counter()
+    for _ in range(number):
+        call()
+    return (time.perf_counter() - start) / number
+
+
+def summary(values: list[float]) -> Times:
+    """Median, least and greatest of the samples."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "repeats": len(values),
+    }
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most bytes that tensors allocated in a call held at one time.
+
+    Counted from each allocation and release that torch's allocator reports. The same at
+    every run; without Python objects, code, and memory that the system keeps in reserve.
+    """
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+        call()  # twice: what the first leaves behind counts against the second
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    events: Any = record.profiler.kineto_results.events()
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in events
+        if event.name() == "[memory]"
+    ]
+    live = most = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        live += change
+        most = max(most, live)
+    return most
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that a measurement belongs to."""
+    packages = ("torch", "funcopt", "higher", "torchopt", "optree")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "device": "cpu",
+    }
+
+
+def save(name: str, result: Any, *, measured: bool = True) -> None:
+    """Write ``results/name.json``, and beside it the environment it was measured in."""
+    RESULTS.mkdir(exist_ok=True)
+    files = {name: result} | ({"environment": environment()} if measured else {})
+    for stem, content in files.items():
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        (RESULTS / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load(name: str) -> Any:
+    """What `save` wrote, or None."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.machine()} ({capability})"
+
+
+def _memory_gib() -> float | None:
+    if not hasattr(os, "sysconf"):
+        return None
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
