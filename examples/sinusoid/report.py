@@ -22,14 +22,14 @@ STEPS = max(COLUMNS)
 PUBLISHED = {("MAML", 1, 5): "1.13 ± 0.18", ("Meta-SGD", 1, 5): "0.90 ± 0.16"}
 
 NOTES = f"""\
-Mean squared error, with its 95 % interval, on held-out waves after 0 to {STEPS} inner steps.
+Mean squared error, with its 95 % interval, on held-out waves after 0 to {STEPS} steps.
 [ ] marks the number of steps that the method was trained with. Beyond it nothing keeps
     learned rates in check, and they may diverge; LSLR goes on with its last step's.
   † after one step. Second-hand: Li et al., 2017, table 1, as other authors quote it.
     There: 60,000 iterations of 4 tasks; 100 held-out tasks.
     Here: the iterations above, of {META_BATCH} tasks, each with {QUERIES} query points;
-    Adam at {OUTER_LR["params"]:g}, and at {OUTER_LR["lr"]:g} for learned rates, decaying to 0;
-    meta-gradients clipped to norm {MAX_NORM:g}."""
+    Adam at {OUTER_LR["params"]:g}, at {OUTER_LR["lr"]:g} for learned rates, decaying
+    to 0; meta-gradients clipped to norm {MAX_NORM:g}."""
 
 
 def table(outcomes: Sequence[Outcome], errors: Sequence[Tensor], shots: int) -> str:
