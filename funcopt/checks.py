@@ -84,8 +84,11 @@ def _all_alike(
     if live is not None:
         params, grads, *slots = [[c[i] for i in live] for c in (params, grads, *slots)]
     expected = _describe(params)
-    kinds = {(dtype, layout) for _, dtype, _, layout in expected}
-    if not all(d.is_floating_point and lay is torch.strided for d, lay in kinds):
+    # Slots that look like params have passed init: these are floats, and dense.
+    if not slots and not all(
+        dtype.is_floating_point and layout is torch.strided
+        for _, dtype, _, layout in expected
+    ):
         return False
     return all(_describe(column) == expected for column in (grads, *slots))
 
