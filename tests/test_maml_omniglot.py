@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -468,7 +469,14 @@ def start(*options: str, folder: Path) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        program, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True
+        program,
+        cwd=folder,
+        env=environment,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        # A shell starts background jobs, and CI may start us, with Ctrl-C ignored.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 

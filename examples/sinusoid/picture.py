@@ -89,7 +89,7 @@ def fitted_waves(row: Sequence[Axes], outcome: Outcome, tasks: Wave, colour: str
             support.x[i], support.y[i], "o", ms=4.5, mfc="white", mec=INK, label="given"
         )
         axes.set(xlim=DOMAIN, xticks=(-5, 0, 5))
-        reach = 1.35 * truth[i].abs().max().item() + 0.3
+        reach = max(1.35 * truth[i].abs().max().item(), 2.6)  # the start reaches 2
         axes.set_ylim(-reach, reach)
     row[0].set_title(label(outcome.method), color=colour, weight="bold")
 
