@@ -130,8 +130,7 @@ class Hypers:
             self.arguments |= hyper.arguments(name, hyper.value)
         # A copy: what the caller does to his dict later is not this optimizer's affair.
         self.arguments = {
-            name: select.map_values(lambda x: x, value)
-            for name, value in self.arguments.items()
+            name: select.copied(value) for name, value in self.arguments.items()
         }
         # Trees of plain numbers give the same values at every call on one structure.
         self._constant = {k for k, v in self.arguments.items() if _is_constant(v)}

@@ -95,6 +95,11 @@ def map_values(function: Callable[[Any], Any], value: Any) -> Any:
     return tree.map(function, value)
 
 
+def copied(value: Any) -> Any:
+    """The same selector or tree in containers of its own, which nobody else changes."""
+    return map_values(lambda x: x, value)
+
+
 def per_leaf(value: Any, structure: tree.Structure, what: str) -> list[Any]:
     """``value`` spread over the leaves: a selector, or a tree that is a prefix."""
     if isinstance(value, ByName):

@@ -42,6 +42,7 @@ def value_and_grad(
         has_aux: ``task_loss`` returns ``(loss, aux)``.
         randomness: what random operations do across tasks: "different" numbers for each,
             the "same" for all, or an "error" (under vmap), as in ``torch.func.vmap``.
+            In a loop and in chunks "same" rewinds the CPU's generator only.
 
     Returns:
         ``f(theta, tasks) -> (loss, grads)``, with ``has_aux`` ``((loss, aux), grads)``.

@@ -41,7 +41,7 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
         >>> new["bias"], sorted(state["rest"])
         (tensor([0.9000, 0.9000]), ['exp_avg', 'exp_avg_sq', 'step'])
     """
-    optimizers = dict(optimizers)
+    optimizers, labels = dict(optimizers), select.copied(labels)
 
     def split(structure: tree.Structure) -> dict[str, list[bool]]:
         names = select.per_leaf(labels, structure, "labels")
@@ -121,6 +121,7 @@ def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
         >>> opt.update(params, opt.init(params), params)[0]
         {'body': tensor([1.]), 'head': tensor([0.])}
     """
+    frozen = select.copied(frozen)
 
     def active(structure: tree.Structure) -> list[bool]:
         flags = select.per_leaf(frozen, structure, "frozen")
