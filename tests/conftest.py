@@ -11,6 +11,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import torch._decomp.decompositions_for_jvp  # noqa: F401
 
+# The tensors are small. A second thread gains nothing, and where another program takes
+# its core the two wait for each other: seconds for what takes milliseconds.
+torch.set_num_threads(1)
+
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("repeatable")
 
