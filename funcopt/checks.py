@@ -29,47 +29,50 @@ def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
 
 
 def check_state(
-    state: State, keys: Sequence[str], structure: tree.Structure, name: str
+    state: State,
+    keys: Sequence[str],
+    vectors: Mapping[str, torch.dtype],
+    structure: tree.Structure,
+    name: str,
 ) -> None:
-    """The slots must be this optimizer's, and as many as these params have leaves."""
+    """The slots must be this optimizer's, its vectors as long as params has leaves."""
     if not isinstance(state, Mapping) or state.keys() != set(keys):
         found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
         raise StructureError(
             f"{name} keeps the state {sorted(keys)}, but was given {found}: this state "
             "is another optimizer's (or was made with other flags); use opt.init(params)"
         )
-    steps = state["step"]
-    if not isinstance(steps, Tensor) or steps.dtype is not torch.int64:
-        found = steps.dtype if isinstance(steps, Tensor) else type(steps).__name__
-        raise LeafError(
-            f"state['step'] is {found}; it counts the steps of each leaf, in torch.int64"
-        )
-    if steps.shape != (structure.num_leaves,):
-        raise StructureError(
-            f"state['step'] has shape {tuple(steps.shape)}, params has "
-            f"{structure.num_leaves} leaves: this state was made for another tree"
-        )
+    for key, dtype in vectors.items():
+        found = state[key]
+        if not isinstance(found, Tensor) or found.dtype is not dtype:
+            kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+            raise LeafError(
+                f"state['{key}'] is {kind}; it holds a number for each leaf, in {dtype}"
+            )
+        if found.shape != (structure.num_leaves,):
+            raise StructureError(
+                f"state['{key}'] has shape {tuple(found.shape)}, params has "
+                f"{structure.num_leaves} leaves: this state was made for another tree"
+            )
 
 
 def check_leaves(
     grads: Sequence[Any],
     params: Sequence[Any],
-    slots: Sequence[Sequence[Any]],
+    slots: Mapping[str, Sequence[Any]],
     live: list[int] | None,
     structure: tree.Structure,
-    names: Sequence[str],
 ) -> None:
     """Each gradient and each slot must look like its parameter."""
     try:
-        if _all_alike(params, grads, slots, live):
+        if _all_alike(params, grads, [*slots.values()], live):
             return
     except AttributeError:
         pass  # something is no tensor: named below
     check_params(params, structure)
     paths = tree.paths(structure)
-    for what, column in zip(
-        ["grads", *(f"state['{n}']" for n in names)], [grads, *slots]
-    ):
+    columns = {"grads": grads, **{f"state['{n}']": slot for n, slot in slots.items()}}
+    for what, column in columns.items():
         for i in range(len(params)) if live is None else live:
             _check_leaf(f"{what} at '{paths[i]}'", column[i], params[i])
 

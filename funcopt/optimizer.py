@@ -8,12 +8,14 @@ import torch
 
 from funcopt import tree
 from funcopt.checks import check_leaves, check_params, check_state
+from funcopt.errors import HyperparameterError
 from funcopt.execution import dispatch
 from funcopt.hyper import Hyper, Hypers
 from funcopt.types import (
     HyperValue,
     InitFunction,
     RuleFunction,
+    SlotStart,
     State,
     Tensor,
     Tree,
@@ -27,7 +29,8 @@ class Optimizer:
     """Two pure functions on trees of tensors; a value without hidden state.
 
     ``init(params) -> state`` gives the state before the first step: a dict with
-    ``"step"`` (int64, one entry per leaf) and a tree like ``params`` for every slot.
+    ``"step"`` (int64, one entry per leaf) and for every slot a tree like ``params``, or
+    a float64 vector where the slot is one number per leaf.
 
     ``update(grads, state, params, **hyper) -> (params, state)`` makes one step and
     changes none of its arguments. Both results have the structure, shapes, dtypes and
@@ -80,7 +83,7 @@ def elementwise(
     rule: RuleFunction,
     *,
     name: str,
-    slots: Mapping[str, Callable[[Tensor], Tensor]],
+    slots: Mapping[str, SlotStart],
     hyper: Mapping[str, Hyper],
 ) -> Optimizer:
     """An Optimizer from a rule that treats every element of a leaf alike.
@@ -93,7 +96,9 @@ def elementwise(
             float16 and bfloat16 leaves reach it as float32.
         name: what messages call the optimizer.
         slots: the names of the state, in the rule's order, with what makes the first
-            value from a parameter (``torch.zeros_like``).
+            value from a parameter (``torch.zeros_like``). A number in its place makes it
+            a scalar slot: one number per leaf, kept as a float64 vector, which the rule
+            gets and returns as a float or a 0-d float64 tensor.
         hyper: the hyperparameters, under their public names.
 
     Returns:
@@ -125,7 +130,7 @@ def per_tensor(
     rule: RuleFunction,
     *,
     name: str,
-    slots: Mapping[str, Callable[[Tensor], Tensor]],
+    slots: Mapping[str, SlotStart],
     hyper: Mapping[str, Hyper],
 ) -> Optimizer:
     """An Optimizer from a rule that needs its leaf whole: a norm, a matrix product.
@@ -165,19 +170,24 @@ def per_tensor(
 def _from_rule(
     rule: RuleFunction,
     name: str,
-    slots: Mapping[str, Callable[[Tensor], Tensor]],
+    slots: Mapping[str, SlotStart],
     hyper: Mapping[str, Hyper],
 ) -> Optimizer:
     hypers = Hypers(hyper, name)
     keys = ("step", *slots)
+    scalar = {slot: not callable(first) for slot, first in slots.items()}
+    vectors = {"step": torch.int64} | {s: torch.float64 for s in slots if scalar[s]}
 
     def init(params: Tree) -> State:
         leaves, structure = tree.flatten(params)
         check_params(leaves, structure)
-        state: State = {"step": _zero_steps(leaves)}
+        state: State = {"step": _filled(leaves, 0, torch.int64)}
         for slot, first in slots.items():
-            values = [None if p is None else first(p.detach()) for p in leaves]
-            state[slot] = tree.unflatten(structure, values)
+            if callable(first):
+                values = [None if p is None else first(p.detach()) for p in leaves]
+                state[slot] = tree.unflatten(structure, values)
+            else:
+                state[slot] = _filled(leaves, first, torch.float64)
         return state
 
     def update(
@@ -185,27 +195,37 @@ def _from_rule(
     ) -> tuple[Tree, State]:
         p, structure = tree.flatten(params)
         g = tree.flatten_like(structure, grads, "grads")
-        check_state(state, keys, structure, name)
-        old = [
-            tree.flatten_like(structure, state[slot], f"state['{slot}']")
+        check_state(state, keys, vectors, structure, name)
+        old = {
+            slot: dispatch.scalars_of(state[slot])
+            if scalar[slot]
+            else tree.flatten_like(structure, state[slot], f"state['{slot}']")
             for slot in slots
-        ]
+        }
         live = _live(g, p)
-        check_leaves(g, p, old, live, structure, list(slots))
+        trees = {slot: column for slot, column in old.items() if not scalar[slot]}
+        check_leaves(g, p, trees, live, structure)
         steps = _next_steps(state["step"], live)
-        numbers = dispatch.steps_of(steps)
+        numbers = dispatch.scalars_of(steps)
         values = hypers.per_leaf(overrides, structure, p, numbers)
         rows = dispatch.step(
             rule,
             _pick(g, live),
             _pick(p, live),
-            [_pick(column, live) for column in old],
+            [_pick(column, live) for column in old.values()],
             _pick(numbers, live),
             _pick(values, live),
+            [*scalar.values()],
         )
-        columns = _merge((p, *old), rows, live)
-        new_params, *new_slots = [tree.unflatten(structure, c) for c in columns]
-        return new_params, {"step": steps, **dict(zip(slots, new_slots))}
+        new_params, *columns = _merge((p, *old.values()), rows, live)
+        new_state: State = {"step": steps}
+        for slot, column in zip(slots, columns):
+            new_state[slot] = (
+                _vector(column, state[slot], f"{name}'s '{slot}'", structure)
+                if scalar[slot]
+                else tree.unflatten(structure, column)
+            )
+        return tree.unflatten(structure, new_params), new_state
 
     public = {key: declared.value for key, declared in hyper.items()}
     return Optimizer(init, update, name, public)
@@ -237,10 +257,28 @@ def _merge(
     return list(merged)
 
 
-def _zero_steps(leaves: Sequence[Any]) -> Tensor:
+def _filled(leaves: Sequence[Any], value: float, dtype: torch.dtype) -> Tensor:
+    """A vector with ``value`` for each leaf."""
     devices = {p.device for p in leaves if p is not None}
     device = devices.pop() if len(devices) == 1 else torch.device("cpu")
-    return torch.zeros(len(leaves), dtype=torch.int64, device=device)
+    return torch.full((len(leaves),), value, dtype=dtype, device=device)
+
+
+def _vector(
+    column: Sequence[Any], old: Tensor, what: str, structure: tree.Structure
+) -> Tensor:
+    """The numbers of a scalar slot, floats or 0-d tensors, as the next ``old``."""
+    like = {"dtype": torch.float64, "device": old.device}
+    if all(isinstance(x, float) for x in column):
+        return torch.tensor(column, **like)
+    for i, x in enumerate(column):
+        if isinstance(x, Tensor) and x.ndim:
+            raise HyperparameterError(
+                f"{what} is one number per leaf, but at '{tree.paths(structure)[i]}' it "
+                f"would have shape {tuple(x.shape)}: the hyperparameters that it is made "
+                "of must be floats or 0-d tensors"
+            )
+    return torch.stack([torch.as_tensor(x, **like) for x in column])
 
 
 def _next_steps(steps: Tensor, live: list[int] | None) -> Tensor:

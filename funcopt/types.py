@@ -10,8 +10,12 @@ Tensor: TypeAlias = torch.Tensor
 #: A nested dict, list, tuple or namedtuple of tensors; a ``None`` leaf is an absent one.
 Tree: TypeAlias = Any
 
-#: ``{"step": int64 [leaves], slot: tree like params, ...}``
+#: ``{"step": int64 [leaves], slot: tree like params, ...}``; float64 [leaves] where a
+#: slot is one number per leaf.
 State: TypeAlias = dict[str, Any]
+
+#: What a slot holds before the first step: made from a parameter, or a number per leaf.
+SlotStart: TypeAlias = Callable[[Tensor], Tensor] | float
 
 #: float, 0-d tensor, prefix tree, full tree, leaf-shaped tensor, `by_name`, `Schedule`.
 HyperValue: TypeAlias = Any

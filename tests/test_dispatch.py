@@ -12,7 +12,7 @@ from torch.func import functionalize, grad, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcopt.execution import dispatch
-from funcopt.execution.dispatch import differentiating, is_tracked, readable, steps_of
+from funcopt.execution.dispatch import differentiating, is_tracked, readable, scalars_of
 
 Probe = Callable[..., Any]  #: asked of the tensors that the update would see
 Context = Callable[[Probe], None]  #: sets up one situation and calls the probe in it
@@ -288,7 +288,7 @@ def test_steps_are_ints_where_readable_else_float64(row: str):
     is_int, context = READABLE[row]
 
     def question(tensors: tuple[Tensor, ...]) -> list[Any]:
-        return steps_of(tensors[0])
+        return scalars_of(tensors[0])
 
     for steps in seen(context, question):
         assert isinstance(steps, list) and len(steps) == 2
@@ -301,12 +301,12 @@ def test_steps_are_ints_where_readable_else_float64(row: str):
 def test_steps_batched_by_vmap_keep_their_values():
     counts = torch.tensor([[3, 7], [5, 9]])
     assert torch.equal(
-        vmap(lambda row: torch.stack(steps_of(row)))(counts), counts.double()
+        vmap(lambda row: torch.stack(scalars_of(row)))(counts), counts.double()
     )
 
 
-def test_steps_of_nothing_are_none():
-    assert steps_of(torch.zeros(0, dtype=torch.int64)) == []
+def test_scalars_of_nothing_are_none():
+    assert scalars_of(torch.zeros(0, dtype=torch.int64)) == []
 
 
 def test_compiling_is_not_readable(monkeypatch: pytest.MonkeyPatch):

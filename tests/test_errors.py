@@ -9,11 +9,22 @@ from torch import Tensor, nn
 
 import funcopt as fo
 from funcopt import tree
+from funcopt.hyper import Hyper
 
 NAN = float("nan")
 ADAM = fo.adam(lr=0.1)
 SGD = fo.sgd(lr=0.1)
 HALVES = fo.partition({"a": SGD, "b": ADAM}, {"layer": "a", "scale": "b"})
+
+
+def fading(g: Tensor, p: Tensor, rate: Any, *, step: Any, lr: Any) -> Any:
+    return p - rate * g, rate * lr
+
+
+# One number for each leaf.
+FADING = fo.elementwise(
+    fading, name="fading", slots={"rate": 1.0}, hyper={"lr": Hyper(0.9)}
+)
 
 
 class Given(NamedTuple):
@@ -169,6 +180,14 @@ CASES = [
             "lr at 'scale'",
             "meta",
             "cpu",
+        ),
+        (
+            "tensor in a number per leaf",
+            lambda x: step(x, FADING, lr={"layer": 0.9, "scale": torch.ones(4)}),
+            "fading's 'rate'",
+            "'scale'",
+            "(4,)",
+            "0-d",
         ),
         (
             "label without optimizer",
@@ -434,6 +453,15 @@ CASES = [
             "another tree",
         ),
         (
+            "number per leaf, for fewer leaves",
+            lambda x: step(
+                x, FADING, state={**FADING.init(x.params), "rate": torch.ones(2).double()}
+            ),
+            "state['rate']",
+            "(2,)",
+            "3 leaves",
+        ),
+        (
             "state of other names",
             lambda x: step(
                 x, state=ADAM.init({**x.params["layer"], "s": x.params["scale"]})
@@ -615,6 +643,21 @@ CASES = [
             "state['step']",
             "torch.float32",
             "int64",
+        ),
+        (
+            "number per leaf in float32",
+            lambda x: step(
+                x, FADING, state={**FADING.init(x.params), "rate": torch.ones(3)}
+            ),
+            "state['rate']",
+            "torch.float32",
+            "torch.float64",
+        ),
+        (
+            "number per leaf as a tree",
+            lambda x: step(x, FADING, state={**FADING.init(x.params), "rate": x.params}),
+            "state['rate']",
+            "dict",
         ),
         (
             "group of numbers",

@@ -15,16 +15,17 @@ def step(
     rule: RuleFunction,
     grads: Sequence[Tensor],
     params: Sequence[Tensor],
-    slots: Sequence[Sequence[Tensor]],
+    slots: Sequence[Sequence[Any]],
     steps: Sequence[Any],
     hyper: Sequence[dict[str, Any]],
-) -> list[tuple[Tensor, ...]]:
+    scalar: Sequence[bool],
+) -> list[tuple[Any, ...]]:
     """One update of every leaf, by the fastest executor that may run it.
 
     The reference executor is the only one so far, and runs everything. A faster one
     stands before it, and is passed over when `differentiating` is true.
     """
-    return reference.step(rule, grads, params, slots, steps, hyper)
+    return reference.step(rule, grads, params, slots, steps, hyper, scalar)
 
 
 def differentiating(tensors: Iterable[Any]) -> bool:
@@ -87,12 +88,13 @@ def readable(tensor: Tensor) -> bool:
     return type(tensor) is Tensor
 
 
-def steps_of(counts: Tensor) -> list[Any]:
-    """An int64 vector of steps as numbers: ints where readable, else float64 scalars.
+def scalars_of(vector: Tensor) -> list[Any]:
+    """A vector of steps, or of a scalar slot, as one number for each leaf.
 
-    With ints the bias corrections are Python doubles, exactly as in torch.optim, and
-    cost no op per leaf.
+    Python's numbers where they can be read and no derivative is lost by that, else 0-d
+    float64 tensors. With Python's the bias corrections are doubles, exactly as in
+    torch.optim, and cost no op per leaf.
     """
-    if readable(counts):
-        return counts.tolist()
-    return list(counts.to(torch.float64).unbind())
+    if readable(vector) and not is_tracked(vector):
+        return vector.tolist()
+    return list(vector.to(torch.float64).unbind())
