@@ -1,0 +1,145 @@
+"""The native executor: a program as C, built once and called over a table of pointers."""
+
+import ctypes
+import os
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from funcopt.execution import c_source
+from funcopt.execution.build import BuildError, library
+from funcopt.execution.executor import Column, Executor, empty_like
+from funcopt.execution.trace import Program
+from funcopt.types import Tensor
+
+# Fewer elements are done sooner than a second thread wakes up.
+_PARALLEL = 32768
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_pointers = Tensor.data_ptr
+_sizes = Tensor.numel
+
+
+class Native(Executor):
+    """A program as C, built or fetched from the cache when this object is made.
+
+    Raises:
+        BuildError: there is no kernel; the message says why.
+    """
+
+    def __init__(self, program: Program, stored: torch.dtype) -> None:
+        super().__init__(program, stored)
+        if os.environ.get("FUNCOPT_NATIVE") == "0":
+            raise BuildError("native kernels are turned off: FUNCOPT_NATIVE=0")
+        if stored not in _DTYPES:
+            raise BuildError(f"there are no native kernels for {stored}")
+        self._read = [c_source.inputs(program, sweep) for sweep in program.passes]
+        self._parameters = [c_source.parameters(program, s) for s in program.passes]
+        self._kernels: list[Callable[..., int]] = []
+        for k, sweep in enumerate(program.passes):
+            source = c_source.print_c(program, sweep, stored)
+            self._kernels.append(_loaded(library(source, lambda _: None)))
+
+    def _sweep(
+        self,
+        k: int,
+        columns: dict[int, Column],
+        env: Sequence[list[Any]],
+        which: Sequence[int],
+        out: Sequence[Column] | None,
+        tasks: int,
+    ) -> tuple[Sequence[Column], Sequence[Column]]:
+        sweep = self.program.passes[k]
+        first = columns[self._streams[0]]
+        if out is None:
+            out = [empty_like(first) for _ in sweep.outputs]
+        table = array("Q")
+        for value in self._read[k]:
+            table.extend(map(_pointers, columns[value]))
+        for column in out:
+            table.extend(map(_pointers, column))
+        sizes = array("q", map(_sizes, first))
+        total = sum(sizes)
+        if tasks > 1:
+            sizes = array("q", [size // tasks for size in sizes])
+        rows = _table([[v[i] for i in self._parameters[k]] for v in env], tasks)
+        sums = array("d", bytes(8 * len(first) * tasks * len(sweep.sums)))
+        arrays = (
+            sizes,
+            array("q", which),
+            rows,
+            table,
+            sums,
+        )  # alive until the call is over
+        failed = self._kernels[k](
+            len(first),
+            tasks,
+            *(a.buffer_info()[0] for a in arrays),
+            torch.get_num_threads() if total >= _PARALLEL else 1,
+        )
+        if failed:
+            raise MemoryError("no memory for the sums of a kernel")
+        return out, _columns(sums, len(sweep.sums), tasks)
+
+
+def _table(rows: Sequence[Sequence[Any]], tasks: int) -> array:
+    """The rows one after the other; each once per task, with that task's values."""
+    table = array("d")
+    if tasks == 1:
+        for row in rows:
+            table.extend(map(float, row))
+        return table
+    for row in rows:
+        spread = [
+            value.tolist()
+            if isinstance(value, Tensor) and value.ndim
+            else [float(value)] * tasks
+            for value in row
+        ]
+        for values in zip(*spread):
+            table.extend(values)
+    return table
+
+
+def _columns(sums: array, count: int, tasks: int) -> list[list[Any]]:
+    """Each sum's column: a float per leaf, or with tasks a vector."""
+    if not count:
+        return []
+    if tasks == 1:
+        return [sums[k::count].tolist() for k in range(count)]
+    table = torch.tensor(sums, dtype=torch.float64).view(-1, tasks, count)
+    return [list(table[..., k].unbind()) for k in range(count)]
+
+
+def _loaded(loaded: ctypes.CDLL) -> Callable[..., int]:
+    pointer = ctypes.c_void_p
+    loaded.run.argtypes = [
+        ctypes.c_int64, ctypes.c_int64, pointer, pointer, pointer, pointer, pointer,
+        ctypes.c_int,
+    ]  # fmt: skip
+    openmp = _openmp()
+    if openmp:
+        loaded.bind.argtypes = [pointer] * 3
+        loaded.bind(*openmp)
+    return loaded.run
+
+
+@cache
+def _openmp() -> tuple[Any, ...] | None:
+    """torch's own OpenMP, as pointers to functions; None where it has another kind.
+
+    A second library would keep a second pool of threads, and the two would fight for
+    the cores.
+    """
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        names = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel")
+        try:
+            gomp = ctypes.CDLL(str(path))
+            return tuple(ctypes.cast(gomp[name], ctypes.c_void_p) for name in names)
+        except (OSError, AttributeError):
+            continue
+    return None

@@ -1,0 +1,358 @@
+"""A rule as a short list of operations, from which every fast executor works.
+
+The rule is called once on tensors of three elements, and what reaches the dispatcher is
+written down (``make_fx`` does the same, but its first call takes over a second). Two
+kinds of value are told apart: a *stream* has an element for each of the leaf's, in the
+leaf's dtype; a *scalar* is one float64 number for the whole leaf: the step, a
+hyperparameter, and what follows from these alone. A kernel computes streams; scalars are
+computed before it, so that 1 - β**t is as exact as in the reference. Derivatives are
+traced from ``torch.func.vjp`` and ``jvp`` of the rule. There a stream is summed to a
+scalar, the gradient of a hyperparameter, and scalars follow from it: a program may
+alternate between the two kinds.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from funcopt.types import Tensor
+
+_LENGTH = 3  # of a traced stream; one element would be a scalar
+
+#: a function of tensors, streams and scalars, that gives tensors
+Function: TypeAlias = Callable[..., Sequence[Tensor]]
+
+
+class UntraceableError(Exception):
+    """Why a function is no program of known operations, as a sentence."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation; its arguments are numbers of earlier values."""
+
+    name: str
+    args: tuple[int, ...]
+    stream: bool
+    boolean: bool = False
+    literal: float = 0.0  #: the value of a "const"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One sweep over the leaf, and the scalars that must be there before it."""
+
+    before: tuple[int, ...]  #: scalars to compute first, in order
+    streams: tuple[int, ...]  #: streams to compute in the sweep, in order
+    outputs: tuple[int, ...]  #: the streams among the program's outputs that it writes
+    sums: tuple[int, ...]  #: scalars that are sums over the leaf of its streams
+
+
+@dataclass(frozen=True)
+class Program:
+    """Operations in order; value i is input i, or operation ``i - len(inputs)``."""
+
+    inputs: tuple[bool, ...]  #: for each input, whether it is a stream
+    ops: tuple[Op, ...]
+    outputs: tuple[int, ...]
+    dtype: torch.dtype  #: that streams are computed in
+    function: Function = field(compare=False, repr=False)  #: what was traced
+
+    def op(self, value: int) -> Op:
+        return self.ops[value - len(self.inputs)]
+
+    def is_input(self, value: int) -> bool:
+        return value < len(self.inputs)
+
+    def is_stream(self, value: int) -> bool:
+        return self.inputs[value] if self.is_input(value) else self.op(value).stream
+
+    @cached_property
+    def passes(self) -> tuple[Pass, ...]:
+        """The sweeps that compute the program, and after the last the rest of scalars.
+
+        A rule takes one. A value that follows from a sum over the leaf belongs to the
+        next; streams of an earlier sweep that it needs are computed again, which costs
+        less than to store them.
+        """
+        first = len(self.inputs)
+        level = [0] * first
+        for op in self.ops:
+            below = max((level[a] for a in op.args), default=0)
+            level.append(below + (op.name == "sum"))
+        last = max((level[o] for o in self.outputs), default=0)
+        passes = []
+        for k in range(last + 1):
+            values = range(first, len(level))
+            outputs = tuple(
+                o for o in self.outputs if self.is_stream(o) and level[o] == k
+            )
+            sums = tuple(
+                v for v in values if level[v] == k + 1 and self.op(v).name == "sum"
+            )
+            needed = self._streams_for([*outputs, *(self.op(s).args[0] for s in sums)])
+            before = tuple(
+                v
+                for v in values
+                if level[v] == k and not self.is_stream(v) and self.op(v).name != "sum"
+            )
+            passes.append(Pass(before, needed, outputs, sums))
+        return tuple(passes)
+
+    def _streams_for(self, values: Iterable[int]) -> tuple[int, ...]:
+        needed: set[int] = set()
+        ahead = list(values)
+        while ahead:
+            v = ahead.pop()
+            if v in needed or self.is_input(v) or not self.is_stream(v):
+                continue
+            needed.add(v)
+            ahead.extend(self.op(v).args)
+        return tuple(sorted(needed))
+
+
+def trace(function: Function, inputs: Sequence[bool], dtype: torch.dtype) -> Program:
+    """``function`` of streams (True) and scalars (False) as a program.
+
+    Raises:
+        UntraceableError: it does what no kernel is printed for; the message says what.
+    """
+    tensors = [
+        torch.ones(_LENGTH, dtype=dtype)
+        if stream
+        else torch.ones((), dtype=torch.float64)
+        for stream in inputs
+    ]
+    recorder = _Recorder(tensors, dtype)
+    try:
+        with torch.enable_grad(), recorder:
+            outputs = function(*tensors)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise UntraceableError(
+            f"it cannot be called on tensors alone: {error}"
+        ) from error
+    return recorder.program(function, outputs)
+
+
+def vjp(function: Function, wanted: Sequence[bool]) -> Function:
+    """The gradients of the inputs that are ``wanted``, from all inputs and cotangents.
+
+    Plain autograd: it can be nested, and unlike ``torch.func.vjp`` does not import Dynamo.
+    """
+    count = len(wanted)
+
+    def gradients(*tensors: Tensor) -> Sequence[Tensor]:
+        inputs = [
+            x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            for x in tensors[:count]
+        ]
+        outputs = function(*inputs)
+        followed = [i for i, out in enumerate(outputs) if out.requires_grad]
+        return torch.autograd.grad(
+            [outputs[i] for i in followed],
+            [x for x, asked in zip(inputs, wanted) if asked],
+            [tensors[count + i] for i in followed],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    return gradients
+
+
+def jvp(function: Function, count: int) -> Function:
+    """The tangents of the outputs, from ``count`` inputs and as many tangents."""
+
+    def tangents(*tensors: Tensor) -> Sequence[Tensor]:
+        return torch.func.jvp(
+            lambda *x: tuple(function(*x)), tensors[:count], tensors[count:]
+        )[1]
+
+    return tangents
+
+
+# What the dispatcher sees → the name of the operation.
+_SAME = {
+    "add", "sub", "mul", "div", "neg", "abs", "sqrt", "rsqrt", "sign", "exp", "log",
+    "tanh", "atan2", "maximum", "minimum", "where", "lt", "le", "gt", "ge", "eq", "ne",
+    "logical_and", "logical_or", "logical_not", "reciprocal", "pow", "lerp", "sum",
+    "sigmoid",
+}  # fmt: skip
+_OTHER = {"sgn": "sign", "fmax": "maximum", "bitwise_and": "logical_and",
+          "bitwise_or": "logical_or", "bitwise_not": "logical_not"}  # fmt: skip
+# The value is the argument's: shapes and dtypes of streams and scalars are known.
+_UNCHANGED = {
+    "detach", "alias", "clone", "contiguous", "_to_copy", "view", "_unsafe_view",
+    "squeeze", "unsqueeze", "lift_fresh", "expand", "reshape", "view_as",
+}  # fmt: skip
+_FILLED = {
+    "zeros_like": 0.0, "ones_like": 1.0, "zeros": 0.0, "ones": 1.0, "new_zeros": 0.0,
+    "new_ones": 1.0, "empty_like": 0.0, "_efficientzerotensor": 0.0,
+}  # fmt: skip
+
+
+_CHECKS = {"is_same_size", "_has_same_storage_numel"}  # autograd's own, of shapes alone
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down each operation while it runs."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first call imports all of Dynamo: a second
+
+    def __init__(self, inputs: Sequence[Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.streams = [x.ndim > 0 for x in inputs]
+        self.dtype = dtype
+        self.ops: list[Op] = []
+        self.number: dict[int, int] = {id(x): i for i, x in enumerate(inputs)}
+        self.known: dict[Op, int] = {}  # one value for equal operations
+        self.alive = list(inputs)  # an id stays a tensor's own only while it lives
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        inplace = name.endswith("_") and not name.endswith("__")
+        if name in _CHECKS:
+            return out
+        if not isinstance(out, Tensor):
+            raise UntraceableError(f"{func} gives no single tensor")
+        if out.shape not in ((), (1,), (_LENGTH,)):
+            raise UntraceableError(f"{func} changes the leaf's shape")
+        value = self._value(name.rstrip("_") if inplace else name, args, kwargs, out)
+        if (
+            inplace
+            and id(out) in self.number
+            and self.number[id(out)] < len(self.streams)
+        ):
+            raise UntraceableError(f"{func} writes into an argument")
+        self.number[id(out)] = value
+        self.alive.append(out)
+        return out
+
+    def program(self, function: Function, outputs: Sequence[Any]) -> Program:
+        found = tuple(self._number(out) for out in outputs)
+        return _without_dead(
+            Program(tuple(self.streams), tuple(self.ops), found, self.dtype, function)
+        )
+
+    def _value(self, name: str, args: Any, kwargs: Any, out: Tensor) -> int:
+        stream, boolean = out.shape == (_LENGTH,), out.dtype is torch.bool
+        if name in _FILLED:
+            return self._filled(_FILLED[name], stream)
+        if name in ("full", "full_like", "fill", "scalar_tensor"):
+            filling = args[0] if name == "scalar_tensor" else args[1]
+            if isinstance(filling, Tensor):
+                return self._as(self._number(filling), stream)
+            return self._filled(float(filling), stream)
+        if name in _UNCHANGED:
+            return self._as(self._number(args[0]), stream)
+        if name == "copy":
+            return self._as(self._number(args[1]), stream)
+        name = _OTHER.get(name, name)
+        if name == "rsub":
+            name, args = "sub", (args[1], args[0], *args[2:])
+        if name == "masked_fill":
+            name, args = "where", (args[1], args[2], args[0])
+        if name in ("clamp", "clamp_min", "clamp_max"):
+            return self._clamped(name, args, kwargs, stream)
+        if name == "linalg_vector_norm":
+            return self._norm(args, stream)
+        if name not in _SAME:
+            raise UntraceableError(f"aten.{name} is not among the operations of kernels")
+        if name == "sum":
+            value = self._number(args[0])
+            return (
+                value if not self._is_stream(value) else self._op("sum", (value,), False)
+            )
+        alpha = kwargs.get(
+            "alpha", args[2] if name in ("add", "sub") and len(args) > 2 else 1
+        )
+        numbers = [self._number(a) for a in args[: 3 if name in ("lerp", "where") else 2]]
+        if kwargs.get("rounding_mode") is not None:
+            raise UntraceableError("a rounded division is not among the operations")
+        if alpha != 1:
+            numbers[1] = self._op("mul", (numbers[1], self._number(alpha)), stream)
+        return self._op(name, tuple(numbers), stream, boolean)
+
+    def _clamped(self, name: str, args: Any, kwargs: Any, stream: bool) -> int:
+        value = self._number(args[0])
+        bounds = {"clamp": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}
+        for i, bound in enumerate(bounds[name], 1):
+            limit = args[i] if len(args) > i else kwargs.get(bound)
+            if limit is not None:
+                which = "maximum" if bound == "min" else "minimum"
+                value = self._op(which, (value, self._number(limit)), stream)
+        return value
+
+    def _norm(self, args: Any, stream: bool) -> int:
+        order = args[1] if len(args) > 1 else 2
+        if order not in (1, 2) or stream:
+            raise UntraceableError(f"a norm of order {order} is not among the operations")
+        value = self._number(args[0])
+        if order == 1:
+            return self._op("sum", (self._op("abs", (value,), True),), False)
+        squares = self._op("sum", (self._op("mul", (value, value), True),), False)
+        return self._op("sqrt", (squares,), False)
+
+    def _number(self, value: Any) -> int:
+        """The number of a tensor's value, or of a literal."""
+        if isinstance(value, Tensor):
+            if id(value) in self.number:
+                return self.number[id(value)]
+            raise UntraceableError("it uses a tensor that is no argument of the rule")
+        if isinstance(value, (bool, int, float)):
+            return self._filled(float(value), False)
+        raise UntraceableError(f"{value!r} is neither a tensor nor a number")
+
+    def _filled(self, literal: float, stream: bool) -> int:
+        return self._as(self._op("const", (), False, literal=literal), stream)
+
+    def _as(self, value: int, stream: bool) -> int:
+        """A scalar where a stream is called for is spread over the leaf."""
+        if stream and not self._is_stream(value):
+            return self._op("spread", (value,), True)
+        return value
+
+    def _is_stream(self, value: int) -> bool:
+        inputs = len(self.streams)
+        return self.streams[value] if value < inputs else self.ops[value - inputs].stream
+
+    def _op(
+        self,
+        name: str,
+        args: tuple[int, ...],
+        stream: bool,
+        boolean: bool = False,
+        literal: float = 0.0,
+    ) -> int:
+        op = Op(name, args, stream, boolean, literal)
+        if op not in self.known:
+            self.known[op] = len(self.streams) + len(self.ops)
+            self.ops.append(op)
+        return self.known[op]
+
+
+def _without_dead(program: Program) -> Program:
+    """The program without what no output needs."""
+    first, live = len(program.inputs), set(program.outputs)
+    for value in range(first + len(program.ops) - 1, first - 1, -1):
+        if value in live:
+            live.update(program.op(value).args)
+    number = {i: i for i in range(first)}
+    ops: list[Op] = []
+    for value in sorted(v for v in live if v >= first):
+        op = program.op(value)
+        number[value] = first + len(ops)
+        args = tuple(number[a] for a in op.args)
+        ops.append(Op(op.name, args, op.stream, op.boolean, op.literal))
+    outputs = tuple(number[o] for o in program.outputs)
+    return replace(program, ops=tuple(ops), outputs=outputs)
