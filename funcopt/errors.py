@@ -27,3 +27,7 @@ class LeafError(FuncoptError, TypeError):
 
 class GradientLostError(FuncoptError, RuntimeError):
     """A gradient that the caller asked to follow would be dropped without a word."""
+
+
+class ExecutionError(FuncoptError, RuntimeError):
+    """An execution was asked for by name that cannot run this step."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
-from funcopt.execution import dispatch
+from funcopt.execution import levels
 from funcopt.types import Tensor, Tree
 
 
@@ -40,13 +40,13 @@ class Listed:
         variables, rest = list(lists[0]), lists[1:]
         if torch.compiler.is_compiling():
             return torch.func.grad(self._first(rest), has_aux=True)(variables)
-        if dispatch.recorded(variables):
+        if levels.recorded(variables):
             # Views: the derivative stops at them, also where the function closes over
             # the same tensors (a proximal term).
             views = [x.view_as(x) for x in variables]
             out = self(views, *rest)
             return _derivative(out[0], views, record=True), out
-        if not dispatch.differentiating(x for each in lists for x in each):
+        if not levels.differentiating(x for each in lists for x in each):
             following = torch.is_grad_enabled()
             with torch.enable_grad():
                 leaves = [x.detach().requires_grad_() for x in variables]

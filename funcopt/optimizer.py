@@ -9,7 +9,9 @@ import torch
 from funcopt import tree
 from funcopt.checks import check_leaves, check_params, check_state
 from funcopt.errors import HyperparameterError
-from funcopt.execution import dispatch
+from funcopt.execution import dispatch, levels
+from funcopt.execution.dispatch import Leaves
+from funcopt.execution.rule import Rule
 from funcopt.hyper import Hyper, Hypers
 from funcopt.types import (
     HyperValue,
@@ -123,7 +125,7 @@ def elementwise(
         >>> opt.update(p, opt.init(p), p)[0]
         tensor([ 0.9000, -0.9000])
     """
-    return _from_rule(rule, name, slots, hyper)
+    return _from_rule(rule, name, slots, hyper, elementwise=True)
 
 
 def per_tensor(
@@ -164,7 +166,7 @@ def per_tensor(
         >>> opt.update(p, opt.init(p), p)[0]
         tensor([2.4000, 3.2000])
     """
-    return _from_rule(rule, name, slots, hyper)
+    return _from_rule(rule, name, slots, hyper, elementwise=False)
 
 
 def _from_rule(
@@ -172,10 +174,12 @@ def _from_rule(
     name: str,
     slots: Mapping[str, SlotStart],
     hyper: Mapping[str, Hyper],
+    elementwise: bool,
 ) -> Optimizer:
     hypers = Hypers(hyper, name)
     keys = ("step", *slots)
     scalar = {slot: not callable(first) for slot, first in slots.items()}
+    made = Rule(rule, name, tuple(scalar.values()), tuple(hypers.arguments), elementwise)
     vectors = {"step": torch.int64} | {s: torch.float64 for s in slots if scalar[s]}
 
     def init(params: Tree) -> State:
@@ -197,7 +201,7 @@ def _from_rule(
         g = tree.flatten_like(structure, grads, "grads")
         check_state(state, keys, vectors, structure, name)
         old = {
-            slot: dispatch.scalars_of(state[slot])
+            slot: levels.scalars_of(state[slot])
             if scalar[slot]
             else tree.flatten_like(structure, state[slot], f"state['{slot}']")
             for slot in slots
@@ -206,18 +210,17 @@ def _from_rule(
         trees = {slot: column for slot, column in old.items() if not scalar[slot]}
         check_leaves(g, p, trees, live, structure)
         steps = _next_steps(state["step"], live)
-        numbers = dispatch.scalars_of(steps)
+        numbers = levels.scalars_of(steps)
         values = hypers.per_leaf(overrides, structure, p, numbers)
-        rows = dispatch.step(
-            rule,
+        leaves = Leaves(
+            made,
             _pick(g, live),
             _pick(p, live),
             [_pick(column, live) for column in old.values()],
             _pick(numbers, live),
             _pick(values, live),
-            [*scalar.values()],
         )
-        new_params, *columns = _merge((p, *old.values()), rows, live)
+        new_params, *columns = _merge((p, *old.values()), dispatch.step(leaves), live)
         new_state: State = {"step": steps}
         for slot, column in zip(slots, columns):
             new_state[slot] = (
@@ -244,17 +247,17 @@ def _pick(column: Sequence[Any], live: list[int] | None) -> Sequence[Any]:
 
 def _merge(
     columns: Sequence[Sequence[Any]],
-    rows: Sequence[Sequence[Any]],
+    new: Sequence[Sequence[Any]],
     live: list[int] | None,
-) -> list[Sequence[Any]]:
+) -> Sequence[Sequence[Any]]:
     """The columns with the live leaves' new values in them."""
     if live is None:
-        return list(zip(*rows)) if rows else list(columns)
+        return new
     merged = [list(column) for column in columns]
-    for i, row in zip(live, rows):
-        for column, value in zip(merged, row):
+    for column, values in zip(merged, new):
+        for i, value in zip(live, values):
             column[i] = value
-    return list(merged)
+    return merged
 
 
 def _filled(leaves: Sequence[Any], value: float, dtype: torch.dtype) -> Tensor:

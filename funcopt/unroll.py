@@ -8,7 +8,7 @@ import torch
 
 from funcopt import tree
 from funcopt.errors import GradientLostError, HyperparameterError, StructureError
-from funcopt.execution.dispatch import is_tracked
+from funcopt.execution.levels import is_tracked
 from funcopt.listed import Listed
 from funcopt.optimizer import Optimizer
 from funcopt.types import HyperMapping, LossFunction, State, Tensor, Tree

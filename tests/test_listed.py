@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from funcopt.execution import dispatch
+from funcopt.execution import levels
 from funcopt.listed import Listed
 from funcopt.types import Tree
 
@@ -124,10 +124,10 @@ def test_recorded_sees_the_running_level_only():
     seen: list[Any] = []
 
     def inner(c: Tensor, p: Tensor) -> Tensor:
-        seen.append((dispatch.recorded([c]), dispatch.recorded([p])))
+        seen.append((levels.recorded([c]), levels.recorded([p])))
         return (c * p).sum()
 
     torch.func.grad(lambda p: torch.func.grad(inner)(W, p).sum())(P)
     assert seen == [(True, False)]
-    assert not dispatch.recorded([]) and not dispatch.recorded([P])
-    assert dispatch.recorded([P.clone().requires_grad_()])
+    assert not levels.recorded([]) and not levels.recorded([P])
+    assert levels.recorded([P.clone().requires_grad_()])

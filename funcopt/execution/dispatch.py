@@ -1,100 +1,253 @@
 """Choose what runs a rule: the one place that knows every executor."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._C._functorch as _functorch  # pyright: ignore[reportMissingImports]
-from torch.autograd import forward_ad
 
-from funcopt.execution import reference
-from funcopt.types import RuleFunction, Tensor
+from funcopt.errors import ExecutionError
+from funcopt.execution import fused_autograd, levels, reference
+from funcopt.execution.build import BuildError
+from funcopt.execution.call import Call, Engine
+from funcopt.execution.executor import Column
+from funcopt.execution.foreach import Foreach
+from funcopt.execution.native import Native
+from funcopt.execution.rule import Kinds, Rule
+from funcopt.execution.trace import UntraceableError
+from funcopt.types import Tensor
+
+_ENGINES: dict[str, Engine] = {"native": Native, "foreach": Foreach}
+#: what `execution` and ``execution=`` take
+NAMES = (*_ENGINES, "reference")
+
+_forced: ContextVar[str | None] = ContextVar("execution", default=None)
+
+# Of fewer operations torch's own derivative is as fast.
+_WORTH = 4
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
-def step(
-    rule: RuleFunction,
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor],
-    slots: Sequence[Sequence[Any]],
-    steps: Sequence[Any],
-    hyper: Sequence[dict[str, Any]],
-    scalar: Sequence[bool],
-) -> list[tuple[Any, ...]]:
-    """One update of every leaf, by the fastest executor that may run it.
+@contextmanager
+def execution(name: str) -> Iterator[None]:
+    """..."""
+    token = _forced.set(_known(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
-    The reference executor is the only one so far, and runs everything. A faster one
-    stands before it, and is passed over when `differentiating` is true.
+
+def _known(name: str) -> str:
+    if name not in NAMES:
+        raise ExecutionError(f"there is no execution '{name}', only {', '.join(NAMES)}")
+    return name
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs some leaves, and why what would be faster does not."""
+
+    name: str  #: "native", "foreach" or "reference"
+    derivative: bool = False  #: by kernels with a derivative of their own
+    refused: tuple[tuple[str, str], ...] = ()  #: (name, sentence) of those before it
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """One step of one optimizer, as lists: a column holds something for each leaf."""
+
+    rule: Rule
+    grads: Column
+    params: Column
+    slots: Sequence[Column]
+    steps: Column
+    hyper: Sequence[dict[str, Any]]
+
+    def tensors(self) -> list[Tensor]:
+        """The leaves' tensors, and those among the hyperparameters and scalars."""
+        found = [*self.grads, *self.params]
+        for column, scalar in zip(self.slots, self.rule.scalar):
+            found += [x for x in column if isinstance(x, Tensor)] if scalar else column
+        found += [x for x in self.steps if isinstance(x, Tensor)]
+        for values in {id(v): v for v in self.hyper}.values():
+            found += [x for x in values.values() if isinstance(x, Tensor)]
+        return found
+
+    def pick(self, which: Sequence[int]) -> "Leaves":
+        def some(column: Column) -> Column:
+            return [column[i] for i in which]
+
+        return Leaves(
+            self.rule,
+            some(self.grads),
+            some(self.params),
+            [some(column) for column in self.slots],
+            some(self.steps),
+            some(self.hyper),
+        )
+
+
+def step(leaves: Leaves, donate: bool = False, name: str | None = None) -> list[Column]:
+    """One update of every leaf: the columns ``p, *slots``.
+
+    By the fastest executor that may run it, or by the one that is named.
     """
-    return reference.step(rule, grads, params, slots, steps, hyper, scalar)
+    forced = _known(name) if name else _forced.get()
+    columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
+    for which, kinds, choice in _groups(leaves, forced):
+        some = leaves.pick(which)
+        for column, values in zip(columns, _run(some, kinds, choice, donate)):
+            for i, value in zip(which, values):
+                column[i] = value
+    return list(columns)
 
 
-def differentiating(tensors: Iterable[Any]) -> bool:
-    """Whether a derivative may be asked of what is now computed from ``tensors``.
+def _groups(
+    leaves: Leaves, forced: str | None
+) -> Iterator[tuple[list[int], Kinds, Choice]]:
+    """The leaves that run together: of one dtype and device, and kinds of values."""
+    reason = _untouchable(leaves)
+    differentiating = reason is None and levels.differentiating(leaves.tensors())
+    groups: dict[Any, list[int]] = {}
+    kinds = {id(v): leaves.rule.kinds(v) for v in leaves.hyper}
+    for i, (p, values) in enumerate(zip(leaves.params, leaves.hyper)):
+        groups.setdefault((p.dtype, p.device, kinds[id(values)]), []).append(i)
+    for (dtype, device, kind), which in groups.items():
+        choice = choose(leaves.rule, kind, dtype, device, differentiating, reason, forced)
+        yield which, kind, choice
 
-    True inside any torch.func transform (vmap too: foreach and fused kernels have no
-    batching rule), inside a forward-mode level, and where grad mode is on and one of the
-    tensors requires grad. ``requires_grad`` alone would not do: it is False inside jvp
-    and vmap and for dual tensors. What is no tensor is passed over.
+
+def choose(
+    rule: Rule,
+    kinds: Kinds,
+    dtype: torch.dtype,
+    device: torch.device,
+    differentiating: bool,
+    untouchable: str | None,
+    forced: str | None,
+) -> Choice:
+    """The first executor that does not refuse.
+
+    Raises:
+        ExecutionError: the one that is forced refuses; the message says why.
     """
-    if _functorch.peek_interpreter_stack() is not None:
-        return True
-    if forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in tensors
-    )
+    refused = []
+    for name in (forced,) if forced else NAMES:
+        reason = None if name == "reference" else untouchable
+        if name != "reference" and reason is None:
+            reason = _refuses(name, rule, kinds, dtype, device, differentiating, forced)
+        if reason is None:
+            return Choice(name, differentiating and name != "reference", tuple(refused))
+        if forced:
+            raise ExecutionError(f"'{name}' cannot run {rule.name}: {reason}")
+        refused.append((name, reason))
+    raise AssertionError("the reference refuses nothing")
 
 
-def recorded(tensors: Sequence[Tensor]) -> bool:
-    """Whether autograd records each tensor at the level that is now running.
-
-    A derivative can then be taken at this level. A tensor that an outer transform
-    follows requires grad, too, but not here: its level tells.
-    """
-    if not tensors or not torch.is_grad_enabled():
-        return False
-    top = _functorch.peek_interpreter_stack()
-    if top is None:
-        return all(t.requires_grad for t in tensors)
-    return top.key() == _functorch.TransformType.Grad and all(
-        t.requires_grad and _functorch.maybe_get_level(t) == top.level() for t in tensors
-    )
-
-
-def is_tracked(tensor: Tensor) -> bool:
-    """Whether this tensor carries a gradient or a tangent, at any transform level."""
-    while True:
-        if tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None:
-            return True
-        if not _functorch.is_functorch_wrapped_tensor(tensor):
-            return False
-        tensor = _functorch.get_unwrapped(tensor)
+def _refuses(
+    name: str,
+    rule: Rule,
+    kinds: Kinds,
+    dtype: torch.dtype,
+    device: torch.device,
+    differentiating: bool,
+    forced: str | None,
+) -> str | None:
+    if name == "native" and device.type != "cpu":
+        return f"native kernels run on the CPU, not on {device.type}"
+    try:
+        program = rule.program(kinds, reference.computed(dtype))
+        if differentiating and not forced:
+            if name == "foreach":
+                return "a derivative is asked for, which foreach makes no faster"
+            if sum(op.stream for op in program.ops) < _WORTH:
+                return "torch's own derivative of so short a rule is as fast"
+        rule.executor(_ENGINES[name], program, dtype)
+    except (UntraceableError, BuildError) as error:
+        return str(error)
+    return None
 
 
-def readable(tensor: Tensor) -> bool:
-    """Whether the values can be read without waiting for a device or breaking a graph.
+def _untouchable(leaves: Leaves) -> str | None:
+    """Why only torch's own operations may touch these tensors, or None."""
+    if torch.compiler.is_compiling():
+        return "under torch.compile the plain rule is what fuses"
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return "a mode watches each operation"
+    for x in (*leaves.grads, *leaves.params):
+        if type(x) not in _PLAIN:
+            return f"{type(x).__name__} is a tensor subclass"
+    for column, scalar in zip(leaves.slots, leaves.rule.scalar):
+        for x in () if scalar else column:
+            if type(x) not in _PLAIN:
+                return f"{type(x).__name__} is a tensor subclass"
+    return None
 
-    Not on an accelerator, not batched by vmap at any level, not while compiling or
-    tracing, and not of a tensor subclass.
-    """
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
-        return False
-    if torch._C._len_torch_dispatch_stack():
-        return False
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_batchedtensor(tensor):
-            return False
-        tensor = _functorch.get_unwrapped(tensor)
-    return type(tensor) is Tensor
+
+def _run(leaves: Leaves, kinds: Kinds, choice: Choice, donate: bool) -> Sequence[Column]:
+    if choice.name == "reference":
+        return reference.step(
+            leaves.rule,
+            leaves.grads,
+            leaves.params,
+            leaves.slots,
+            leaves.steps,
+            leaves.hyper,
+        )
+    streams, rows, which = _inputs(leaves, kinds)
+    engine = _ENGINES[choice.name]
+    stored = leaves.params[0].dtype
+    tensors: list[Tensor] = []
+    numbers = [list(row) for row in rows]
+    k = 0
+    columns = iter(streams)
+    for stream in leaves.rule.inputs(kinds):
+        if stream:
+            tensors += next(columns)
+            continue
+        for row in numbers:
+            if isinstance(row[k], Tensor):
+                tensors.append(row[k])
+                row[k] = None
+        k += 1
+    call = Call(
+        leaves.rule, kinds, engine, stored, len(leaves.params), which,
+        tuple(map(tuple, numbers)),
+    )  # fmt: skip
+    found = fused_autograd.run(call, tensors)
+    out: list[list[Any]] = [[None] * len(which) for _ in call.outputs]
+    for x, (i, at) in zip(found, call.output_places):
+        if call.outputs[i]:
+            out[i][at] = x
+        else:
+            out[i] = [x if row == at else old for old, row in zip(out[i], which)]
+    return list(out)
 
 
-def scalars_of(vector: Tensor) -> list[Any]:
-    """A vector of steps, or of a scalar slot, as one number for each leaf.
-
-    Python's numbers where they can be read and no derivative is lost by that, else 0-d
-    float64 tensors. With Python's the bias corrections are doubles, exactly as in
-    torch.optim, and cost no op per leaf.
-    """
-    if readable(vector) and not is_tracked(vector):
-        return vector.tolist()
-    return list(vector.to(torch.float64).unbind())
+def _inputs(
+    leaves: Leaves, kinds: Kinds
+) -> tuple[list[Column], list[tuple[Any, ...]], list[int]]:
+    """The streams, the distinct rows of scalars, and each leaf's row."""
+    rule = leaves.rule
+    streams: list[Column] = [leaves.grads, leaves.params]
+    streams += [c for c, scalar in zip(leaves.slots, rule.scalar) if not scalar]
+    for name in rule.streams(kinds):
+        streams.append(
+            [v[name].expand_as(p) for v, p in zip(leaves.hyper, leaves.params)]
+        )
+    names = rule.scalars(kinds)
+    numbers = [c for c, scalar in zip(leaves.slots, rule.scalar) if scalar]
+    index: dict[Any, int] = {}
+    rows: list[tuple[Any, ...]] = []
+    which = []
+    for i, values in enumerate(leaves.hyper):
+        own = (*(c[i] for c in numbers), leaves.steps[i])
+        key = (id(values), *(id(x) if isinstance(x, Tensor) else x for x in own))
+        if key not in index:
+            index[key] = len(rows)
+            rows.append((*own, *(values[name] for name in names)))
+        which.append(index[key])
+    return streams, rows, which

@@ -117,7 +117,7 @@ def _tensor(value: Any, like: Tensor) -> Tensor:
 
 
 def _total(leaf: Tensor, tasks: int) -> Tensor:
-    if tasks == 1:
+    if not tasks:
         return leaf.sum(dtype=torch.float64)
     return leaf.reshape(tasks, -1).sum(1, dtype=torch.float64)
 

@@ -64,10 +64,10 @@ class Native(Executor):
             table.extend(map(_pointers, column))
         sizes = array("q", map(_sizes, first))
         total = sum(sizes)
-        if tasks > 1:
+        if tasks:
             sizes = array("q", [size // tasks for size in sizes])
         rows = _table([[v[i] for i in self._parameters[k]] for v in env], tasks)
-        sums = array("d", bytes(8 * len(first) * tasks * len(sweep.sums)))
+        sums = array("d", bytes(8 * len(first) * max(tasks, 1) * len(sweep.sums)))
         arrays = (
             sizes,
             array("q", which),
@@ -77,7 +77,7 @@ class Native(Executor):
         )  # alive until the call is over
         failed = self._kernels[k](
             len(first),
-            tasks,
+            max(tasks, 1),
             *(a.buffer_info()[0] for a in arrays),
             torch.get_num_threads() if total >= _PARALLEL else 1,
         )
@@ -89,7 +89,7 @@ class Native(Executor):
 def _table(rows: Sequence[Sequence[Any]], tasks: int) -> array:
     """The rows one after the other; each once per task, with that task's values."""
     table = array("d")
-    if tasks == 1:
+    if not tasks:
         for row in rows:
             table.extend(map(float, row))
         return table
@@ -109,7 +109,7 @@ def _columns(sums: array, count: int, tasks: int) -> list[list[Any]]:
     """Each sum's column: a float per leaf, or with tasks a vector."""
     if not count:
         return []
-    if tasks == 1:
+    if not tasks:
         return [sums[k::count].tolist() for k in range(count)]
     table = torch.tensor(sums, dtype=torch.float64).view(-1, tasks, count)
     return [list(table[..., k].unbind()) for k in range(count)]

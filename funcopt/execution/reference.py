@@ -1,46 +1,58 @@
 """The reference executor: call the rule on each leaf. The definition of correct."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from funcopt.types import RuleFunction, Tensor
+from funcopt.execution.rule import Rule
+from funcopt.types import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def step(
-    rule: RuleFunction,
+    rule: Rule,
     grads: Sequence[Tensor],
     params: Sequence[Tensor],
     slots: Sequence[Sequence[Any]],
     steps: Sequence[Any],
     hyper: Sequence[dict[str, Any]],
-    scalar: Sequence[bool],
-) -> list[tuple[Any, ...]]:
-    """One row ``(p, *slots)`` per leaf: what the rule makes of that leaf.
+) -> list[Sequence[Any]]:
+    """The columns ``p, *slots``: what the rule makes of each leaf.
 
     ``slots[s][i]`` is slot s of leaf i, ``steps[i]`` its update number (from 1; an int,
-    or a 0-d float64 tensor), ``hyper[i]`` the rule's keyword arguments. ``scalar[s]``
-    tells whether slot s is a number per leaf (a float, or a 0-d float64 tensor).
+    or a 0-d float64 tensor), ``hyper[i]`` the rule's keyword arguments.
     """
-    return [
-        rule(g, p, *state, step=t, **values)
+    function, inputs = rule.function, (True, *rule.outputs)
+    rows = [
+        function(g, p, *state, step=t, **values)
         if p.ndim and p.dtype not in _HALF
-        else _promoted(rule, g, p, state, t, values, scalar)
+        else _promoted(function, inputs, (g, p, *state), {"step": t, **values})
         for g, p, t, values, *state in zip(grads, params, steps, hyper, *slots)
     ]
+    return list(zip(*rows))
+
+
+def computed(stored: torch.dtype) -> torch.dtype:
+    """The dtype that a leaf is worked on in."""
+    return torch.float32 if stored in _HALF else stored
+
+
+def on_leaf(function: Callable[..., Any], inputs: Sequence[bool]) -> Callable[..., Any]:
+    """A function of a leaf's tensors (where ``inputs``) and scalars, for any leaf."""
+
+    def promoted(*given: Any) -> Sequence[Any]:
+        return _promoted(function, inputs, given, {})
+
+    return promoted
 
 
 def _promoted(
-    rule: RuleFunction,
-    g: Tensor,
-    p: Tensor,
-    state: Sequence[Any],
-    step: Any,
+    function: Callable[..., Any],
+    inputs: Sequence[bool],
+    given: Sequence[Any],
     hyper: dict[str, Any],
-    scalar: Sequence[bool],
 ) -> tuple[Any, ...]:
     """The rule on a half or 0-d leaf.
 
@@ -48,9 +60,10 @@ def _promoted(
     float32, as kernels do in their registers. A 0-d leaf would take part in type
     promotion as the float64 hyperparameters do: it is worked on as shape (1,).
     """
-    dtype = torch.float32 if p.dtype in _HALF else p.dtype
-    shape = p.shape or (1,)
-    given = zip((g, p, *state), (False, False, *scalar))
-    wide = [x if kept else x.to(dtype).reshape(shape) for x, kept in given]
-    out = zip(rule(*wide, step=step, **hyper), (False, *scalar))
-    return tuple(x if kept else x.to(p.dtype).reshape(p.shape) for x, kept in out)
+    p = given[1]
+    dtype, shape = computed(p.dtype), p.shape or (1,)
+    wide = [
+        x.to(dtype).reshape(shape) if stream else x for x, stream in zip(given, inputs)
+    ]
+    out = zip(function(*wide, **hyper), inputs[1:])
+    return tuple(x.to(p.dtype).reshape(p.shape) if stream else x for x, stream in out)

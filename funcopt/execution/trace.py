@@ -122,14 +122,14 @@ def trace(function: Function, inputs: Sequence[bool], dtype: torch.dtype) -> Pro
         UntraceableError: it does what no kernel is printed for; the message says what.
     """
     tensors = [
-        torch.ones(_LENGTH, dtype=dtype)
+        torch.ones(_LENGTH, dtype=dtype, device="cpu")
         if stream
-        else torch.ones((), dtype=torch.float64)
+        else torch.ones((), dtype=torch.float64, device="cpu")
         for stream in inputs
     ]
     recorder = _Recorder(tensors, dtype)
     try:
-        with torch.enable_grad(), recorder:
+        with recorder:
             outputs = function(*tensors)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise UntraceableError(
@@ -141,38 +141,50 @@ def trace(function: Function, inputs: Sequence[bool], dtype: torch.dtype) -> Pro
 def vjp(function: Function, wanted: Sequence[bool]) -> Function:
     """The gradients of the inputs that are ``wanted``, from all inputs and cotangents.
 
-    Plain autograd: it can be nested, and unlike ``torch.func.vjp`` does not import Dynamo.
+    By plain autograd: it can be nested, and unlike torch.func does not import Dynamo.
     """
     count = len(wanted)
 
     def gradients(*tensors: Tensor) -> Sequence[Tensor]:
-        inputs = [
-            x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            for x in tensors[:count]
-        ]
-        outputs = function(*inputs)
-        followed = [i for i, out in enumerate(outputs) if out.requires_grad]
-        return torch.autograd.grad(
-            [outputs[i] for i in followed],
-            [x for x, asked in zip(inputs, wanted) if asked],
-            [tensors[count + i] for i in followed],
-            create_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        inputs = [_leaf(x) for x in tensors[:count]]
+        asked = [x for x, w in zip(inputs, wanted) if w]
+        return _gradients(function(*inputs), asked, tensors[count:])
 
     return gradients
 
 
 def jvp(function: Function, count: int) -> Function:
-    """The tangents of the outputs, from ``count`` inputs and as many tangents."""
+    """The tangents of the outputs, from ``count`` inputs and as many tangents.
+
+    J·t as the derivative of uᵀ·J in u: forward mode could not be nested in forward mode.
+    """
 
     def tangents(*tensors: Tensor) -> Sequence[Tensor]:
-        return torch.func.jvp(
-            lambda *x: tuple(function(*x)), tensors[:count], tensors[count:]
-        )[1]
+        inputs = [_leaf(x) for x in tensors[:count]]
+        outputs = function(*inputs)
+        anything = [_leaf(torch.ones_like(x)) for x in outputs]
+        pulled = _gradients(outputs, inputs, anything)
+        return _gradients(pulled, anything, tensors[count:])
 
     return tangents
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def _gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    followed = [i for i, x in enumerate(outputs) if x.requires_grad]
+    return torch.autograd.grad(
+        [outputs[i] for i in followed],
+        inputs,
+        [cotangents[i] for i in followed],
+        create_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
 
 
 # What the dispatcher sees → the name of the operation.
@@ -186,7 +198,7 @@ _OTHER = {"sgn": "sign", "fmax": "maximum", "bitwise_and": "logical_and",
           "bitwise_or": "logical_or", "bitwise_not": "logical_not"}  # fmt: skip
 # The value is the argument's: shapes and dtypes of streams and scalars are known.
 _UNCHANGED = {
-    "detach", "alias", "clone", "contiguous", "_to_copy", "view", "_unsafe_view",
+    "detach", "alias", "to", "clone", "contiguous", "_to_copy", "view", "_unsafe_view",
     "squeeze", "unsqueeze", "lift_fresh", "expand", "reshape", "view_as",
 }  # fmt: skip
 _FILLED = {

@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 from torch.func import functionalize, grad, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from funcopt.execution import dispatch
-from funcopt.execution.dispatch import differentiating, is_tracked, readable, scalars_of
+from funcopt.execution import levels
+from funcopt.execution.levels import differentiating, is_tracked, readable, scalars_of
 
 Probe = Callable[..., Any]  #: asked of the tensors that the update would see
 Context = Callable[[Probe], None]  #: sets up one situation and calls the probe in it
@@ -311,4 +311,4 @@ def test_scalars_of_nothing_are_none():
 
 def test_compiling_is_not_readable(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not dispatch.readable(torch.tensor([3, 7]))
+    assert not levels.readable(torch.tensor([3, 7]))

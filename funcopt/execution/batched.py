@@ -1,0 +1,84 @@
+"""Under vmap: take the tasks' axis off every tensor, so that one launch does them all.
+
+torch's foreach and fused operations have no batching rule, and a batched rule is a loop
+over leaves. An elementwise rule needs neither: a task's axis is one more axis of the
+leaf, and a hyperparameter that differs between tasks is a vector of scalars.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch._C._functorch as _functorch  # pyright: ignore[reportMissingImports]
+
+from funcopt.execution.call import Call
+from funcopt.types import Tensor
+
+Run = Callable[[Call, Sequence[Tensor]], Sequence[Tensor]]
+
+
+def is_vmapped() -> bool:
+    """Whether the innermost transform is vmap."""
+    top = _functorch.peek_interpreter_stack()
+    return top is not None and top.key() == _functorch.TransformType.Vmap
+
+
+def unbatched(run: Run, call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``run(call, tensors)`` inside vmap, by a call on stacked tensors outside of it."""
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    own = [
+        _functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == level
+        for x in tensors
+    ]
+    axes = [
+        _functorch.maybe_get_bdim(x) if mine else None for x, mine in zip(tensors, own)
+    ]
+    values = [_functorch.get_unwrapped(x) if mine else x for x, mine in zip(tensors, own)]
+    with interpreter.lower():
+        outputs, batched = stacked(run, call, values, axes, interpreter.batch_size())
+    return [
+        _functorch._add_batch_dim(x, 0, level) if b else x
+        for x, b in zip(outputs, batched)
+    ]
+
+
+def stacked(
+    run: Run,
+    call: Call,
+    tensors: Sequence[Tensor],
+    axes: Sequence[int | None],
+    size: int,
+) -> tuple[list[Tensor], list[bool]]:
+    """``run`` on tensors that have their tasks in front, and which outputs have them.
+
+    ``axes`` tells where each tensor has its ``size`` tasks, None where it has none.
+    Scalars become vectors as soon as one differs between tasks, or a gradient is made
+    of them, which is each task's own.
+    """
+    streams = call.input_streams
+    parts = list(zip(tensors, streams, axes))
+    own = (
+        call.tasks > 0
+        or any(axis is not None for _, stream, axis in parts if not stream)
+        or (call.sums and not all(streams))
+    )
+    inner = max(call.tasks, 1)
+
+    def forward(x: Tensor, stream: bool, axis: int | None) -> Tensor:
+        if not stream and not own:
+            return x
+        x = x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)
+        if stream:
+            return x.flatten(0, 1) if call.tasks else x
+        return x.reshape(size, -1).expand(size, inner).reshape(-1)
+
+    def back(x: Tensor) -> Tensor:
+        return x.unflatten(0, (size, call.tasks)) if call.tasks else x
+
+    given = [forward(*part) for part in parts]
+    outputs = run(replace(call, tasks=size * inner if own else 0), given)
+    batched = [stream or own for stream in call.output_streams]
+    return [back(x) if b else x for x, b in zip(outputs, batched)], batched

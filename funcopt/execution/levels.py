@@ -1,0 +1,96 @@
+"""At what level of torch.func and autograd a tensor lives, and what that allows."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._C._functorch as _functorch  # pyright: ignore[reportMissingImports]
+from torch.autograd import forward_ad
+
+from funcopt.types import Tensor
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Below every transform and mode, as if no function were being transformed."""
+    with torch.inference_mode(False), torch.enable_grad():
+        if _functorch.peek_interpreter_stack() is None:
+            yield
+            return
+        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+        with temporarily_clear_interpreter_stack():
+            yield
+
+
+def differentiating(tensors: Iterable[Any]) -> bool:
+    """Whether a derivative may be asked of what is now computed from ``tensors``.
+
+    True inside any torch.func transform (vmap too: foreach and fused kernels have no
+    batching rule), inside a forward-mode level, and where grad mode is on and one of the
+    tensors requires grad. ``requires_grad`` alone would not do: it is False inside jvp
+    and vmap and for dual tensors. What is no tensor is passed over.
+    """
+    if _functorch.peek_interpreter_stack() is not None:
+        return True
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in tensors
+    )
+
+
+def recorded(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd records each tensor at the level that is now running.
+
+    A derivative can then be taken at this level. A tensor that an outer transform
+    follows requires grad, too, but not here: its level tells.
+    """
+    if not tensors or not torch.is_grad_enabled():
+        return False
+    top = _functorch.peek_interpreter_stack()
+    if top is None:
+        return all(t.requires_grad for t in tensors)
+    return top.key() == _functorch.TransformType.Grad and all(
+        t.requires_grad and _functorch.maybe_get_level(t) == top.level() for t in tensors
+    )
+
+
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether this tensor carries a gradient or a tangent, at any transform level."""
+    while True:
+        if tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None:
+            return True
+        if not _functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the values can be read without waiting for a device or breaking a graph.
+
+    Not on an accelerator, not batched by vmap at any level, not while compiling or
+    tracing, and not of a tensor subclass.
+    """
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return type(tensor) is Tensor
+
+
+def scalars_of(vector: Tensor) -> list[Any]:
+    """A vector of steps, or of a scalar slot, as one number for each leaf.
+
+    Python's numbers where they can be read and no derivative is lost by that, else 0-d
+    float64 tensors. With Python's the bias corrections are doubles, exactly as in
+    torch.optim, and cost no op per leaf.
+    """
+    if readable(vector) and not is_tracked(vector):
+        return vector.tolist()
+    return list(vector.to(torch.float64).unbind())

@@ -1,0 +1,162 @@
+"""A rule with what executors need to know of it, and the programs traced from it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+from funcopt.execution import levels, trace
+from funcopt.execution.executor import Executor
+from funcopt.execution.trace import Function, Program, UntraceableError
+from funcopt.types import RuleFunction, Tensor
+
+#: of each hyperparameter: "zero" (the number 0, which may leave a term out), "scalar" or
+#: "stream" (a value for every element)
+Kinds: TypeAlias = tuple[str, ...]
+
+_MOST = 256  # programs kept for one rule: kinds × dtypes × derivatives
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """One leaf's arithmetic: ``(g, p, *slots, step=, **hyper) -> (p, *slots)``."""
+
+    function: RuleFunction
+    name: str
+    scalar: tuple[bool, ...] = ()  #: for each slot, whether it is a number per leaf
+    hyper: tuple[str, ...] = ()  #: the names of the hyperparameters
+    elementwise: bool = True  #: whether the elements of a leaf may be told apart
+    _programs: dict[Any, Program | UntraceableError] = field(default_factory=dict)
+    _executors: dict[Any, Executor] = field(default_factory=dict)
+
+    def kinds(self, values: Mapping[str, Any]) -> Kinds:
+        """What each hyperparameter is, of those of one leaf."""
+        return tuple(_kind(values[name]) for name in self.hyper)
+
+    def scalars(self, kinds: Kinds) -> list[str]:
+        """The hyperparameters that are input scalars of the program, in order."""
+        return [name for name, kind in zip(self.hyper, kinds) if kind == "scalar"]
+
+    def streams(self, kinds: Kinds) -> list[str]:
+        """The hyperparameters that are input streams of the program, in order."""
+        return [name for name, kind in zip(self.hyper, kinds) if kind == "stream"]
+
+    def inputs(self, kinds: Kinds) -> tuple[bool, ...]:
+        """Of ``g, p, *slots, step, *hyper`` without zeros, which are streams."""
+        slots = (not scalar for scalar in self.scalar)
+        hyper = (kind == "stream" for kind in kinds if kind != "zero")
+        return (True, True, *slots, False, *hyper)
+
+    @property
+    def outputs(self) -> tuple[bool, ...]:
+        """Of ``p, *slots``, which are streams."""
+        return (True, *(not scalar for scalar in self.scalar))
+
+    def flat(self, kinds: Kinds) -> Function:
+        """The rule as a function of its inputs alone, in their order."""
+        names = [name for name, kind in zip(self.hyper, kinds) if kind != "zero"]
+        zeros = {name: 0.0 for name, kind in zip(self.hyper, kinds) if kind == "zero"}
+        state = 2 + len(self.scalar)
+
+        def function(*inputs: Tensor) -> Sequence[Tensor]:
+            step, *values = inputs[state:]
+            hyper = dict(zip(names, values))
+            return self.function(*inputs[:state], step=step, **hyper, **zeros)
+
+        return function
+
+    def program(self, kinds: Kinds, dtype: torch.dtype) -> Program:
+        """What the rule computes of streams in ``dtype``.
+
+        Raises:
+            UntraceableError: no kernel can be printed for it.
+        """
+        return self._traced(
+            ("step", kinds, dtype), lambda: (self.flat(kinds), self.inputs(kinds)), dtype
+        )
+
+    def vjp(self, kinds: Kinds, dtype: torch.dtype, wanted: tuple[bool, ...]) -> Program:
+        """The gradients of the ``wanted`` inputs, from the inputs and the cotangents."""
+        return self._traced(
+            ("vjp", kinds, dtype, wanted),
+            lambda: (
+                trace.vjp(self.flat(kinds), wanted),
+                (*self.inputs(kinds), *self.outputs),
+            ),
+            dtype,
+        )
+
+    def jvp(self, kinds: Kinds, dtype: torch.dtype) -> Program:
+        """The tangents of the outputs, from the inputs and their tangents."""
+        inputs = self.inputs(kinds)
+        return self._traced(
+            ("jvp", kinds, dtype),
+            lambda: (trace.jvp(self.flat(kinds), len(inputs)), inputs * 2),
+            dtype,
+        )
+
+    def second_vjp(
+        self,
+        kinds: Kinds,
+        dtype: torch.dtype,
+        first: tuple[bool, ...],
+        wanted: tuple[bool, ...],
+    ) -> Program:
+        """The ``wanted`` gradients of what ``vjp(kinds, dtype, first)`` gives.
+
+        From its inputs and a cotangent for each gradient that it gives.
+        """
+        inputs = self.inputs(kinds)
+        asked = tuple(stream for stream, w in zip(inputs, first) if w)
+        return self._traced(
+            ("second_vjp", kinds, dtype, first, wanted),
+            lambda: (
+                trace.vjp(trace.vjp(self.flat(kinds), first), wanted),
+                (*inputs, *self.outputs, *asked),
+            ),
+            dtype,
+        )
+
+    def executor(
+        self,
+        engine: Callable[[Program, torch.dtype], Executor],
+        program: Program,
+        stored: torch.dtype,
+    ) -> Executor:
+        """The program made ready by ``engine``, once."""
+        key = (engine, id(program), stored)  # an executor keeps its program alive
+        if key not in self._executors:
+            if len(self._executors) >= _MOST:
+                self._executors.clear()
+            with levels.outside():
+                self._executors[key] = engine(program, stored)
+        return self._executors[key]
+
+    def _traced(
+        self,
+        key: Any,
+        what: Callable[[], tuple[Function, Sequence[bool]]],
+        dtype: torch.dtype,
+    ) -> Program:
+        if not self.elementwise:
+            raise UntraceableError(f"{self.name} needs each leaf whole")
+        found = self._programs.get(key)
+        if found is None:
+            if len(self._programs) >= _MOST:
+                self._programs.clear()
+            try:
+                with levels.outside():
+                    found = trace.trace(*what(), dtype)
+            except UntraceableError as error:
+                found = error
+            self._programs[key] = found
+        if isinstance(found, UntraceableError):
+            raise found
+        return found
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "stream" if value.ndim else "scalar"
+    return "scalar" if value else "zero"
