@@ -1,0 +1,160 @@
+"""The Triton executor: one kernel launch for each sweep over all leaves, on CUDA.
+
+Leaves are read where they lie, through a table of their addresses. Nothing here waits for
+the device: scalars and sums stay on it, also in the results.
+"""
+
+import hashlib
+import linecache
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+
+from funcopt.execution.build import BuildError
+from funcopt.execution.executor import Column, empty_like
+from funcopt.execution.trace import Program
+from funcopt.execution.triton_source import DTYPES, Printer
+from funcopt.execution.triton_tables import BLOCK, Layout, Uploads, layout, words
+from funcopt.types import Tensor
+
+_OLDEST = (3, 2)
+_LAYOUTS = 32  # that are remembered; each holds some 60 bytes per block
+_WARPS = 4
+# No product is fused into a sum unless the source says so.
+_OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
+
+
+class Triton:
+    """A program as Triton kernels; called as an `Executor` is.
+
+    Scalars may be numbers, or tensors on the leaves' device, which are read there by the
+    kernel. Scalars among the outputs are tensors on the device.
+
+    Raises:
+        BuildError: there is no kernel; the message says why.
+    """
+
+    def __init__(self, program: Program, stored: torch.dtype) -> None:
+        self.program = program
+        self.stored = stored
+        if stored not in DTYPES:
+            raise BuildError(f"there are no Triton kernels for {stored}")
+        self._printer = printer = Printer(program, stored)
+        passes = range(len(program.passes))
+        try:
+            texts = [(printer.sweep(k), printer.finish(k)) for k in passes]
+        except KeyError as error:
+            raise BuildError(f"there is no Triton kernel for {error}") from error
+        self._kernels = [[_kernel(text) for text in pair] for pair in texts]
+        self._layouts: OrderedDict[Any, Layout] = OrderedDict()
+        self._uploads = Uploads()
+
+    def __call__(
+        self,
+        streams: Sequence[Column],
+        rows: Sequence[Sequence[Any]],
+        which: Sequence[int],
+        *,
+        out: Sequence[Column] | None = None,
+        tasks: int = 1,
+        pooled: bool = False,
+    ) -> list[Column]:
+        """The program's outputs, a column each; see `Executor`."""
+        printer, leaves = self._printer, streams[0]
+        if not leaves:
+            raise ValueError("there is no leaf to say which device this is for")
+        device = leaves[0].device
+        if out is None:
+            out = [empty_like(leaves) for _ in printer.written]
+        plan = self._layout(leaves, which, len(rows), tasks, pooled, device)
+        content, alive = words([*streams, *out], rows, device)
+        table = self._uploads(content, device)
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float64, device=device)
+
+        totals = numbers(plan.number, len(printer.sums))
+        results = numbers(len(printer.results), plan.number)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            for (sweep, finish), step in zip(self._kernels, self.program.passes):
+                partials = numbers(len(step.sums), plan.count)
+                if sweep is not None and plan.count:
+                    sweep[(plan.count,)](
+                        plan.blocks, table, totals, partials, len(leaves),
+                        BLOCK=BLOCK, **_OPTIONS,
+                    )  # fmt: skip
+                if finish is not None:
+                    finish[(plan.number,)](
+                        plan.groups, table, totals, partials, results, len(leaves),
+                        plan.count, WIDTH=BLOCK, **_OPTIONS,
+                    )  # fmt: skip
+        del alive
+        return self._outputs(dict(zip(printer.written, out)), results, tasks)
+
+    def _outputs(
+        self, written: dict[int, Column], results: Tensor, tasks: int
+    ) -> list[Column]:
+        for value, row in zip(self._printer.results, results):
+            entries = row if tasks == 1 else row.view(-1, tasks)
+            written[value] = entries.unbind()
+        return [written[value] for value in self.program.outputs]
+
+    def _layout(
+        self,
+        leaves: Column,
+        which: Sequence[int],
+        rows: int,
+        tasks: int,
+        pooled: bool,
+        device: torch.device,
+    ) -> Layout:
+        """The layout on the device: from the last few, or made."""
+        sizes = tuple(map(Tensor.numel, leaves))
+        key = (sizes, tuple(which), rows, tasks, pooled, device)
+        found = self._layouts.get(key)
+        if found is not None:
+            self._layouts.move_to_end(key)
+            return found
+        made = layout(sizes, which, rows, tasks, pooled)
+        made = Layout(made.blocks.to(device), made.groups.to(device))
+        self._layouts[key] = made
+        if len(self._layouts) > _LAYOUTS:
+            self._layouts.popitem(last=False)
+        return made
+
+
+@cache
+def _kernel(source: str) -> Any:
+    """The kernel that the source defines; None of an empty one."""
+    if not source:
+        return None
+    namespace = dict(_vocabulary())
+    # Triton reads a kernel's text again, as tracebacks do, from where Python looks for it.
+    name = f"<funcopt {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+    exec(compile(source, name, "exec"), namespace)  # of our own making
+    return namespace.get("sweep") or namespace["finish"]
+
+
+@cache
+def _vocabulary() -> dict[str, Any]:
+    """What the printed source may name.
+
+    Raises:
+        BuildError: there is no Triton, or one that is too old.
+    """
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError as error:
+        raise BuildError("Triton is not installed (pip install triton)") from error
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _OLDEST:
+        raise BuildError(f"Triton {triton.__version__} is older than 3.2")
+    from funcopt.execution import triton_math
+
+    return {**vars(triton_math), "triton": triton, "tl": tl}

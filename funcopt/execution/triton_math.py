@@ -1,0 +1,179 @@
+"""What the printed Triton kernels call: exact arithmetic, scalars by their address.
+
+Kernels are compiled without contraction: a product is fused into a sum only where it is
+written ``tl.fma``. Everything here gives the same bits on a GPU and in the interpreter,
+but for `tl.exp` and `tl.log`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pointer(address, KIND: tl.constexpr):
+    """The address as a pointer that may have any alignment."""
+    return address.to(tl.pointer_type(KIND))
+
+
+@triton.jit
+def aligned(address, KIND: tl.constexpr):
+    """The address as a pointer from which 16 bytes are read at once."""
+    return tl.multiple_of(address.to(tl.pointer_type(KIND)), 16)
+
+
+@triton.jit
+def scalar(table, entry, task):
+    """A float64 by its entry of two words: where it is, and how far to the next task's.
+
+    A number that no tensor holds lies in the table itself; its entry is negative, and
+    says how far from the start.
+    """
+    place, stride = tl.load(entry), tl.load(entry + 1)
+    place = tl.where(place < 0, table.to(tl.int64) - place, place)
+    return tl.load(pointer(place + stride * task, tl.float64))
+
+
+@triton.jit
+def divide(a, b):
+    """a / b, rounded to nearest; the plain operator is an approximation in float32."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def root(x):
+    """√x, rounded to nearest."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def larger(a, b):
+    """The maximum; a NaN comes through, as in torch."""
+    return tl.where((a > b) | (a != a), a, b)
+
+
+@triton.jit
+def smaller(a, b):
+    """The minimum; a NaN comes through, as in torch."""
+    return tl.where((a < b) | (a != a), a, b)
+
+
+@triton.jit
+def sign(x):
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
+def interpolate(a, b, w):
+    """torch's lerp: from the nearer end, with one rounding for product and sum."""
+    near = tl.abs(w) < 0.5
+    return tl.fma(tl.where(near, w, w - 1), b - a, tl.where(near, a, b))
+
+
+@triton.jit
+def exponential(x):
+    return tl.exp(x.to(tl.float64)).to(x.dtype)
+
+
+@triton.jit
+def logarithm(x):
+    return tl.log(x.to(tl.float64)).to(x.dtype)
+
+
+@triton.jit
+def sigmoid(x):
+    return (1 / (1 + tl.exp(-x.to(tl.float64)))).to(x.dtype)
+
+
+@triton.jit
+def power(a, b):
+    """a**b by float64, within 0.6 ulp for normal results: 1 - β**t as in the reference.
+
+    exp(b·log a), with the logarithm and its product by b as unevaluated sums of two.
+    """
+    base, exponent = a.to(tl.float64), b.to(tl.float64)
+    high, low = _log(tl.abs(base))
+    high = tl.where(tl.abs(base) == float("inf"), float("inf"), high)
+    product = exponent * high
+    rest = tl.fma(exponent, high, -product) + exponent * low
+    # Where the result is 0 or infinite, inf - inf must not make a NaN of it.
+    far = tl.abs(product) > 800.0
+    limit = tl.where(product > 0, 800.0, -800.0).to(tl.float64)
+    value = _exp(tl.where(far, limit, product), tl.where(far, 0.0, rest))
+    whole = tl.floor(exponent) == exponent
+    odd = whole & (tl.floor(exponent * 0.5) * 2 != exponent)
+    value = tl.where((base < 0) & odd, -value, value)
+    value = tl.where((base < 0) & ~whole, float("nan"), value)
+    value = tl.where((base == 0) & (exponent > 0), 0.0, value)
+    value = tl.where((base == 0) & (exponent < 0), float("inf"), value)
+    value = tl.where((base != base) | (exponent != exponent), float("nan"), value)
+    return tl.where((exponent == 0) | (base == 1), 1.0, value).to(a.dtype)
+
+
+@triton.jit
+def _log(x):
+    """log x of x > 0 as the sum of two: 2 artanh((m - 1) / (m + 1)) + e·log 2."""
+    tiny = x < 2.2250738585072014e-308
+    bits = tl.where(tiny, x * 18014398509481984.0, x).to(tl.int64, bitcast=True)
+    e = ((bits >> 52) & 0x7FF) - tl.where(tiny, 1077, 1023)
+    m = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+    upper = m > 1.4142135623730951
+    m = tl.where(upper, m * 0.5, m)
+    e = (e + upper.to(tl.int64)).to(tl.float64)
+    above, below = m - 1, m + 1
+    s = above / below
+    rest = tl.fma(-s, below, above) - s * (m - (below - 1))
+    z = s * s
+    p = tl.full((), 2 / 23, tl.float64)
+    for k in tl.static_range(10):
+        p = p * z + 2.0 / (21 - 2 * k)
+    tail = 2 * (rest / below) + s * (z * p)
+    high = 2 * s
+    # 0.6931471803691238 has 33 bits: its product by e is exact
+    shift = e * 0.6931471803691238
+    total = shift + high
+    part = total - shift
+    low = (shift - (total - part)) + (high - part)
+    low += tail + e * 1.9082149292705877e-10
+    out = total + low
+    return out, low - (out - total)
+
+
+@triton.jit
+def _exp(x, rest):
+    """exp(x + rest), rounded once."""
+    k = tl.floor(x * 1.4426950408889634 + 0.5)
+    upper = x - k * 0.6931471803691238
+    lower = rest - k * 1.9082149292705877e-10
+    r = upper + lower
+    c = lower - (r - upper)
+    p = tl.full((), 1 / 1307674368000, tl.float64)  # 1 / 15!
+    p = p * r + 1 / 87178291200
+    p = p * r + 1 / 6227020800
+    p = p * r + 1 / 479001600
+    p = p * r + 1 / 39916800
+    p = p * r + 1 / 3628800
+    p = p * r + 1 / 362880
+    p = p * r + 1 / 40320
+    p = p * r + 1 / 5040
+    p = p * r + 1 / 720
+    p = p * r + 1 / 120
+    p = p * r + 1 / 24
+    p = p * r + 1 / 6
+    p = p * r + 0.5
+    tail = (c + r * c) + r * r * p
+    head = 1 + r
+    value = head + ((r - (head - 1)) + tail)
+    half = tl.floor(k * 0.5)
+    return value * _two_to(half) * _two_to(k - half)
+
+
+@triton.jit
+def _two_to(k):
+    """2**k of a whole k within ±1000."""
+    return ((k.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)

@@ -1,0 +1,331 @@
+"""A program printed as Triton: one kernel for each sweep, one for sums and scalars.
+
+A kernel is given tables (`triton_tables`) and no numbers, so that nothing is compiled
+anew when a step, a hyperparameter or a leaf changes. Each block of a sweep computes the
+scalars that it needs in float64: nothing waits for them, and in a replayed CUDA graph
+they follow their tensors.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from funcopt.execution.trace import Op, Pass, Program
+
+#: dtypes that are stored → their names in Triton; halves are computed in float32
+DTYPES = {
+    torch.float32: "tl.float32",
+    torch.float64: "tl.float64",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+}
+
+_EXPRESSIONS = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "div": "divide({0}, {1})",
+    "neg": "-{0}",
+    "abs": "tl.abs({0})",
+    "sqrt": "root({0})",
+    "rsqrt": "divide({one}, root({0}))",
+    "reciprocal": "divide({one}, {0})",
+    "sign": "sign({0})",
+    "maximum": "larger({0}, {1})",
+    "minimum": "smaller({0}, {1})",
+    "lerp": "interpolate({0}, {1}, {2})",
+    "where": "tl.where({0} != 0, {1}, {2})",
+    "spread": "tl.full([BLOCK], {0}, {dtype})",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+    "gt": "{0} > {1}",
+    "ge": "{0} >= {1}",
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "logical_and": "({0} != 0) & ({1} != 0)",
+    "logical_or": "({0} != 0) | ({1} != 0)",
+    "logical_not": "{0} == 0",
+    "exp": "exponential({0})",
+    "log": "logarithm({0})",
+    "pow": "power({0}, {1})",
+    "sigmoid": "sigmoid({0})",
+}
+_POWERS = {
+    0.5: "root({0})",
+    1.0: "{0}",
+    2.0: "{0} * {0}",
+    -0.5: "divide({one}, root({0}))",
+    -1.0: "divide({one}, {0})",
+}
+# A bare number beside an operator takes its dtype from the other side.
+_OPERATORS = {"add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"}
+
+_SWEEP = """\
+@triton.jit(do_not_specialize=["leaves"])
+def sweep(blocks, table, totals, partials, leaves, BLOCK: tl.constexpr):
+    block = tl.program_id(0)
+    blocks += 6 * block
+    leaf, row, task = tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2)
+    group, start, stop = tl.load(blocks + 3), tl.load(blocks + 4), tl.load(blocks + 5)
+    {addresses}
+    {scalars}
+    even = (({all}) | start * {size}) % 16 == 0
+    {zeros}
+    i = tl.arange(0, BLOCK)
+    for at in range(start, stop, BLOCK):
+        inside = i < stop - at
+        here = at * {size}
+        full = even & (stop - at >= BLOCK)
+        if full:
+            {loads}
+        else:
+            {masked_loads}
+        {streams}
+        if full:
+            {stores}
+        else:
+            {masked_stores}
+        {sums}
+    {partials}
+"""
+
+_FINISH = """\
+@triton.jit(do_not_specialize=["leaves", "count"])
+def finish(groups, table, totals, partials, results, leaves, count, WIDTH: tl.constexpr):
+    group = tl.program_id(0)
+    number = tl.num_programs(0)
+    groups += 4 * group
+    row, task = tl.load(groups), tl.load(groups + 1)
+    first, last = tl.load(groups + 2), tl.load(groups + 3)
+    i = tl.arange(0, WIDTH)
+    {zeros}
+    for at in range(first, last, WIDTH):
+        inside = at + i < last
+        {loads}
+    {sums}
+    {stores}
+    {scalars}
+    {results}
+"""
+
+
+class Printer:
+    """The kernels of one program for leaves stored in one dtype.
+
+    Args:
+        program: what to print.
+        stored: a key of `DTYPES`.
+
+    Raises:
+        KeyError: an operation that no kernel has.
+    """
+
+    def __init__(self, program: Program, stored: torch.dtype) -> None:
+        self.program = program
+        self.stored = DTYPES[stored]
+        self.size = stored.itemsize
+        self.computed = DTYPES[program.dtype]
+        inputs = range(len(program.inputs))
+        self.streams = [i for i in inputs if program.inputs[i]]
+        self.numbers = [i for i in inputs if not program.inputs[i]]
+        #: the streams that the program writes, in the order of the table's columns
+        self.written = [o for sweep in program.passes for o in sweep.outputs]
+        self.sums = [s for sweep in program.passes for s in sweep.sums]
+        self.columns = len(self.streams) + len(self.written)
+
+    def sweep(self, k: int) -> str:
+        """The kernel of sweep ``k``; with no stream to compute, an empty text."""
+        program, sweep = self.program, self.program.passes[k]
+        if not sweep.outputs and not sweep.sums:
+            return ""
+        read = self._read(sweep)
+        first = len(self.streams) + sum(len(p.outputs) for p in program.passes[:k])
+        columns = {f"a{v}": self.streams.index(v) for v in read}
+        columns |= {f"b{j}": first + j for j in range(len(sweep.outputs))}
+        values = [program.op(s).args[0] for s in sweep.sums]
+        parameters = self._parameters(sweep, values)
+        load = "v{0} = tl.load({1}(a{0} + here, {2}) + i{3}).to({4})"
+        store = "tl.store({1}(b{0} + here, {2}) + i, {4}.to({2}){3})"
+
+        def loads(kind: str, mask: str) -> list[str]:
+            return [
+                load.format(v, kind, self.stored, mask, self.computed) for v in read
+            ] or ["pass"]
+
+        def stores(kind: str, mask: str) -> list[str]:
+            return [
+                store.format(j, kind, self.stored, mask, self._stream(v))
+                for j, v in enumerate(sweep.outputs)
+            ] or ["pass"]
+
+        return _filled(
+            _SWEEP,
+            size=str(self.size),
+            all=" | ".join(columns),
+            addresses=[
+                f"{name} = tl.load(table + {column} * leaves.to(tl.int64) + leaf)"
+                for name, column in columns.items()
+            ],
+            scalars=[
+                *self._scalars(parameters, {}),
+                *(f"v{v} = s{v}.to({self.computed})" for v in parameters),
+            ],
+            zeros=[f"t{j} = tl.zeros((), tl.float64)" for j in range(len(values))],
+            loads=loads("aligned", ""),
+            masked_loads=loads("pointer", ", mask=inside, other=0"),
+            streams=[
+                f"v{v} = {self._expression(program.op(v), self._stream, self.computed)}"
+                for v in sweep.streams
+            ],
+            stores=stores("aligned", ""),
+            masked_stores=stores("pointer", ", mask=inside"),
+            sums=[
+                f"t{j} += tl.sum(tl.where(inside, {self._stream(v)}, 0).to(tl.float64))"
+                for j, v in enumerate(values)
+            ],
+            partials=[
+                f"tl.store(partials + {j} * tl.num_programs(0) + block, t{j})"
+                for j in range(len(values))
+            ],
+        )
+
+    def finish(self, k: int) -> str:
+        """The kernel after sweep ``k``: its sums, and after the last sums the scalars.
+
+        With nothing to add and no scalar to give, an empty text.
+        """
+        sums = self.program.passes[k].sums
+        last = k >= len(self.program.passes) - 2 and k == self._finishes()[-1]
+        results = self.results if last else []
+        if not sums and not results:
+            return ""
+        known = {s: f"t{j}" for j, s in enumerate(sums)}
+        return _filled(
+            _FINISH,
+            zeros=[f"t{j} = tl.zeros([WIDTH], tl.float64)" for j in range(len(sums))],
+            loads=[
+                f"t{j} += tl.load(partials + {j} * count + at + i, mask=inside, other=0)"
+                for j in range(len(sums))
+            ]
+            or ["pass"],
+            sums=[f"t{j} = tl.sum(t{j})" for j in range(len(sums))],
+            stores=[
+                f"tl.store(totals + {len(self.sums)} * group + {self.sums.index(s)}, "
+                f"{known[s]})"
+                for s in sums
+            ],
+            scalars=self._scalars(results, known),
+            results=[
+                f"tl.store(results + {j} * number + group, {self._scalar(v)})"
+                for j, v in enumerate(results)
+            ],
+        )
+
+    @property
+    def results(self) -> list[int]:
+        """The scalars among the program's outputs, each once."""
+        outputs = (o for o in self.program.outputs if not self.program.is_stream(o))
+        return list(dict.fromkeys(outputs))
+
+    def _finishes(self) -> list[int]:
+        passes = self.program.passes
+        return [k for k, sweep in enumerate(passes) if sweep.sums] or [len(passes) - 1]
+
+    def _read(self, sweep: Pass) -> list[int]:
+        program = self.program
+        used = {a for v in sweep.streams for a in program.op(v).args}
+        used |= {*sweep.outputs, *(program.op(s).args[0] for s in sweep.sums)}
+        return [i for i in self.streams if i in used]
+
+    def _parameters(self, sweep: Pass, summed: Sequence[int]) -> list[int]:
+        """The scalars that take part in operations on streams."""
+        used = [a for v in sweep.streams for a in self.program.op(v).args]
+        used += [v for v in summed if not self.program.is_stream(v)]
+        return [
+            a
+            for a in dict.fromkeys(used)
+            if not self.program.is_stream(a) and not self._is_literal(a)
+        ]
+
+    def _scalars(self, wanted: Iterable[int], known: dict[int, str]) -> list[str]:
+        """Lines that compute the scalars, from the table and from sums."""
+        program, needed, ahead = self.program, set(), list(wanted)
+        while ahead:
+            v = ahead.pop()
+            if v not in needed and not self._is_literal(v):
+                needed.add(v)
+                if not program.is_input(v) and program.op(v).name != "sum":
+                    ahead.extend(program.op(v).args)
+        lines = []
+        if any(program.is_input(v) for v in needed):
+            at = f"{self.columns} * leaves.to(tl.int64) + {2 * len(self.numbers)} * row"
+            lines.append(f"entries = table + {at}")
+        for v in sorted(needed):
+            if program.is_input(v):
+                entry = 2 * self.numbers.index(v)
+                value = f"scalar(table, entries + {entry}, task)"
+            elif program.op(v).name == "sum":
+                place = f"totals + {len(self.sums)} * group + {self.sums.index(v)}"
+                value = known.get(v) or f"tl.load({place})"
+            else:
+                value = self._expression(program.op(v), self._scalar, "tl.float64")
+            if not program.is_input(v) and program.op(v).boolean:
+                value = f"({value}).to(tl.float64)"
+            lines.append(f"s{v} = {value}")
+        return lines
+
+    def _expression(self, op: Op, name: "_Namer", dtype: str) -> str:
+        form = _EXPRESSIONS[op.name]
+        if op.name == "pow" and self._is_literal(op.args[1]):
+            form = _POWERS.get(self.program.op(op.args[1]).literal, form)
+        names = [name(a) for a in op.args]
+        literal = [self._is_literal(a) for a in op.args]
+        if op.name in _OPERATORS and literal.count(True) == 1:
+            k = literal.index(True)
+            names[k] = _number(self.program.op(op.args[k]).literal)
+        return form.format(*names, dtype=dtype, one=_literal(1.0, dtype))
+
+    def _stream(self, value: int) -> str:
+        return self._name(value, "v", self.computed)
+
+    def _scalar(self, value: int) -> str:
+        return self._name(value, "s", "tl.float64")
+
+    def _name(self, value: int, letter: str, dtype: str) -> str:
+        if self._is_literal(value):
+            return _literal(self.program.op(value).literal, dtype)
+        return f"{letter}{value}"
+
+    def _is_literal(self, value: int) -> bool:
+        return not self.program.is_input(value) and self.program.op(value).name == "const"
+
+
+_Namer = type(Printer._stream)
+
+
+def _literal(value: float, dtype: str) -> str:
+    """A number in its full precision: a bare one might be taken for a float32."""
+    return f"tl.full((), {_number(value)}, {dtype})"
+
+
+def _number(value: float) -> str:
+    return repr(value) if math.isfinite(value) else f"float('{value}')"
+
+
+def _filled(template: str, **parts: str | list[str]) -> str:
+    """The template with each part in its place, as deep as that is; empty lines go."""
+    lines = []
+    for line in template.splitlines():
+        inner = line.strip()
+        whole = inner[1:-1] if inner.startswith("{") and inner.endswith("}") else ""
+        if whole in parts and not isinstance(parts[whole], str):
+            indent = line[: len(line) - len(inner)]
+            lines += [indent + part for part in parts[whole]]
+        else:
+            lines.append(
+                line.format(**{k: v for k, v in parts.items() if isinstance(v, str)})
+                if "{" in line
+                else line
+            )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,155 @@
+"""What Triton kernels read instead of arguments: tables of addresses, blocks and numbers."""
+
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from funcopt.execution.executor import Column
+from funcopt.types import Tensor
+
+#: elements that a program works on at once
+BLOCK = 1024
+# A long leaf's programs each walk over several blocks, and compute their scalars once;
+# but only as long as there are this many programs, which keeps every processor busy.
+_PROGRAMS = 16384
+_WALK = 8
+
+_pointers = Tensor.data_ptr
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How leaves of certain sizes are cut into blocks, and whose sums are added."""
+
+    blocks: Tensor  #: [count, 6]: leaf, row, task, group, first element, end
+    groups: Tensor  #: [number, 4]: row, task, first block, end
+
+    @property
+    def count(self) -> int:
+        return self.blocks.shape[0]
+
+    @property
+    def number(self) -> int:
+        return self.groups.shape[0]
+
+
+def layout(
+    sizes: Sequence[int], which: Sequence[int], rows: int, tasks: int, pooled: bool
+) -> Layout:
+    """The layout of leaves of these sizes, on the CPU.
+
+    A group is what has a sum of its own: a leaf, or with ``pooled`` a row, in each task.
+    Its blocks follow one another, always in the same order.
+    """
+    size = torch.tensor(sizes, dtype=torch.int64)
+    row = torch.tensor(which, dtype=torch.int64)
+    leaf = torch.arange(len(sizes)).repeat_interleave(tasks)
+    task = torch.arange(tasks).repeat(len(sizes))
+    number = (rows if pooled else len(sizes)) * tasks
+    group = (row[leaf] if pooled else leaf) * tasks + task
+    order = group.argsort(stable=True)
+    leaf, task, group = leaf[order], task[order], group[order]
+    length = size[leaf] // tasks
+    walk = BLOCK * min(max(sum(sizes) // (BLOCK * _PROGRAMS), 1), _WALK)
+    counts = (length + walk - 1) // walk
+    ends = counts.cumsum(0)
+    segment = torch.arange(len(leaf)).repeat_interleave(counts)
+    within = torch.arange(len(segment)) - (ends - counts)[segment]
+    start = (task * length)[segment] + within * walk
+    stop = torch.minimum(start + walk, ((task + 1) * length)[segment])
+    of = leaf[segment]
+    blocks = torch.stack([of, row[of], task[segment], group[segment], start, stop], 1)
+    last = torch.zeros(number, dtype=torch.int64).index_add_(0, group, counts).cumsum(0)
+    first = torch.cat([last.new_zeros(1), last[:-1]])
+    every = torch.arange(number)
+    owner = every // tasks
+    owner = owner if pooled else row[owner]
+    return Layout(blocks, torch.stack([owner, every % tasks, first[:number], last], 1))
+
+
+def words(
+    columns: Sequence[Column], rows: Sequence[Sequence[Any]], device: torch.device
+) -> tuple[bytes, list[Tensor]]:
+    """The table of one call, and tensors that must live until its kernels are queued.
+
+    First the address of every tensor, column after column; then for each row and scalar
+    where its float64 lies, and how far from one task's to the next. A tensor on the
+    device is read where it is. A number that is known here follows at the end of the
+    table; its place is the distance from the table's start, negated.
+    """
+    table, numbers = array("q"), array("d")
+    for column in columns:
+        table.extend(map(_pointers, column))
+    end = len(table) + 2 * sum(map(len, rows))
+    alive: list[Tensor] = []
+    for row in rows:
+        for value in row:
+            if isinstance(value, Tensor) and value.device == device:
+                value = value.to(torch.float64)
+                alive.append(value)
+                stride = 8 * value.stride(0) if value.ndim else 0
+                table.extend((value.data_ptr(), stride))
+                continue
+            table.append(-8 * (end + len(numbers)))
+            if isinstance(value, Tensor) and value.ndim:
+                numbers.extend(value.tolist())
+                table.append(8)
+            else:
+                numbers.append(float(value))
+                table.append(0)
+    return table.tobytes() + numbers.tobytes(), alive
+
+
+class Uploads:
+    """Tables on their way to the device; the last few stay there.
+
+    Steps over the same tensors, as donated ones are, have the same table again and again,
+    and nothing is copied. What a CUDA graph was captured with lives as long as this
+    object: a replay reads it again.
+    """
+
+    def __init__(self) -> None:
+        self._last: deque[_Upload] = deque(maxlen=4)
+        self._captured: list[Any] = []
+
+    def __call__(self, content: bytes, device: torch.device) -> Tensor:
+        if device.type != "cuda":
+            return torch.frombuffer(bytearray(content), dtype=torch.int64)
+        capturing = torch.cuda.is_current_stream_capturing()
+        stream = torch.cuda.current_stream(device).cuda_stream
+        for upload in self._last:
+            if upload.content == content and upload.ready(device, stream, capturing):
+                if capturing:
+                    self._captured.append(upload.table)
+                return upload.table
+        # Pinned memory is not given out again before the copy from it is done.
+        pinned = torch.empty(len(content) // 8, dtype=torch.int64, pin_memory=True)
+        pinned.copy_(torch.frombuffer(bytearray(content), dtype=torch.int64))
+        table = pinned.to(device, non_blocking=True)
+        if capturing:
+            self._captured.append((pinned, table))
+        else:
+            event = torch.cuda.Event()
+            event.record()
+            self._last.append(_Upload(content, device, stream, table, event))
+        return table
+
+
+@dataclass
+class _Upload:
+    content: bytes
+    device: torch.device
+    stream: int
+    table: Tensor
+    event: torch.cuda.Event | None  #: none once the copy is known to be done
+
+    def ready(self, device: torch.device, stream: int, capturing: bool) -> bool:
+        """Whether work queued on this stream finds the table filled."""
+        # an event cannot be asked while a graph is captured
+        if self.event is not None and not capturing and self.event.query():
+            self.event = None
+        return self.device == device and (self.event is None or self.stream == stream)
