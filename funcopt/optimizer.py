@@ -195,7 +195,13 @@ def _from_rule(
         return state
 
     def update(
-        grads: Tree, state: State, params: Tree, **overrides: HyperValue
+        grads: Tree,
+        state: State,
+        params: Tree,
+        *,
+        donate: bool = False,
+        execution: str | None = None,
+        **overrides: HyperValue,
     ) -> tuple[Tree, State]:
         p, structure = tree.flatten(params)
         g = tree.flatten_like(structure, grads, "grads")
@@ -220,7 +226,9 @@ def _from_rule(
             _pick(numbers, live),
             _pick(values, live),
         )
-        new_params, *columns = _merge((p, *old.values()), dispatch.step(leaves), live)
+        new_params, *columns = _merge(
+            (p, *old.values()), dispatch.step(leaves, execution, donate), live
+        )
         new_state: State = {"step": steps}
         for slot, column in zip(slots, columns):
             new_state[slot] = (
@@ -228,6 +236,10 @@ def _from_rule(
                 if scalar[slot]
                 else tree.unflatten(structure, column)
             )
+        if donate:
+            for key in vectors:
+                state[key].copy_(new_state[key])
+            return params, state
         return tree.unflatten(structure, new_params), new_state
 
     public = {key: declared.value for key, declared in hyper.items()}

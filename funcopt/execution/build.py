@@ -1,8 +1,8 @@
-"""C source → a loaded library, by the system's compiler, kept in the user's cache folder.
+"""C source → a loaded library: the system's compiler, and the user's cache folder.
 
-The folder belongs to the user alone. An entry is a shared library that ends in the SHA-256
-of what stands before: one that is cut short, altered, or not the user's own is built again
-and never loaded.
+The folder belongs to the user alone. An entry is a shared library that ends in the
+SHA-256 of what stands before: one that is cut short, altered, or not the user's own is
+built again and never loaded.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,37 +34,60 @@ class BuildError(Exception):
     """Why there is no library, as a sentence."""
 
 
-def library(source: str, check: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL:
-    """The library of ``source``: from the cache, or built, checked and put there.
+@dataclass
+class Library:
+    """A loaded library, and if it is new what is to become its entry in the cache."""
 
-    ``check`` looks at a library before it is kept, and raises if it computes nonsense.
+    loaded: ctypes.CDLL
+    made: Path | None  #: a new library's file, None for one from the cache
+    entry: Path
+
+    def keep(self) -> None:
+        """Put a new library into the cache: whole or not at all, whoever else does so.
+
+        Raises:
+            BuildError: the folder cannot be written to.
+        """
+        if self.made:
+            try:
+                os.replace(self.made, self.entry)
+            except OSError as error:
+                raise BuildError(f"{self.entry} cannot be written: {error}") from error
+            self.made = None
+
+    def discard(self) -> None:
+        if self.made:
+            self.made.unlink(missing_ok=True)
+            self.made = None
+
+
+def library(source: str) -> Library:
+    """The library of ``source``, from the cache or built.
 
     Raises:
-        BuildError: there is no compiler, it fails, or the folder cannot be written.
+        BuildError: there is no compiler, it fails, or the folder cannot be written to.
     """
-    compiler = _compiler()
-    folder = _folder()
-    path = folder / f"{_key(source, compiler)}.so"
-    if _is_whole(path):
+    folder, compiler = _folder(), _compiler()
+    entry = folder / f"{_key(source, compiler)}.so"
+    if _is_whole(entry):
         try:
-            return ctypes.CDLL(str(path))
+            return Library(ctypes.CDLL(str(entry)), None, entry)
         except OSError:
-            pass  # of another machine that shares the folder: built again
-    handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
-    os.close(handle)
+            pass  # made for another system that shares the folder: built again
+    try:
+        handle, name = tempfile.mkstemp(suffix=".so", dir=folder)  # the user's alone
+        os.close(handle)
+    except OSError as error:
+        raise BuildError(f"nothing can be written to {folder}: {error}") from error
     made = Path(name)
     try:
         _compile(compiler, source, made)
         content = made.read_bytes()
         made.write_bytes(content + hashlib.sha256(content).digest())
-        loaded = ctypes.CDLL(name)
-        check(loaded)
-        os.replace(made, path)  # whole or not at all, also with others building the same
-        return loaded
-    except OSError as error:
-        raise BuildError(f"the kernel cannot be stored in {folder}: {error}") from error
-    finally:
+        return Library(ctypes.CDLL(name), made, entry)
+    except (OSError, BuildError) as error:
         made.unlink(missing_ok=True)
+        raise BuildError(str(error)) from error
 
 
 def _compile(compiler: str, source: str, target: Path) -> None:

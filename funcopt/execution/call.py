@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 
 from funcopt.execution import layout, reference
-from funcopt.execution.executor import Executor
+from funcopt.execution.executor import Column, Executor
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.execution.trace import Program
 from funcopt.types import Tensor
@@ -39,6 +39,45 @@ class Call:
     what: str = "step"
     wanted: tuple[bool, ...] = ()  #: the inputs of ``of`` that `vjp` is to give
     of: "Call | None" = None  #: what this is a derivative of
+
+    @staticmethod
+    def gather(
+        rule: Rule,
+        kinds: Kinds,
+        engine: Engine,
+        streams: Sequence[Column],
+        rows: Sequence[Sequence[Any]],
+        which: Sequence[int],
+    ) -> "tuple[Call, list[Tensor]]":
+        """The call of a step, and the flat list of its tensors."""
+        columns, numbers = iter(streams), [list(row) for row in rows]
+        tensors: list[Tensor] = []
+        k = 0
+        for stream in rule.inputs(kinds):
+            if stream:
+                tensors += next(columns)
+                continue
+            for row in numbers:
+                if isinstance(row[k], Tensor):
+                    tensors.append(row[k])
+                    row[k] = None
+            k += 1
+        stored = streams[0][0].dtype
+        fixed = tuple(map(tuple, numbers))
+        return Call(rule, kinds, engine, stored, len(which), which, fixed), tensors
+
+    def columns(self, outputs: Sequence[Tensor]) -> list[Column]:
+        """The outputs of a step as columns: something for each leaf."""
+        columns: list[list[Any]] = [[None] * self.leaves for _ in self.outputs]
+        for x, (i, at) in zip(outputs, self.output_places):
+            places = (
+                [at]
+                if self.outputs[i]
+                else [j for j, r in enumerate(self.which) if r == at]
+            )
+            for place in places:
+                columns[i][place] = x
+        return list(columns)
 
     def vjp(self, wanted: Sequence[bool]) -> "Call":
         """The gradients of the tensors that are ``wanted``, and of those beside them."""
@@ -125,7 +164,7 @@ class Call:
 
     def execute(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, by the engine. Nothing is recorded for a derivative."""
-        columns, rows = self._columns(tensors)
+        columns, rows = self._split(tensors)
         streams = [c for c, stream in zip(columns, self.inputs) if stream]
         with torch.no_grad():
             found = self.executor()(
@@ -158,7 +197,7 @@ class Call:
         return tuple(g for g, (i, _) in zip(found, self.of.places) if self.wanted[i])
 
     def _step(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        columns, rows = self._columns(tensors)
+        columns, rows = self._split(tensors)
         scalars = iter(range(self._count(self.inputs)))
         sources = [c if s else next(scalars) for c, s in zip(columns, self.inputs)]
         function = reference.on_leaf(self.rule.flat(self.kinds), self.inputs)
@@ -178,7 +217,7 @@ class Call:
             for i, at in self.output_places
         )
 
-    def _columns(
+    def _split(
         self, tensors: Sequence[Tensor]
     ) -> tuple[list[list[Tensor]], list[list[Any]]]:
         """The tensors of each stream (none for a scalar), and the full rows."""

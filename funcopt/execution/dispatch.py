@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from funcopt.errors import ExecutionError
-from funcopt.execution import fused_autograd, levels, reference
+from funcopt.execution import fused_autograd, layout, levels, reference
 from funcopt.execution.build import BuildError
 from funcopt.execution.call import Call, Engine
 from funcopt.execution.executor import Column
@@ -24,6 +24,7 @@ _ENGINES: dict[str, Engine] = {"native": Native, "foreach": Foreach}
 NAMES = (*_ENGINES, "reference")
 
 _forced: ContextVar[str | None] = ContextVar("execution", default=None)
+_observer: ContextVar["list[Group] | None"] = ContextVar("observer", default=None)
 
 # Of fewer operations torch's own derivative is as fast.
 _WORTH = 4
@@ -32,7 +33,29 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 
 @contextmanager
 def execution(name: str) -> Iterator[None]:
-    """..."""
+    """Have every update within run by one executor, or raise with its reason.
+
+    Args:
+        name: ``"native"`` (C kernels, CPU), ``"foreach"`` (lists of tensors, any device)
+            or ``"reference"`` (the rule on each leaf, the definition of correct).
+
+    Returns:
+        A context manager. It holds for this thread, or this asyncio task.
+
+    Raises:
+        ExecutionError: there is no executor of that name; or, by ``update``, the one
+            named cannot run the step.
+
+    Source:
+        funcopt.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt, p = fo.sgd(lr=0.5), torch.ones(2)
+        >>> with fo.execution("reference"):
+        ...     opt.update(p, opt.init(p), p)[0]
+        tensor([0.5000, 0.5000])
+    """
     token = _forced.set(_known(name))
     try:
         yield
@@ -40,9 +63,22 @@ def execution(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+@contextmanager
+def observed() -> Iterator[list["Group"]]:
+    """Collects what is chosen for each group of leaves in the updates within."""
+    groups: list[Group] = []
+    token = _observer.set(groups)
+    try:
+        yield groups
+    finally:
+        _observer.reset(token)
+
+
 def _known(name: str) -> str:
     if name not in NAMES:
-        raise ExecutionError(f"there is no execution '{name}', only {', '.join(NAMES)}")
+        raise ExecutionError(
+            f"there is no execution '{name}'; it is one of {', '.join(NAMES)}"
+        )
     return name
 
 
@@ -51,8 +87,20 @@ class Choice:
     """What runs some leaves, and why what would be faster does not."""
 
     name: str  #: "native", "foreach" or "reference"
-    derivative: bool = False  #: by kernels with a derivative of their own
+    derivative: bool = False  #: kernels compute the derivative, too
+    transformed: bool = False  #: the derivative is asked for, or this is inside vmap
     refused: tuple[tuple[str, str], ...] = ()  #: (name, sentence) of those before it
+
+
+@dataclass(frozen=True)
+class Group:
+    """Leaves that run together, and what runs them."""
+
+    rule: Rule
+    kinds: Kinds
+    which: list[int]
+    params: Column
+    choice: Choice
 
 
 @dataclass(frozen=True)
@@ -66,17 +114,24 @@ class Leaves:
     steps: Column
     hyper: Sequence[dict[str, Any]]
 
-    def tensors(self) -> list[Tensor]:
-        """The leaves' tensors, and those among the hyperparameters and scalars."""
-        found = [*self.grads, *self.params]
-        for column, scalar in zip(self.slots, self.rule.scalar):
-            found += [x for x in column if isinstance(x, Tensor)] if scalar else column
-        found += [x for x in self.steps if isinstance(x, Tensor)]
+    @property
+    def state(self) -> list[Column]:
+        """The slots that hold a tensor for each leaf."""
+        return [c for c, scalar in zip(self.slots, self.rule.scalar) if not scalar]
+
+    def tensors(self) -> list[Any]:
+        """All that may be differentiated, numbers among it."""
+        found = [*self.grads, *self.params, *self.steps]
+        for column in self.slots:
+            found += column
         for values in {id(v): v for v in self.hyper}.values():
-            found += [x for x in values.values() if isinstance(x, Tensor)]
+            found += values.values()
         return found
 
     def pick(self, which: Sequence[int]) -> "Leaves":
+        if len(which) == len(self.params):
+            return self
+
         def some(column: Column) -> Column:
             return [column[i] for i in which]
 
@@ -90,34 +145,68 @@ class Leaves:
         )
 
 
-def step(leaves: Leaves, donate: bool = False, name: str | None = None) -> list[Column]:
+def step(leaves: Leaves, name: str | None = None, donate: bool = False) -> list[Column]:
     """One update of every leaf: the columns ``p, *slots``.
 
-    By the fastest executor that may run it, or by the one that is named.
+    By the fastest executor that may run it, or by the one that is named. With ``donate``
+    parameters and state are written over, and are what is returned.
+
+    Raises:
+        ExecutionError: the executor that is named refuses, or donated tensors may not
+            be written over; nothing has changed then.
     """
     forced = _known(name) if name else _forced.get()
+    groups = _groups(leaves, forced)
+    if donate:
+        _check_donation(leaves)
+    observer = _observer.get()
+    if observer is not None:
+        observer.extend(groups)
     columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
-    for which, kinds, choice in _groups(leaves, forced):
-        some = leaves.pick(which)
-        for column, values in zip(columns, _run(some, kinds, choice, donate)):
-            for i, value in zip(which, values):
+    for group in groups:
+        some = leaves.pick(group.which)
+        for column, values in zip(columns, _run(some, group, donate)):
+            for i, value in zip(group.which, values):
                 column[i] = value
     return list(columns)
 
 
-def _groups(
-    leaves: Leaves, forced: str | None
-) -> Iterator[tuple[list[int], Kinds, Choice]]:
+def _groups(leaves: Leaves, forced: str | None) -> list[Group]:
     """The leaves that run together: of one dtype and device, and kinds of values."""
     reason = _untouchable(leaves)
-    differentiating = reason is None and levels.differentiating(leaves.tensors())
-    groups: dict[Any, list[int]] = {}
+    transformed = levels.differentiating(leaves.tensors())
+    followed = transformed and levels.followed(leaves.tensors())
+    found: dict[Any, list[int]] = {}
     kinds = {id(v): leaves.rule.kinds(v) for v in leaves.hyper}
     for i, (p, values) in enumerate(zip(leaves.params, leaves.hyper)):
-        groups.setdefault((p.dtype, p.device, kinds[id(values)]), []).append(i)
-    for (dtype, device, kind), which in groups.items():
-        choice = choose(leaves.rule, kind, dtype, device, differentiating, reason, forced)
-        yield which, kind, choice
+        found.setdefault((p.dtype, p.device, kinds[id(values)]), []).append(i)
+    groups = []
+    for (dtype, device, kind), which in found.items():
+        choice = choose(leaves.rule, kind, dtype, device, followed, reason, forced)
+        choice = replace(
+            choice,
+            transformed=transformed,
+            derivative=followed and choice.name != "reference",
+        )
+        params = [leaves.params[i] for i in which]
+        groups.append(Group(leaves.rule, kind, which, params, choice))
+    return groups
+
+
+def _check_donation(leaves: Leaves) -> None:
+    if levels.differentiating(leaves.tensors()):
+        raise ExecutionError(
+            "donate=True would write over what a derivative still needs: call update "
+            "under torch.no_grad(), outside of torch.func transforms, or without donate"
+        )
+    if torch.compiler.is_compiling():
+        return  # the compiler looks for aliases itself
+    columns = [leaves.params, *leaves.state]
+    if layout.overlap([leaves.grads, *columns]) or layout.folded(columns):
+        raise ExecutionError(
+            "donate=True: gradients, parameters and state must not share memory, and no "
+            "element of a donated tensor may stand for several (clone() what is a view)"
+        )
 
 
 def choose(
@@ -125,7 +214,7 @@ def choose(
     kinds: Kinds,
     dtype: torch.dtype,
     device: torch.device,
-    differentiating: bool,
+    followed: bool,
     untouchable: str | None,
     forced: str | None,
 ) -> Choice:
@@ -138,9 +227,9 @@ def choose(
     for name in (forced,) if forced else NAMES:
         reason = None if name == "reference" else untouchable
         if name != "reference" and reason is None:
-            reason = _refuses(name, rule, kinds, dtype, device, differentiating, forced)
+            reason = _refuses(name, rule, kinds, dtype, device, followed, forced)
         if reason is None:
-            return Choice(name, differentiating and name != "reference", tuple(refused))
+            return Choice(name, refused=tuple(refused))
         if forced:
             raise ExecutionError(f"'{name}' cannot run {rule.name}: {reason}")
         refused.append((name, reason))
@@ -153,14 +242,14 @@ def _refuses(
     kinds: Kinds,
     dtype: torch.dtype,
     device: torch.device,
-    differentiating: bool,
+    followed: bool,
     forced: str | None,
 ) -> str | None:
     if name == "native" and device.type != "cpu":
         return f"native kernels run on the CPU, not on {device.type}"
     try:
         program = rule.program(kinds, reference.computed(dtype))
-        if differentiating and not forced:
+        if followed and not forced:
             if name == "foreach":
                 return "a derivative is asked for, which foreach makes no faster"
             if sum(op.stream for op in program.ops) < _WORTH:
@@ -187,8 +276,23 @@ def _untouchable(leaves: Leaves) -> str | None:
     return None
 
 
-def _run(leaves: Leaves, kinds: Kinds, choice: Choice, donate: bool) -> Sequence[Column]:
-    if choice.name == "reference":
+def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
+    columns = _new(leaves, group, donate)
+    if not donate:
+        return columns
+    given = [leaves.params, *leaves.slots]
+    with torch.no_grad():
+        for column, old, scalar in zip(columns, given, (False, *leaves.rule.scalar)):
+            if not scalar and column is not old:
+                torch._foreach_copy_(list(old), list(column))
+    return [
+        new if scalar else old
+        for new, old, scalar in zip(columns, given, (False, *leaves.rule.scalar))
+    ]
+
+
+def _new(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
+    if group.choice.name == "reference":
         return reference.step(
             leaves.rule,
             leaves.grads,
@@ -197,34 +301,22 @@ def _run(leaves: Leaves, kinds: Kinds, choice: Choice, donate: bool) -> Sequence
             leaves.steps,
             leaves.hyper,
         )
-    streams, rows, which = _inputs(leaves, kinds)
-    engine = _ENGINES[choice.name]
-    stored = leaves.params[0].dtype
-    tensors: list[Tensor] = []
-    numbers = [list(row) for row in rows]
-    k = 0
-    columns = iter(streams)
-    for stream in leaves.rule.inputs(kinds):
-        if stream:
-            tensors += next(columns)
-            continue
-        for row in numbers:
-            if isinstance(row[k], Tensor):
-                tensors.append(row[k])
-                row[k] = None
-        k += 1
-    call = Call(
-        leaves.rule, kinds, engine, stored, len(leaves.params), which,
-        tuple(map(tuple, numbers)),
-    )  # fmt: skip
-    found = fused_autograd.run(call, tensors)
-    out: list[list[Any]] = [[None] * len(which) for _ in call.outputs]
-    for x, (i, at) in zip(found, call.output_places):
-        if call.outputs[i]:
-            out[i][at] = x
-        else:
-            out[i] = [x if row == at else old for old, row in zip(out[i], which)]
-    return list(out)
+    engine = _ENGINES[group.choice.name]
+    streams, rows, which = _inputs(leaves, group.kinds)
+    if not group.choice.transformed:
+        program = leaves.rule.program(
+            group.kinds, reference.computed(group.params[0].dtype)
+        )
+        executor = leaves.rule.executor(engine, program, group.params[0].dtype)
+        alike = layout.alike(streams)
+        donated = [leaves.params, *leaves.state]
+        into = donate and all(a is b for a, b in zip(streams, alike))
+        columns = executor(alike, rows, which, out=donated if into else None)
+        if into:
+            torch.autograd.graph.increment_version([x for c in donated for x in c])
+        return columns
+    call, tensors = Call.gather(leaves.rule, group.kinds, engine, streams, rows, which)
+    return call.columns(fused_autograd.run(call, tensors))
 
 
 def _inputs(

@@ -37,6 +37,16 @@ def overlap(columns: Sequence[Sequence[Tensor]]) -> bool:
     return any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:]))
 
 
+def folded(columns: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether an element of a tensor stands for several, as after ``expand``."""
+    return any(
+        stride == 0 and n > 1
+        for c in columns
+        for x in c
+        for n, stride in zip(x.shape, x.stride())
+    )
+
+
 def _extent(x: Tensor) -> int:
     """The bytes from the first element to behind the last."""
     reach = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))

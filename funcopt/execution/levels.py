@@ -41,6 +41,17 @@ def differentiating(tensors: Iterable[Any]) -> bool:
     )
 
 
+def followed(tensors: Iterable[Any]) -> bool:
+    """Whether a derivative is asked for, and not a mere vmap.
+
+    For what `differentiating` says yes to.
+    """
+    stack = _functorch.get_interpreter_stack() or ()
+    if any(level.key() != _functorch.TransformType.Vmap for level in stack):
+        return True
+    return any(isinstance(t, Tensor) and is_tracked(t) for t in tensors)
+
+
 def recorded(tensors: Sequence[Tensor]) -> bool:
     """Whether autograd records each tensor at the level that is now running.
 

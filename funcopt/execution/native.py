@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from funcopt.execution import c_source
+from funcopt.execution import c_source, self_check
 from funcopt.execution.build import BuildError, library
 from funcopt.execution.executor import Column, Executor, empty_like
 from funcopt.execution.trace import Program
@@ -39,10 +39,16 @@ class Native(Executor):
             raise BuildError(f"there are no native kernels for {stored}")
         self._read = [c_source.inputs(program, sweep) for sweep in program.passes]
         self._parameters = [c_source.parameters(program, s) for s in program.passes]
-        self._kernels: list[Callable[..., int]] = []
-        for k, sweep in enumerate(program.passes):
-            source = c_source.print_c(program, sweep, stored)
-            self._kernels.append(_loaded(library(source, lambda _: None)))
+        built = [library(c_source.print_c(program, s, stored)) for s in program.passes]
+        self._kernels = [_kernel(each.loaded) for each in built]
+        if any(each.made for each in built):
+            try:
+                self_check.compare(self)
+                for each in built:
+                    each.keep()
+            finally:
+                for each in built:
+                    each.discard()
 
     def _sweep(
         self,
@@ -115,7 +121,7 @@ def _columns(sums: array, count: int, tasks: int) -> list[list[Any]]:
     return [list(table[..., k].unbind()) for k in range(count)]
 
 
-def _loaded(loaded: ctypes.CDLL) -> Callable[..., int]:
+def _kernel(loaded: ctypes.CDLL) -> Callable[..., int]:
     pointer = ctypes.c_void_p
     loaded.run.argtypes = [
         ctypes.c_int64, ctypes.c_int64, pointer, pointer, pointer, pointer, pointer,

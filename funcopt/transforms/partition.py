@@ -61,7 +61,13 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
         }
 
     def update(
-        grads: Tree, state: State, params: Tree, **overrides: HyperValue
+        grads: Tree,
+        state: State,
+        params: Tree,
+        *,
+        donate: bool = False,
+        execution: str | None = None,
+        **overrides: HyperValue,
     ) -> tuple[Tree, State]:
         for name in overrides:
             if not any(name in opt.hyper for opt in optimizers.values()):
@@ -80,6 +86,8 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
                 _keep(gradients, structure, mine),
                 state[label],
                 _keep(leaves, structure, mine),
+                donate=donate,
+                execution=execution,
                 **{k: v for k, v in overrides.items() if k in opt.hyper},
             )
             for i, leaf in enumerate(tree.leaves(its_params)):
@@ -137,7 +145,13 @@ def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
         return opt.init(_keep(leaves, structure, active(structure)))
 
     def update(
-        grads: Tree, state: State, params: Tree, **overrides: HyperValue
+        grads: Tree,
+        state: State,
+        params: Tree,
+        *,
+        donate: bool = False,
+        execution: str | None = None,
+        **overrides: HyperValue,
     ) -> tuple[Tree, State]:
         leaves, structure = tree.flatten(params)
         gradients = tree.flatten_like(structure, grads, "grads")
@@ -146,6 +160,8 @@ def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
             _keep(gradients, structure, moving),
             state,
             _keep(leaves, structure, moving),
+            donate=donate,
+            execution=execution,
             **overrides,
         )
         merged = [

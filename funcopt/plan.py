@@ -1,0 +1,97 @@
+"""Which executor runs a step, and why the faster ones do not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+
+from funcopt import tree
+from funcopt.execution import dispatch
+from funcopt.execution.dispatch import Group
+from funcopt.optimizer import Optimizer
+from funcopt.types import Tensor, Tree
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """What runs each group of leaves of a step; as text, a line for each and its reasons.
+
+    Args:
+        groups: leaves that run together: the rule, the parameters, and the choice.
+
+    Raises:
+        Nothing.
+
+    Source:
+        funcopt.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> print(fo.plan(fo.sgd(), torch.ones(3), execution="reference"))
+        sgd: 1 leaf, 3 elements, float32 on cpu: reference
+    """
+
+    groups: Sequence[Group]
+
+    def __str__(self) -> str:
+        return (
+            "\n".join(map(_lines, self.groups)) or "nothing to do: no leaf has a gradient"
+        )
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def plan(
+    opt: Optimizer, params: Tree, grads: Tree = None, state: Any = None, **update: Any
+) -> Plan:
+    """What would run ``opt.update``, and why the faster executors would not.
+
+    The step is made once to see (nothing that is given changes); inside a torch.func
+    transform or with tensors that require grad it is the step of that situation.
+
+    Args:
+        opt: the Optimizer, of any kind.
+        params: a tree of tensors.
+        grads: a tree like params; zeros unless given.
+        state: ``opt.init(params)`` unless given.
+        update: further arguments of ``opt.update``: hyperparameters, ``execution``.
+
+    Returns:
+        A `Plan`; print it.
+
+    Raises:
+        What ``opt.update`` raises.
+
+    Source:
+        funcopt.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> p = torch.ones(3, requires_grad=True)
+        >>> print(fo.plan(fo.sgd(lr=0.1), {"w": p}))
+        sgd: 1 leaf, 3 elements, float32 on cpu: reference
+            not native: torch's own derivative of so short a rule is as fast
+            not foreach: a derivative is asked for, which foreach makes no faster
+    """
+    if grads is None:
+        grads = tree.map(torch.zeros_like, params)
+    state = opt.init(params) if state is None else state
+    with dispatch.observed() as groups:
+        opt.update(grads, state, params, **update)
+    return Plan(groups)
+
+
+def _lines(group: Group) -> str:
+    params: list[Tensor] = list(group.params)
+    leaves = f"{len(params)} {'leaf' if len(params) == 1 else 'leaves'}"
+    count = sum(p.numel() for p in params)
+    first = params[0]
+    what = f"{first.dtype} on {first.device}".removeprefix("torch.")
+    choice = group.choice
+    how = f"{choice.name}, with its derivative" if choice.derivative else choice.name
+    lines = [f"{group.rule.name}: {leaves}, {count:,} elements, {what}: {how}"]
+    lines += [f"    not {name}: {reason}" for name, reason in choice.refused]
+    return "\n".join(lines)
