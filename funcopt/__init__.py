@@ -12,7 +12,20 @@ from funcopt.errors import (
 )
 from funcopt.hyper import Schedule
 from funcopt.optimizer import Optimizer, elementwise, per_tensor
-from funcopt.optimizers import adam, adamw, sgd
+from funcopt.optimizers import (
+    adadelta,
+    adagrad,
+    adam,
+    adamax,
+    adamw,
+    asgd,
+    lion,
+    nadam,
+    radam,
+    rmsprop,
+    rprop,
+    sgd,
+)
 from funcopt.select import by_name
 from funcopt.transforms import freeze, from_param_groups, partition
 from funcopt.tree import detach
@@ -29,17 +42,26 @@ __all__ = [
     "StructureError",
     "UnknownHyperparameterError",
     "Unrolled",
+    "adadelta",
+    "adagrad",
     "adam",
+    "adamax",
     "adamw",
+    "asgd",
     "by_name",
     "detach",
     "elementwise",
     "freeze",
     "from_param_groups",
+    "lion",
     "meta",
+    "nadam",
     "partition",
     "per_step",
     "per_tensor",
+    "radam",
+    "rmsprop",
+    "rprop",
     "sgd",
     "unroll",
 ]

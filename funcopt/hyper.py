@@ -67,6 +67,7 @@ class Schedule:
 class Hyper:
     """One declared hyperparameter: its value, the range of a number given for it.
 
+    The range is [``low``, ``below``), or [``low``, ``most``] where ``most`` is given.
     ``parts`` names the rule's arguments where the public one is a tuple of values
     (``betas`` → ``beta1, beta2``).
     """
@@ -74,6 +75,7 @@ class Hyper:
     value: HyperValue
     low: float = 0.0
     below: float = math.inf
+    most: float | None = None
     parts: tuple[str, ...] = ()
 
     def arguments(self, name: str, value: HyperValue) -> dict[str, HyperValue]:
@@ -96,15 +98,16 @@ class Hyper:
         Tensors are taken as they are: looking into one would wait for the device, and
         is impossible under vmap.
         """
-        if isinstance(value, float) and self.low <= value < self.below:
+        if isinstance(value, float) and self._allows(value):
             return value
         for atom in select.values(value):
             if isinstance(atom, (Tensor, Schedule)):
                 continue
             if isinstance(atom, Real) and not isinstance(atom, bool):
-                if not self.low <= float(atom) < self.below:
+                if not self._allows(float(atom)):
+                    upper = f"{self.below:g})" if self.most is None else f"{self.most:g}]"
                     raise HyperparameterError(
-                        f"{name} must be in [{self.low:g}, {self.below:g}), got {atom}"
+                        f"{name} must be in [{self.low:g}, {upper}, got {atom}"
                     )
             elif callable(atom):
                 raise HyperparameterTypeError(
@@ -117,6 +120,11 @@ class Hyper:
                     f"of params, fo.by_name or fo.Schedule, not {atom!r}"
                 )
         return value
+
+    def _allows(self, number: float) -> bool:
+        if self.most is not None:
+            return self.low <= number <= self.most
+        return self.low <= number < self.below
 
 
 class Hypers:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from table import CASES, ENDS, Case
+from table import CASES, ENDS, SCALAR, Case, slots_of
 from trees import assert_same, mixed, random_like
 
 import funcopt as fo
@@ -80,21 +80,31 @@ def test_structure_stays(case: Case, make: Any):
 
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_layout(case: Case):
-    """int64 steps, an entry per leaf; each slot like params, and zero before a step."""
+    """int64 steps, a float64 scalar slot, an entry per leaf; other slots like params."""
     params = mixed(torch.float16)
     state = case.optimizer().init(params)
-    step = state.pop("step")
-    assert (step.dtype, step.tolist()) == (torch.int64, [0] * 5)
-    for slot in state.values():
-        assert_same(slot, tree.map(torch.zeros_like, params))
-    _, after = steps(case.optimizer(), (params, {"step": step, **state}), range(2))
-    assert after["step"].tolist() == [2] * 5
+    _, after = steps(case.optimizer(), (params, state), range(2))
+    for at, count in ((state, 0), (after, 2)):
+        assert at["step"].dtype == torch.int64
+        assert at["step"].tolist() == [count] * 5
+    first = {
+        "sum": case.flags.get("initial_accumulator_value", 0.0),
+        "mu": 1.0,
+        "mu_product": 1.0,
+    }
+    for name in state.keys() - {"step"}:
+        start = first.get(name, 0.0)  # zero before a step
+        if name in SCALAR:
+            expected = torch.full((5,), start, dtype=torch.float64)
+        else:
+            expected = tree.map(lambda p, v=start: torch.full_like(p, v), params)
+        assert_same(state[name], expected)
 
 
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_frozen_leaves_keep_no_state(case: Case):
     params = mixed()
     state = frozen(case).init(params)
-    del state["step"]
-    assert all(slot["layers"][0]["bias"] is None for slot in state.values())
-    assert all(slot["layers"][0]["weight"] is not None for slot in state.values())
+    slots = [state[name] for name in slots_of(state)]
+    assert all(slot["layers"][0]["bias"] is None for slot in slots)
+    assert all(slot["layers"][0]["weight"] is not None for slot in slots)

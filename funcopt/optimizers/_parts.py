@@ -1,20 +1,26 @@
 """Formulas that several rules share: averages, decay, roots with a finite derivative."""
 
+from numbers import Real
 from typing import Any
 
 import torch
 
-from funcopt.types import Tensor
+from funcopt import select
+from funcopt.types import HyperValue, Tensor
 
 Number = Any  # float, 0-d float64 tensor, or a tensor that broadcasts to the leaf
 
 
 def average(mean: Tensor, value: Tensor, beta: Number) -> Tensor:
     """The exponential moving average β·mean + (1 - β)·value."""
-    weight = 1 - beta
+    return towards(mean, value, 1 - beta)
+
+
+def towards(start: Tensor, end: Tensor, weight: Number) -> Tensor:
+    """start + weight·(end - start), and exactly ``end`` where the weight is 1."""
     if isinstance(weight, Tensor):
-        weight = weight.to(mean.dtype)  # lerp promotes no dtypes
-    return torch.lerp(mean, value, weight)  # torch.optim's rounding, and one op for three
+        weight = weight.to(start.dtype)  # lerp promotes no dtypes
+    return torch.lerp(start, end, weight)  # torch.optim's rounding, and one op for three
 
 
 def coupled_decay(g: Tensor, p: Tensor, weight_decay: Number) -> Tensor:
@@ -38,6 +44,28 @@ def root(x: Tensor) -> Tensor:
     return torch.sqrt(x.clamp(min=torch.finfo(x.dtype).tiny))
 
 
+def where(condition: Any, a: Number, b: Number) -> Number:
+    """``a`` where ``condition`` holds, else ``b``, both computed; one may be a float.
+
+    The derivative of what is not chosen is multiplied by 0: it has to be finite. A
+    condition on numbers alone is a bool, or a 0-d tensor where the step is one.
+    """
+    if isinstance(condition, bool):
+        return a if condition else b
+    if isinstance(a, float) and isinstance(b, float):  # torch would make it float32
+        a = torch.scalar_tensor(a, dtype=torch.float64, device=condition.device)
+    elif isinstance(a, Tensor) and isinstance(b, Tensor):
+        # A number for each task is no 0-d tensor to vmap's type promotion.
+        dtype = a.dtype if a.ndim else b.dtype
+        a, b = a.to(dtype), b.to(dtype)
+    return torch.where(condition, a, b)
+
+
 def is_zero(value: Number) -> bool:
     """Whether it is the float 0: a tensor's value is not looked at."""
     return isinstance(value, float) and value == 0
+
+
+def zero_everywhere(value: HyperValue) -> bool:
+    """Whether it is the number 0, also as a tree with 0 for every group."""
+    return all(isinstance(v, Real) and v == 0 for v in select.values(value))

@@ -1,16 +1,20 @@
 """SGD: stochastic gradient descent, with momentum."""
 
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
 
-from funcopt import select
 from funcopt.errors import HyperparameterError
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import Number, coupled_decay, is_zero
+from funcopt.optimizers._parts import (
+    Number,
+    coupled_decay,
+    is_zero,
+    where,
+    zero_everywhere,
+)
 from funcopt.types import HyperValue, Tensor
 
 
@@ -42,10 +46,9 @@ def momentum_rule(
     maximize: bool,
 ) -> tuple[Tensor, ...]:
     g = coupled_decay(-g if maximize else g, p, weight_decay)
-    # torch dampens neither a leaf's first step nor one without momentum. The comparison
-    # becomes a number of the step's kind: bool tensor times float would be float32.
-    later = 0.0 if is_zero(momentum) else (step > 1) * step / step
-    buf = momentum * buf + (1 - dampening * later) * g
+    # torch dampens neither a leaf's first step nor one without momentum.
+    dampening = 0.0 if is_zero(momentum) else where(step > 1, dampening, 0.0)
+    buf = momentum * buf + (1 - dampening) * g
     g = g + momentum * buf if nesterov else buf
     return p - lr * g, buf
 
@@ -100,12 +103,12 @@ def sgd(
         (tensor([-0.5804]), tensor([2.7182]))
     """
     common = {"lr": Hyper(lr), "weight_decay": Hyper(weight_decay)}
-    if nesterov and (_all_zero(momentum) or not _all_zero(dampening)):
+    if nesterov and (zero_everywhere(momentum) or not zero_everywhere(dampening)):
         raise HyperparameterError(
             f"nesterov needs momentum > 0 and dampening = 0, got momentum={momentum}, "
             f"dampening={dampening}"
         )
-    if _all_zero(momentum):
+    if zero_everywhere(momentum):
         return elementwise(
             partial(rule, maximize=maximize), name="sgd", slots={}, hyper=common
         )
@@ -119,8 +122,3 @@ def sgd(
             "dampening": Hyper(dampening, low=float("-inf")),
         },
     )
-
-
-def _all_zero(value: HyperValue) -> bool:
-    """Whether it is the number 0, also as a tree with 0 for every group."""
-    return all(isinstance(v, Real) and v == 0 for v in select.values(value))

@@ -1,0 +1,104 @@
+"""ASGD: stochastic gradient descent that also averages its iterates."""
+
+from functools import partial
+from math import inf
+from typing import Any
+
+import torch
+
+from funcopt.hyper import Hyper
+from funcopt.optimizer import Optimizer, elementwise
+from funcopt.optimizers._parts import Number, coupled_decay, towards, where
+from funcopt.types import HyperValue, Tensor
+
+
+def rule(
+    g: Tensor,
+    p: Tensor,
+    eta: Number,  # a number for the whole leaf, as mu is
+    mu: Number,
+    ax: Tensor,
+    *,
+    step: Any,
+    lr: Number,
+    lambd: Number,
+    alpha: Number,
+    t0: Number,
+    weight_decay: Number,
+    maximize: bool,
+) -> tuple[Any, ...]:
+    g = coupled_decay(-g if maximize else g, p, weight_decay)
+    eta = where(step > 1, eta, lr)  # the step before has left it; the first takes lr
+    p = p * (1 - lambd * eta) - eta * g
+    ax = towards(ax, p, mu)
+    eta = lr / (1 + lambd * lr * step) ** alpha
+    mu = 1 / where(step - t0 > 1, step - t0, 1.0)
+    return p, eta, mu, ax
+
+
+def asgd(
+    lr: HyperValue = 1e-2,
+    lambd: HyperValue = 1e-4,
+    alpha: HyperValue = 0.75,
+    t0: HyperValue = 1e6,
+    weight_decay: HyperValue = 0.0,
+    *,
+    maximize: bool = False,
+) -> Optimizer:
+    r"""Averaged stochastic gradient descent; equal to ``torch.optim.ASGD``.
+
+    .. math::
+        g_t &= \nabla f(p_{t-1}) + \text{weight\_decay} \cdot p_{t-1} \\
+        p_t &= (1 - \text{lambd} \cdot \eta_{t-1}) \, p_{t-1} - \eta_{t-1} \, g_t \\
+        \text{ax}_t &= \text{ax}_{t-1} + \mu_{t-1} (p_t - \text{ax}_{t-1}) \\
+        \eta_t &= \frac{\text{lr}}{(1 + \text{lambd} \cdot \text{lr} \cdot t)^\alpha},
+            \qquad \eta_0 = \text{lr} \\
+        \mu_t &= 1 / \max(1, t - t_0), \qquad \mu_0 = 1
+
+    Args:
+        lr: learning rate, ≥ 0: a float or a 0-d tensor for each leaf, as all that
+            ``eta`` and ``mu`` are made of (all but weight_decay).
+        lambd: how fast the parameter decays and the learning rate falls.
+        alpha: power of the fall.
+        t0: the step after which iterates are averaged; before it ``ax`` is the parameter.
+        weight_decay: factor of the L2 penalty, ≥ 0.
+        maximize: ascend.
+
+    Returns:
+        An `Optimizer`; state ``step, eta, mu`` (the last two float64, one entry per
+        leaf) and ``ax``, the averaged parameter, of each parameter's shape and dtype.
+
+    Raises:
+        HyperparameterError: a number out of its range, or by ``update``, where a
+            hyperparameter that must be one number per leaf has one for each weight.
+
+    Note:
+        As in torch, ``eta`` is made in the step before the one that uses it: but for the
+        first step, a schedule of ``lr`` acts one step late.
+
+    Source:
+        Polyak, Juditsky, "Acceleration of stochastic approximation by averaging", 1992;
+        the fall of the learning rate: Bottou's sgd, as in torch.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.asgd(lr=0.1, t0=0)
+        >>> p = torch.tensor([1.0, -0.2])
+        >>> state = opt.init(p)
+        >>> for _ in range(5):
+        ...     p, state = opt.update(2 * p, state, p)      # the gradient of p²
+        >>> state["ax"]
+        tensor([ 0.4723, -0.0945])
+    """
+    return elementwise(
+        partial(rule, maximize=maximize),
+        name="asgd",
+        slots={"eta": 0.0, "mu": 1.0, "ax": torch.zeros_like},
+        hyper={
+            "lr": Hyper(lr),
+            "lambd": Hyper(lambd, low=-inf),
+            "alpha": Hyper(alpha, low=-inf),
+            "t0": Hyper(t0, low=-inf),
+            "weight_decay": Hyper(weight_decay),
+        },
+    )
