@@ -164,16 +164,44 @@ class Hypers:
             given = self.declared[name].arguments(name, value)
             arguments |= given
             varying |= given.keys()
+        shared = self._shared(arguments, varying, steps)
+        if shared is not None:
+            if all(row is rows[0] for row in rows):
+                return [{**rows[0], **shared}] * len(rows)
+            return _interned([{**row, **shared} for row in rows])
         columns = {
             name: _column(name, arguments[name], structure, params, steps)
-            for name in self.arguments  # the declared order, so that runs repeat
+            for name in self.arguments
             if name in varying
         }
         names = tuple(columns)
-        return [
-            {**row, **dict(zip(names, values))}
-            for row, values in zip(rows, zip(*columns.values()))
-        ]
+        return _interned(
+            [
+                {**row, **dict(zip(names, values))}
+                for row, values in zip(rows, zip(*columns.values()))
+            ]
+        )
+
+    def _shared(
+        self, arguments: HyperMapping, varying: set[str], steps: Sequence[Any]
+    ) -> dict[str, Any] | None:
+        """What varies, if it is the same for every leaf, whatever its shape."""
+        first = steps[0] if steps else None
+        if not isinstance(first, int) or steps.count(first) != len(steps):
+            return None
+        shared = {}
+        for name in self.arguments:  # the declared order, so that runs repeat
+            if name in varying:
+                value = arguments[name]
+                if isinstance(value, Schedule):
+                    value = value.function(first - 1)
+                if isinstance(value, Tensor) and value.ndim == 0:
+                    shared[name] = value.to(torch.float64)
+                elif isinstance(value, Real):
+                    shared[name] = float(value)
+                else:
+                    return None
+        return shared
 
     def _spread_constants(self, structure: tree.Structure) -> list[dict[str, Any]]:
         names = [name for name in self.arguments if name in self._constant]
@@ -182,8 +210,18 @@ class Hypers:
             for n in names
         ]
         if not columns:
-            return [{} for _ in range(structure.num_leaves)]
-        return [dict(zip(names, values)) for values in zip(*columns)]
+            return [{}] * structure.num_leaves
+        return _interned([dict(zip(names, values)) for values in zip(*columns)])
+
+
+def _interned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, one object for those that are equal: so executors know which share."""
+    known: dict[Any, dict[str, Any]] = {}
+    return [known.setdefault(tuple(map(_identity, row.values())), row) for row in rows]
+
+
+def _identity(value: Any) -> Any:
+    return id(value) if isinstance(value, Tensor) else value
 
 
 def unknown(name: str, known: Mapping[str, Any], owner: str) -> Exception:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, final
 
 import torch
@@ -10,7 +11,8 @@ from funcopt import tree
 from funcopt.checks import check_leaves, check_params, check_state
 from funcopt.errors import HyperparameterError
 from funcopt.execution import dispatch, levels
-from funcopt.execution.dispatch import Leaves
+from funcopt.execution.lane import Lane
+from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.hyper import Hyper, Hypers
 from funcopt.types import (
@@ -23,6 +25,9 @@ from funcopt.types import (
     Tree,
     UpdateFunction,
 )
+
+
+_MOST_LANES = 64  # structures of params that one optimizer remembers
 
 
 @final
@@ -179,6 +184,7 @@ def _from_rule(
     hypers = Hypers(hyper, name)
     keys = ("step", *slots)
     scalar = {slot: not callable(first) for slot, first in slots.items()}
+    lanes: dict[tree.Structure, Lane] = {}
     made = Rule(rule, name, tuple(scalar.values()), tuple(hypers.arguments), elementwise)
     vectors = {"step": torch.int64} | {s: torch.float64 for s in slots if scalar[s]}
 
@@ -206,15 +212,22 @@ def _from_rule(
         p, structure = tree.flatten(params)
         g = tree.flatten_like(structure, grads, "grads")
         check_state(state, keys, vectors, structure, name)
+        trees = {
+            slot: tree.flatten_like(structure, state[slot], f"state['{slot}']")
+            for slot in slots
+            if not scalar[slot]
+        }
+        lane = lanes.get(structure)
+        if lane is not None and not lane.admits((*g, *p, *chain(*trees.values()))):
+            lane = None
+        live = None
+        if lane is None:
+            live = _live(g, p)
+            check_leaves(g, p, trees, live, structure)
         old = {
-            slot: levels.scalars_of(state[slot])
-            if scalar[slot]
-            else tree.flatten_like(structure, state[slot], f"state['{slot}']")
+            slot: levels.scalars_of(state[slot]) if scalar[slot] else trees[slot]
             for slot in slots
         }
-        live = _live(g, p)
-        trees = {slot: column for slot, column in old.items() if not scalar[slot]}
-        check_leaves(g, p, trees, live, structure)
         steps = _next_steps(state["step"], live)
         numbers = levels.scalars_of(steps)
         values = hypers.per_leaf(overrides, structure, p, numbers)
@@ -226,9 +239,10 @@ def _from_rule(
             _pick(numbers, live),
             _pick(values, live),
         )
-        new_params, *columns = _merge(
-            (p, *old.values()), dispatch.step(leaves, execution, donate), live
-        )
+        columns, lane = dispatch.step(leaves, execution, donate, lane)
+        if live is None and lane is not None and len(lanes) < _MOST_LANES:
+            lanes[structure] = lane
+        new_params, *columns = _merge((p, *old.values()), columns, live)
         new_state: State = {"step": steps}
         for slot, column in zip(slots, columns):
             new_state[slot] = (

@@ -33,6 +33,8 @@ FLOORS = {
     "funcopt.execution.foreach": 1.5,
     "funcopt.execution.native": 1.5,
     "funcopt.execution.rule": 1.6,
+    "funcopt.execution.leaves": 1.7,
+    "funcopt.execution.lane": 1.8,
     "funcopt.execution.reference": 2,
     "funcopt.execution.call": 2.1,
     "funcopt.execution.batched": 2.2,

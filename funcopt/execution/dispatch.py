@@ -14,6 +14,8 @@ from funcopt.execution.build import BuildError
 from funcopt.execution.call import Call, Engine
 from funcopt.execution.executor import Column
 from funcopt.execution.foreach import Foreach
+from funcopt.execution.lane import Lane
+from funcopt.execution.leaves import Leaves
 from funcopt.execution.native import Native
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.execution.trace import UntraceableError
@@ -103,72 +105,58 @@ class Group:
     choice: Choice
 
 
-@dataclass(frozen=True)
-class Leaves:
-    """One step of one optimizer, as lists: a column holds something for each leaf."""
-
-    rule: Rule
-    grads: Column
-    params: Column
-    slots: Sequence[Column]
-    steps: Column
-    hyper: Sequence[dict[str, Any]]
-
-    @property
-    def state(self) -> list[Column]:
-        """The slots that hold a tensor for each leaf."""
-        return [c for c, scalar in zip(self.slots, self.rule.scalar) if not scalar]
-
-    def tensors(self) -> list[Any]:
-        """All that may be differentiated, numbers among it."""
-        found = [*self.grads, *self.params, *self.steps]
-        for column in self.slots:
-            found += column
-        for values in {id(v): v for v in self.hyper}.values():
-            found += values.values()
-        return found
-
-    def pick(self, which: Sequence[int]) -> "Leaves":
-        if len(which) == len(self.params):
-            return self
-
-        def some(column: Column) -> Column:
-            return [column[i] for i in which]
-
-        return Leaves(
-            self.rule,
-            some(self.grads),
-            some(self.params),
-            [some(column) for column in self.slots],
-            some(self.steps),
-            some(self.hyper),
-        )
-
-
-def step(leaves: Leaves, name: str | None = None, donate: bool = False) -> list[Column]:
-    """One update of every leaf: the columns ``p, *slots``.
+def step(
+    leaves: Leaves,
+    name: str | None = None,
+    donate: bool = False,
+    lane: Lane | None = None,
+) -> tuple[Sequence[Column], Lane | None]:
+    """One update of every leaf: the columns ``p, *slots``, and a lane for the next step.
 
     By the fastest executor that may run it, or by the one that is named. With ``donate``
-    parameters and state are written over, and are what is returned.
+    parameters and state are written over, and are what is returned. ``lane`` is one
+    that admits these leaves.
 
     Raises:
         ExecutionError: the executor that is named refuses, or donated tensors may not
             be written over; nothing has changed then.
     """
     forced = _known(name) if name else _forced.get()
+    observer = _observer.get()
+    if lane is not None and forced is None and observer is None:
+        columns = lane.run(leaves, donate)
+        if columns is not None:
+            return columns, lane
     groups = _groups(leaves, forced)
     if donate:
         _check_donation(leaves)
-    observer = _observer.get()
     if observer is not None:
         observer.extend(groups)
+    if len(groups) == 1 and len(groups[0].which) == len(leaves.params):
+        return _run(leaves, groups[0], donate), _lane(leaves, groups[0], forced)
     columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
     for group in groups:
         some = leaves.pick(group.which)
         for column, values in zip(columns, _run(some, group, donate)):
             for i, value in zip(group.which, values):
                 column[i] = value
-    return list(columns)
+    return columns, None
+
+
+def _lane(leaves: Leaves, group: Group, forced: str | None) -> Lane | None:
+    """The lane of a step whose leaves all went one way, as they are."""
+    choice = group.choice
+    if forced or choice.transformed or choice.name == "reference":
+        return None
+    columns = [leaves.grads, leaves.params, *leaves.state]
+    if any(a is not b for a, b in zip(columns, layout.alike(columns))):
+        return None
+    executor = leaves.rule.executor(
+        _ENGINES[choice.name],
+        leaves.rule.program(group.kinds, reference.computed(group.params[0].dtype)),
+        group.params[0].dtype,
+    )
+    return Lane(group.kinds, executor, [x for c in columns for x in c])
 
 
 def _groups(leaves: Leaves, forced: str | None) -> list[Group]:
@@ -302,7 +290,8 @@ def _new(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
             leaves.hyper,
         )
     engine = _ENGINES[group.choice.name]
-    streams, rows, which = _inputs(leaves, group.kinds)
+    streams = leaves.streams(group.kinds)
+    rows, which = leaves.rows(group.kinds)
     if not group.choice.transformed:
         program = leaves.rule.program(
             group.kinds, reference.computed(group.params[0].dtype)
@@ -317,29 +306,3 @@ def _new(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
         return columns
     call, tensors = Call.gather(leaves.rule, group.kinds, engine, streams, rows, which)
     return call.columns(fused_autograd.run(call, tensors))
-
-
-def _inputs(
-    leaves: Leaves, kinds: Kinds
-) -> tuple[list[Column], list[tuple[Any, ...]], list[int]]:
-    """The streams, the distinct rows of scalars, and each leaf's row."""
-    rule = leaves.rule
-    streams: list[Column] = [leaves.grads, leaves.params]
-    streams += [c for c, scalar in zip(leaves.slots, rule.scalar) if not scalar]
-    for name in rule.streams(kinds):
-        streams.append(
-            [v[name].expand_as(p) for v, p in zip(leaves.hyper, leaves.params)]
-        )
-    names = rule.scalars(kinds)
-    numbers = [c for c, scalar in zip(leaves.slots, rule.scalar) if scalar]
-    index: dict[Any, int] = {}
-    rows: list[tuple[Any, ...]] = []
-    which = []
-    for i, values in enumerate(leaves.hyper):
-        own = (*(c[i] for c in numbers), leaves.steps[i])
-        key = (id(values), *(id(x) if isinstance(x, Tensor) else x for x in own))
-        if key not in index:
-            index[key] = len(rows)
-            rows.append((*own, *(values[name] for name in names)))
-        which.append(index[key])
-    return streams, rows, which

@@ -1,0 +1,79 @@
+"""One step of one optimizer as lists: what every way to run it starts from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from funcopt.execution.executor import Column
+from funcopt.execution.rule import Kinds, Rule
+from funcopt.types import Tensor
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Columns: each holds something for every leaf."""
+
+    rule: Rule
+    grads: Column
+    params: Column
+    slots: Sequence[Column]
+    steps: Column
+    hyper: Sequence[dict[str, Any]]  #: one object for leaves that share their values
+
+    @property
+    def state(self) -> list[Column]:
+        """The slots that hold a tensor for each leaf."""
+        return [c for c, scalar in zip(self.slots, self.rule.scalar) if not scalar]
+
+    @property
+    def numbers(self) -> list[Column]:
+        """What is a number for each leaf: scalar slots, and the step."""
+        return [*(c for c, s in zip(self.slots, self.rule.scalar) if s), self.steps]
+
+    def streams(self, kinds: Kinds) -> list[Column]:
+        """The streams that the rule's program takes."""
+        hyper = [
+            [v[name].expand_as(p) for v, p in zip(self.hyper, self.params)]
+            for name in self.rule.streams(kinds)
+        ]
+        return [self.grads, self.params, *self.state, *hyper]
+
+    def rows(self, kinds: Kinds) -> tuple[list[tuple[Any, ...]], list[int]]:
+        """The scalars that it takes, a row for leaves that share them; each leaf's row."""
+        names, numbers = self.rule.scalars(kinds), self.numbers
+        index: dict[Any, int] = {}
+        rows: list[tuple[Any, ...]] = []
+        which = []
+        for values, *own in zip(self.hyper, *numbers):
+            key = (id(values), *(id(x) if isinstance(x, Tensor) else x for x in own))
+            if key not in index:
+                index[key] = len(rows)
+                rows.append((*own, *(values[name] for name in names)))
+            which.append(index[key])
+        return rows, which
+
+    def tensors(self) -> list[Any]:
+        """All that may be differentiated, numbers among it."""
+        found = [*self.grads, *self.params, *self.steps]
+        for column in self.slots:
+            found += column
+        for values in {id(v): v for v in self.hyper}.values():
+            found += values.values()
+        return found
+
+    def pick(self, which: Sequence[int]) -> "Leaves":
+        """Those of the given numbers."""
+        if len(which) == len(self.params):
+            return self
+
+        def some(column: Column) -> Column:
+            return [column[i] for i in which]
+
+        return Leaves(
+            self.rule,
+            some(self.grads),
+            some(self.params),
+            [some(column) for column in self.slots],
+            some(self.steps),
+            some(self.hyper),
+        )
