@@ -1,6 +1,8 @@
-"""Every test run draws the same numbers."""
+"""Every test run draws the same numbers, and builds its kernels anew."""
 
+import shutil
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,3 +24,13 @@ settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of this run's own: it finds nothing old, and leaves nothing behind."""
+    folder = tmp_path_factory.mktemp("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUNCOPT_CACHE", str(folder))
+        yield
+    shutil.rmtree(folder)
