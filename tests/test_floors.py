@@ -32,6 +32,10 @@ FLOORS = {
     "funcopt.execution.self_check": 1.3,
     "funcopt.execution.foreach": 1.5,
     "funcopt.execution.native": 1.5,
+    "funcopt.execution.triton_math": 1,
+    "funcopt.execution.triton_source": 1.1,
+    "funcopt.execution.triton_tables": 1.3,
+    "funcopt.execution.triton_executor": 1.5,
     "funcopt.execution.rule": 1.6,
     "funcopt.execution.leaves": 1.7,
     "funcopt.execution.lane": 1.8,
@@ -86,12 +90,14 @@ def _targets(node: ast.ImportFrom) -> Iterator[str]:
 
 def misplaced(module: str, source: str) -> list[str]:
     """What ``module`` may not import."""
-    wrong = []
+    wrong, allowed = [], {"torch", "optree"} | sys.stdlib_module_names
+    if module.startswith("funcopt.execution.triton_"):
+        allowed |= {"triton"}
     for target in imports(source):
         if target.startswith("."):
             wrong.append(f"{target} (write the whole path)")
         elif target.split(".")[0] != "funcopt":
-            if target.split(".")[0] not in {"torch", "optree"} | sys.stdlib_module_names:
+            if target.split(".")[0] not in allowed:
                 wrong.append(f"{target} (not torch, optree or the standard library)")
         elif target not in MODULES:
             wrong.append(f"{target} (no such module)")

@@ -23,9 +23,7 @@ from funcopt.types import Tensor
 
 _OLDEST = (3, 2)
 _LAYOUTS = 32  # that are remembered; each holds some 60 bytes per block
-_WARPS = 4
-# No product is fused into a sum unless the source says so.
-_OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
+FINISHING_WARPS = 8
 
 
 class Triton:
@@ -50,6 +48,7 @@ class Triton:
         except KeyError as error:
             raise BuildError(f"there is no Triton kernel for {error}") from error
         self._kernels = [[_kernel(text) for text in pair] for pair in texts]
+        self._warps = [printer.warps(k) for k in passes]
         self._layouts: OrderedDict[Any, Layout] = OrderedDict()
         self._uploads = Uploads()
 
@@ -60,13 +59,13 @@ class Triton:
         which: Sequence[int],
         *,
         out: Sequence[Column] | None = None,
-        tasks: int = 1,
+        tasks: int = 0,
         pooled: bool = False,
     ) -> list[Column]:
         """The program's outputs, a column each; see `Executor`."""
         printer, leaves = self._printer, streams[0]
         if not leaves:
-            raise ValueError("there is no leaf to say which device this is for")
+            raise ValueError("no leaf tells which device this is for")
         device = leaves[0].device
         if out is None:
             out = [empty_like(leaves) for _ in printer.written]
@@ -80,17 +79,18 @@ class Triton:
         totals = numbers(plan.number, len(printer.sums))
         results = numbers(len(printer.results), plan.number)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            for (sweep, finish), step in zip(self._kernels, self.program.passes):
-                partials = numbers(len(step.sums), plan.count)
+            for k, (sweep, finish) in enumerate(self._kernels):
+                partials = numbers(len(self.program.passes[k].sums), plan.count)
                 if sweep is not None and plan.count:
                     sweep[(plan.count,)](
                         plan.blocks, table, totals, partials, len(leaves),
-                        BLOCK=BLOCK, **_OPTIONS,
+                        BLOCK=BLOCK, num_warps=self._warps[k], enable_fp_fusion=False,
                     )  # fmt: skip
                 if finish is not None:
                     finish[(plan.number,)](
                         plan.groups, table, totals, partials, results, len(leaves),
-                        plan.count, WIDTH=BLOCK, **_OPTIONS,
+                        plan.count, WIDTH=BLOCK, num_warps=FINISHING_WARPS,
+                        enable_fp_fusion=False,
                     )  # fmt: skip
         del alive
         return self._outputs(dict(zip(printer.written, out)), results, tasks)
@@ -99,7 +99,7 @@ class Triton:
         self, written: dict[int, Column], results: Tensor, tasks: int
     ) -> list[Column]:
         for value, row in zip(self._printer.results, results):
-            entries = row if tasks == 1 else row.view(-1, tasks)
+            entries = row.view(-1, tasks) if tasks else row
             written[value] = entries.unbind()
         return [written[value] for value in self.program.outputs]
 
@@ -133,7 +133,7 @@ def _kernel(source: str) -> Any:
     if not source:
         return None
     namespace = dict(_vocabulary())
-    # Triton reads a kernel's text again, as tracebacks do, from where Python looks for it.
+    # Triton reads a kernel's text again, from where Python's tracebacks do.
     name = f"<funcopt {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     exec(compile(source, name, "exec"), namespace)  # of our own making

@@ -5,6 +5,9 @@ written ``tl.fma``. Everything here gives the same bits on a GPU and in the inte
 but for `tl.exp` and `tl.log`.
 """
 
+# Annotations name what Triton knows when it compiles, not types.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
@@ -91,8 +94,41 @@ def sigmoid(x):
 
 
 @triton.jit
+def hyperbolic_tangent(x):
+    y = 2 * tl.abs(x.to(tl.float64))
+    small = y < 0.3
+    less = tl.where(small, y, 0.0)
+    less = less + less * less * _exp_series(less)  # exp(y) - 1 without cancellation
+    value = tl.where(small, less / (less + 2), 1 - 2 / (tl.exp(y) + 1))
+    return tl.where(x < 0, -value, value).to(x.dtype)
+
+
+@triton.jit
+def angle(y, x):
+    """atan2, where a zero has no sign: artan of at most √2 - 1, turned to its octant."""
+    up, right = tl.abs(y.to(tl.float64)), tl.abs(x.to(tl.float64))
+    steep = up > right
+    ratio = tl.where(steep, right, up) / tl.where(steep, up, right)
+    ratio = tl.where((up == 0) & (right == 0), 0.0, ratio)
+    ratio = tl.where(up == right, tl.where(up == 0, 0.0, 1.0), ratio)  # inf / inf too
+    half = ratio > 0.41421356237309503
+    t = tl.where(half, (ratio - 1) / (ratio + 1), ratio)
+    z = t * t
+    p = tl.full(z.shape, 1 / 45, tl.float64)
+    for k in tl.static_range(21):
+        p = _times_plus(p, -z, 1 / (43 - 2 * k))
+    value = t - t * z * p
+    quarter = tl.full((), 0.7853981633974483, tl.float64)
+    value = tl.where(half, quarter + value, value)
+    value = tl.where(steep, 2 * quarter - value, value)
+    value = tl.where(x < 0, 4 * quarter - value, value)
+    value = tl.where((x != x) | (y != y), float("nan"), value)
+    return tl.where(y < 0, -value, value).to(y.dtype)
+
+
+@triton.jit
 def power(a, b):
-    """a**b by float64, within 0.6 ulp for normal results: 1 - β**t as in the reference.
+    """a**b by float64, within 0.6 ulp while |b·log a| < 50: 1 - β**t as in the reference.
 
     exp(b·log a), with the logarithm and its product by b as unevaluated sums of two.
     """
@@ -129,9 +165,9 @@ def _log(x):
     s = above / below
     rest = tl.fma(-s, below, above) - s * (m - (below - 1))
     z = s * s
-    p = tl.full((), 2 / 23, tl.float64)
+    p = tl.full(z.shape, 2 / 23, tl.float64)
     for k in tl.static_range(10):
-        p = p * z + 2.0 / (21 - 2 * k)
+        p = _times_plus(p, z, 2 / (21 - 2 * k))
     tail = 2 * (rest / below) + s * (z * p)
     high = 2 * s
     # 0.6931471803691238 has 33 bits: its product by e is exact
@@ -152,25 +188,36 @@ def _exp(x, rest):
     lower = rest - k * 1.9082149292705877e-10
     r = upper + lower
     c = lower - (r - upper)
-    p = tl.full((), 1 / 1307674368000, tl.float64)  # 1 / 15!
-    p = p * r + 1 / 87178291200
-    p = p * r + 1 / 6227020800
-    p = p * r + 1 / 479001600
-    p = p * r + 1 / 39916800
-    p = p * r + 1 / 3628800
-    p = p * r + 1 / 362880
-    p = p * r + 1 / 40320
-    p = p * r + 1 / 5040
-    p = p * r + 1 / 720
-    p = p * r + 1 / 120
-    p = p * r + 1 / 24
-    p = p * r + 1 / 6
-    p = p * r + 0.5
-    tail = (c + r * c) + r * r * p
+    tail = (c + r * c) + r * r * _exp_series(r)
     head = 1 + r
     value = head + ((r - (head - 1)) + tail)
     half = tl.floor(k * 0.5)
     return value * _two_to(half) * _two_to(k - half)
+
+
+@triton.jit
+def _exp_series(r):
+    """(exp r - 1 - r) / r² for |r| < 0.35."""
+    p = tl.full(r.shape, 1 / 1307674368000, tl.float64)  # 1 / 15!
+    p = _times_plus(p, r, 1 / 87178291200)
+    p = _times_plus(p, r, 1 / 6227020800)
+    p = _times_plus(p, r, 1 / 479001600)
+    p = _times_plus(p, r, 1 / 39916800)
+    p = _times_plus(p, r, 1 / 3628800)
+    p = _times_plus(p, r, 1 / 362880)
+    p = _times_plus(p, r, 1 / 40320)
+    p = _times_plus(p, r, 1 / 5040)
+    p = _times_plus(p, r, 1 / 720)
+    p = _times_plus(p, r, 1 / 120)
+    p = _times_plus(p, r, 1 / 24)
+    p = _times_plus(p, r, 1 / 6)
+    p = _times_plus(p, r, 1 / 2)
+    return p
+
+
+@triton.jit
+def _times_plus(p, x, constant: tl.constexpr):
+    return tl.fma(p, x, tl.full(p.shape, constant, tl.float64))
 
 
 @triton.jit

@@ -7,7 +7,7 @@ they follow their tensors.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -22,42 +22,23 @@ DTYPES = {
 }
 
 _EXPRESSIONS = {
-    "add": "{0} + {1}",
-    "sub": "{0} - {1}",
-    "mul": "{0} * {1}",
-    "div": "divide({0}, {1})",
-    "neg": "-{0}",
-    "abs": "tl.abs({0})",
-    "sqrt": "root({0})",
-    "rsqrt": "divide({one}, root({0}))",
-    "reciprocal": "divide({one}, {0})",
-    "sign": "sign({0})",
-    "maximum": "larger({0}, {1})",
-    "minimum": "smaller({0}, {1})",
-    "lerp": "interpolate({0}, {1}, {2})",
-    "where": "tl.where({0} != 0, {1}, {2})",
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "neg": "-{0}",
+    "div": "divide({0}, {1})", "reciprocal": "divide({one}, {0})", "sqrt": "root({0})",
+    "rsqrt": "divide({one}, root({0}))", "abs": "tl.abs({0})", "sign": "sign({0})",
+    "maximum": "larger({0}, {1})", "minimum": "smaller({0}, {1})",
+    "lerp": "interpolate({0}, {1}, {2})", "where": "tl.where({0} != 0, {1}, {2})",
     "spread": "tl.full([BLOCK], {0}, {dtype})",
-    "lt": "{0} < {1}",
-    "le": "{0} <= {1}",
-    "gt": "{0} > {1}",
-    "ge": "{0} >= {1}",
-    "eq": "{0} == {1}",
-    "ne": "{0} != {1}",
-    "logical_and": "({0} != 0) & ({1} != 0)",
-    "logical_or": "({0} != 0) | ({1} != 0)",
-    "logical_not": "{0} == 0",
-    "exp": "exponential({0})",
-    "log": "logarithm({0})",
-    "pow": "power({0}, {1})",
-    "sigmoid": "sigmoid({0})",
-}
+    "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}",
+    "eq": "{0} == {1}", "ne": "{0} != {1}", "logical_not": "{0} == 0",
+    "logical_and": "({0} != 0) & ({1} != 0)", "logical_or": "({0} != 0) | ({1} != 0)",
+    "exp": "exponential({0})", "log": "logarithm({0})", "sigmoid": "sigmoid({0})",
+    "pow": "power({0}, {1})", "tanh": "hyperbolic_tangent({0})",
+    "atan2": "angle({0}, {1})",
+}  # fmt: skip
 _POWERS = {
-    0.5: "root({0})",
-    1.0: "{0}",
-    2.0: "{0} * {0}",
-    -0.5: "divide({one}, root({0}))",
+    0.5: "root({0})", 1.0: "{0}", 2.0: "{0} * {0}", -0.5: "divide({one}, root({0}))",
     -1.0: "divide({one}, {0})",
-}
+}  # fmt: skip
 # A bare number beside an operator takes its dtype from the other side.
 _OPERATORS = {"add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"}
 
@@ -134,6 +115,15 @@ class Printer:
         self.sums = [s for sweep in program.passes for s in sweep.sums]
         self.columns = len(self.streams) + len(self.written)
 
+    def warps(self, k: int) -> int:
+        """How many warps work on a block of 1,024 elements in sweep ``k``.
+
+        Four while registers last: each computes the scalars. Never so many that a thread
+        has less than 16 bytes to read.
+        """
+        wide = self.program.dtype.itemsize * len(self._read(self.program.passes[k]))
+        return 4 if wide <= 16 or self.size == 2 else 8
+
     def sweep(self, k: int) -> str:
         """The kernel of sweep ``k``; with no stream to compute, an empty text."""
         program, sweep = self.program, self.program.passes[k]
@@ -195,8 +185,9 @@ class Printer:
 
         With nothing to add and no scalar to give, an empty text.
         """
-        sums = self.program.passes[k].sums
-        last = k >= len(self.program.passes) - 2 and k == self._finishes()[-1]
+        passes = self.program.passes
+        sums = passes[k].sums
+        last = k == max(len(passes) - 2, 0)  # the last pass has no sums
         results = self.results if last else []
         if not sums and not results:
             return ""
@@ -227,10 +218,6 @@ class Printer:
         """The scalars among the program's outputs, each once."""
         outputs = (o for o in self.program.outputs if not self.program.is_stream(o))
         return list(dict.fromkeys(outputs))
-
-    def _finishes(self) -> list[int]:
-        passes = self.program.passes
-        return [k for k, sweep in enumerate(passes) if sweep.sums] or [len(passes) - 1]
 
     def _read(self, sweep: Pass) -> list[int]:
         program = self.program
@@ -275,7 +262,7 @@ class Printer:
             lines.append(f"s{v} = {value}")
         return lines
 
-    def _expression(self, op: Op, name: "_Namer", dtype: str) -> str:
+    def _expression(self, op: Op, name: Callable[[int], str], dtype: str) -> str:
         form = _EXPRESSIONS[op.name]
         if op.name == "pow" and self._is_literal(op.args[1]):
             form = _POWERS.get(self.program.op(op.args[1]).literal, form)
@@ -299,9 +286,6 @@ class Printer:
 
     def _is_literal(self, value: int) -> bool:
         return not self.program.is_input(value) and self.program.op(value).name == "const"
-
-
-_Namer = type(Printer._stream)
 
 
 def _literal(value: float, dtype: str) -> str:

@@ -1,4 +1,4 @@
-"""What Triton kernels read instead of arguments: tables of addresses, blocks and numbers."""
+"""What Triton kernels read instead of arguments: addresses, blocks and numbers."""
 
 from array import array
 from collections import deque
@@ -15,7 +15,7 @@ from funcopt.types import Tensor
 BLOCK = 1024
 # A long leaf's programs each walk over several blocks, and compute their scalars once;
 # but only as long as there are this many programs, which keeps every processor busy.
-_PROGRAMS = 16384
+_PROGRAMS = 2048
 _WALK = 8
 
 _pointers = Tensor.data_ptr
@@ -47,6 +47,7 @@ def layout(
     """
     size = torch.tensor(sizes, dtype=torch.int64)
     row = torch.tensor(which, dtype=torch.int64)
+    tasks = max(tasks, 1)
     leaf = torch.arange(len(sizes)).repeat_interleave(tasks)
     task = torch.arange(tasks).repeat(len(sizes))
     number = (rows if pooled else len(sizes)) * tasks

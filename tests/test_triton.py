@@ -1,0 +1,352 @@
+"""Triton kernels: run by Triton's interpreter on the CPU, and compiled for an H100."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+os.environ["TRITON_INTERPRET"] = "1"  # is read where a kernel is defined
+np = pytest.importorskip("numpy")
+pytest.importorskip("triton", reason="Triton has no release for this system")
+
+from table import CASES, ENDS, Case  # noqa: E402
+
+import funcopt.optimizer  # noqa: E402
+from funcopt.execution import triton_executor, triton_tables  # noqa: E402
+from funcopt.execution.build import BuildError  # noqa: E402
+from funcopt.execution.rule import Kinds, Rule  # noqa: E402
+from funcopt.execution.trace import Program, trace  # noqa: E402
+from funcopt.execution.triton_executor import Triton  # noqa: E402
+
+SHAPES = [(3, 5), (0,), (1,), (1030,), ()]
+WHICH = [0, 1, 1, 0, 1]  # the row of scalars of each leaf
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter cuts a bfloat16 off, and numpy warns of what masks discard."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounded(self: Any, value: Any, kind: Any) -> Any:
+        if kind.scalar != tl.bfloat16 or value.dtype.scalar != tl.float32:
+            return cast(self, value, kind)
+        data = torch.from_numpy(np.array(value.data)).to(torch.bfloat16)
+        return interpreter.TensorHandle(
+            data.view(torch.int16).numpy().view(np.uint16), kind.scalar
+        )
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
+    with np.errstate(all="ignore"):
+        yield
+
+
+def rule_of(case: Case) -> tuple[Rule, dict[str, Any]]:
+    """A case's rule, and the values of its hyperparameters."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            funcopt.optimizer,
+            "Rule",
+            lambda *a, **k: made.append(Rule(*a, **k)) or made[0],
+        )
+        optimizer = case.optimizer(**case.floats())
+    values = []
+    for value in optimizer.hyper.values():
+        values += value if isinstance(value, tuple) else [value]
+    return made[0], dict(zip(made[0].hyper, values))
+
+
+def computed(stored: torch.dtype) -> torch.dtype:
+    return torch.float64 if stored is torch.float64 else torch.float32
+
+
+def column(dtype: torch.dtype, positive: bool = False) -> list[Tensor]:
+    leaves = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
+    return [(x.abs() + 0.1 if positive else x).to(dtype) for x in leaves]
+
+
+def arguments(
+    rule: Rule, values: dict[str, Any], kinds: Kinds, dtype: torch.dtype
+) -> tuple[list[list[Tensor]], list[list[float]]]:
+    """Columns of leaves, and two rows of scalars, for the inputs of a step."""
+    given = [v for v, kind in zip(values.values(), kinds) if kind != "zero"]
+    streams = [
+        column(dtype, positive=i > 1) for i, s in enumerate(rule.inputs(kinds)) if s
+    ]
+    scalars = [0.7 for scalar in rule.scalar if scalar]
+    return streams, [[*scalars, 3, *given], [*scalars, 10000, *(v * 0.9 for v in given)]]
+
+
+class ExactRoots(TorchDispatchMode):
+    """torch's own square root of a long CPU tensor (MKL's) is off by an ulp at times."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.sqrt.default:
+            return torch.from_numpy(np.sqrt(args[0].detach().numpy()))
+        return func(*args, **(kwargs or {}))
+
+
+def defined(
+    program: Program, streams: Sequence[Sequence[Tensor]], rows: Sequence[Sequence[float]]
+) -> list[list[Tensor]]:
+    """What torch makes of the program's function, leaf by leaf, a column per output."""
+    made = []
+    for i, row in enumerate(WHICH):
+        leaf = (c[i].reshape(-1).to(program.dtype) for c in streams)
+        numbers = (torch.tensor(x, dtype=torch.float64) for x in rows[row])
+        inputs = [next(leaf if stream else numbers) for stream in program.inputs]
+        with ExactRoots():
+            outputs = program.function(*inputs)
+        made.append(
+            [
+                x.detach().reshape(streams[0][i].shape) if program.is_stream(o) else x
+                for x, o in zip(outputs, program.outputs)
+            ]
+        )
+    return [list(c) for c in zip(*made)]
+
+
+def run(
+    program: Program, dtype: torch.dtype, streams: Any, rows: Any, **options: Any
+) -> list[Any]:
+    """The outputs by Triton, which must fill NaN-poisoned tensors and change no input."""
+    written = {o for o in program.outputs if program.is_stream(o)}
+    out = [[torch.full_like(x, float("nan")) for x in streams[0]] for _ in written]
+    before = [[x.clone() for x in c] for c in streams]
+    found = Triton(program, dtype)(streams, rows, WHICH, out=out, **options)
+    for now, old in zip(streams, before):
+        assert all(map(torch.equal, now, old))
+    return found
+
+
+def assert_as_defined(program: Program, streams: Any, rows: Any) -> None:
+    """Streams bit for bit; sums, which torch rounds to the leaf's dtype, nearly."""
+    found = run(program, program.dtype, streams, rows)
+    for value, column, expected in zip(
+        program.outputs, found, defined(program, streams, rows)
+    ):
+        for x, y in zip(column, expected, strict=True):
+            if program.is_stream(value):
+                assert torch.equal(x, y) and not x.isnan().any()
+            else:
+                tolerance = 1e-11 if program.dtype is torch.float64 else 1e-3
+                torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_is_bit_equal_to_the_rule(case: Case):
+    rule, values = rule_of(case)
+    kinds = rule.kinds(values)
+    program = rule.program(kinds, torch.float32)
+    assert_as_defined(program, *arguments(rule, values, kinds, torch.float32))
+
+
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        # the interpreter takes a second for each
+        pytest.param(
+            case, dtype, id=f"{case}-{dtype}",
+            marks=[] if k % 2 and dtype is torch.float32 else pytest.mark.slow,
+        )
+        for k, case in enumerate(ENDS)
+        for dtype in (torch.float32, torch.float64)
+    ],
+)  # fmt: skip
+def test_a_step_and_its_derivatives(case: Case, dtype: torch.dtype):
+    rule, values = rule_of(case)
+    kinds = rule.kinds(values)
+    streams, rows = arguments(rule, values, kinds, dtype)
+    assert_as_defined(rule.program(kinds, dtype), streams, rows)
+    cotangents = [column(dtype) for stream in rule.outputs if stream]
+    scalars = [1.5 for stream in rule.outputs if not stream]
+    vjp = rule.vjp(kinds, dtype, (True,) * len(rule.inputs(kinds)))
+    assert_as_defined(vjp, streams + cotangents, [[*row, *scalars] for row in rows])
+    jvp = rule.jvp(kinds, dtype)
+    tangents = [column(dtype) for _ in streams]
+    assert_as_defined(
+        jvp, streams + tangents, [[*row, *[0.1] * len(row)] for row in rows]
+    )
+
+
+def squared(p: Tensor, g: Tensor, lr: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
+    """Two streams, a stream's sum, and a scalar."""
+    step = torch.lerp(p, g * g, 0.3) * decay - lr / torch.sqrt(g * g + 1)
+    return step, torch.maximum(p, g), (step * g).sum(), decay**lr
+
+
+PROGRAM = trace(squared, [True, True, False, False], torch.float32)
+ROWS = [[0.5, 0.9], [0.25, 0.8]]
+
+
+def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Any]:
+    return [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_computed_in_float32_and_rounded_once(dtype: torch.dtype):
+    streams = [column(dtype), column(dtype)]
+    found = run(PROGRAM, dtype, streams, ROWS)
+    for got, expected in zip(found[:2], defined(PROGRAM, streams, ROWS)):
+        assert all(map(torch.equal, got, (x.to(dtype) for x in expected)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_leaves_at_any_storage_offset(dtype: torch.dtype):
+    program = trace(
+        squared,
+        PROGRAM.inputs,
+        torch.float64 if dtype is torch.float64 else torch.float32,
+    )
+    streams = leaves((2050,), (2050,), dtype=dtype)
+    memory = [[torch.full((2060,), 7.0, dtype=dtype) for _ in range(2)] for _ in range(2)]
+    for shift in (1, 2, 3):
+        moved = [[m[shift : 2050 + shift].copy_(x) for m, x in zip(*c)]
+                 for c in zip(memory, streams)]  # fmt: skip
+        out = [
+            [torch.full((2060,), 7.0, dtype=dtype) for _ in range(2)] for _ in range(2)
+        ]
+        parts = [[x[5:2055] for x in c] for c in out]
+        found = Triton(program, dtype)(moved, ROWS, [0, 1], out=parts)
+        plain = Triton(program, dtype)(streams, ROWS, [0, 1])
+        for a, b in zip(found, plain):
+            assert all(map(torch.equal, a, b))
+        assert all((x[:5] == 7).all() and (x[2055:] == 7).all() for c in out for x in c)
+
+
+def test_donated_leaves_are_written_in_place():
+    streams = leaves((3, 5), (1030,))
+    expected = Triton(PROGRAM, torch.float32)(streams, ROWS, [0, 1])
+    found = Triton(PROGRAM, torch.float32)(streams, ROWS, [0, 1], out=streams)
+    assert all(x is y for a, b in zip(found[:2], streams) for x, y in zip(a, b))
+    for a, b in zip(found, expected):
+        assert all(map(torch.equal, a, b))
+
+
+def test_scalars_in_tensors_are_read_where_they_are():
+    streams, executor = leaves((3, 5), (1030,)), Triton(PROGRAM, torch.float32)
+    expected = executor(streams, ROWS, [0, 1])
+    lr = torch.tensor(0.5, dtype=torch.float64)
+    decay = torch.tensor(0.8)  # float32: its own value in float64
+    found = executor(streams, [[lr, 0.9], [torch.tensor(0.25), decay]], [0, 1])
+    assert all(map(torch.equal, found[0][:1], expected[0][:1]))
+    again = executor(streams, [[0.5, 0.9], [0.25, float(decay)]], [0, 1])
+    for a, b in zip(found, again):
+        assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_task_is_computed_as_if_alone(tasks: int, pooled: bool):
+    streams, executor = leaves((tasks, 5), (tasks, 0), (tasks, 1030)), Triton(
+        PROGRAM, torch.float32
+    )  # fmt: skip
+    lr = torch.linspace(0.1, 0.5, tasks, dtype=torch.float64)
+    decay = torch.linspace(0.5, 0.9, 2 * tasks, dtype=torch.float64)[::2]
+    rows = [[lr, 0.9], [0.25, decay]]
+    found = executor(streams, rows, [1, 0, 1], tasks=tasks, pooled=pooled)
+    for t in range(tasks):
+        own = [[float(lr[t]), 0.9], [0.25, float(decay[t])]]
+        alone = executor(
+            [[x[t] for x in c] for c in streams], own, [1, 0, 1], pooled=pooled
+        )
+        for a, b in zip(found, alone):
+            assert all(torch.equal(x[t], y) for x, y in zip(a, b))
+    assert len(found[2]) == (2 if pooled else 3)
+
+
+def test_pooled_sums_are_those_of_their_leaves():
+    streams, executor = (
+        leaves((3, 5), (0,), (1030,), (7,)),
+        Triton(PROGRAM, torch.float32),
+    )
+    which = [1, 0, 1, 0]
+    apart = torch.stack(list(executor(streams, ROWS, which)[2]))
+    pooled = executor(streams, ROWS, which, pooled=True)[2]
+    torch.testing.assert_close(pooled[0], apart[1] + apart[3])
+    torch.testing.assert_close(pooled[1], apart[0] + apart[2])
+
+
+def test_long_leaves_are_walked(monkeypatch: pytest.MonkeyPatch):
+    streams, which = leaves((5000,), (2048,), (1,)), [0, 1, 0]
+    short = Triton(PROGRAM, torch.float32)(streams, ROWS, which)
+    monkeypatch.setattr(triton_tables, "_PROGRAMS", 2)
+    plan = triton_tables.layout([5000, 2048, 1], which, 2, 0, False)
+    assert plan.blocks[:, 4:].tolist() == [[0, 3072], [3072, 5000], [0, 2048], [0, 1]]
+    walked = Triton(PROGRAM, torch.float32)(streams, ROWS, which)
+    for a, b in zip(short[:2], walked[:2]):
+        assert all(map(torch.equal, a, b))
+    torch.testing.assert_close(torch.stack(list(short[2])), torch.stack(list(walked[2])))
+
+
+def test_sums_feed_later_sweeps():
+    def scaled(g: Tensor, p: Tensor, lr: Tensor) -> tuple[Tensor, ...]:
+        return (p - lr * g / torch.linalg.vector_norm(g), torch.linalg.vector_norm(g))
+
+    program = trace(scaled, [True, True, False], torch.float64)
+    assert len(program.passes) == 2
+    streams = leaves((3, 5), (2000,), dtype=torch.float64)
+    p, norm = Triton(program, torch.float64)(streams, [[0.5]], [0, 0])
+    for g, old, new, length in zip(*streams, p, norm):
+        torch.testing.assert_close(length, g.norm(), rtol=1e-14, atol=0)
+        torch.testing.assert_close(new, old - 0.5 * g / g.norm(), rtol=1e-14, atol=1e-15)
+
+
+def test_powers_are_those_of_python():
+    """1 - β**t to the last bit but one, also after a million steps."""
+    program = trace(
+        lambda x, beta, t: (x + 1, beta**t), (True, False, False), torch.float64
+    )
+    rows = [[b, t] for b in (0.0, 0.5, 0.9, 0.999, 0.99999, 1.0)
+            for t in (0, 1, 2, 3, 10, 1e3, 12345, 1e6)]  # fmt: skip
+    found = Triton(program, torch.float64)([[torch.ones(1)] * len(rows)], rows,
+                                           range(len(rows)))[1]  # fmt: skip
+    for (beta, t), got in zip(rows, found):
+        exact = beta**t
+        assert abs(float(got) - exact) <= 1.2e-16 * max(exact, 1e-30)
+
+
+@pytest.mark.parametrize("name", ["exp", "log", "tanh", "sigmoid", "rsqrt", "reciprocal",
+                                  "sign", "atan2", "pow"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_other_operations(name: str, dtype: torch.dtype):
+    function = getattr(torch, name)
+    binary = name in ("atan2", "pow")
+    program = trace(lambda x, y: (function(x, y) if binary else function(x),),
+                    (True, True), dtype)  # fmt: skip
+    x, y = torch.randn(300, dtype=dtype), torch.randn(300, dtype=dtype)
+    x[:2] = torch.tensor([0.0, float("nan")])
+    x = x.abs() if name in ("log", "rsqrt", "pow") else x
+    expected = function(x, y) if binary else function(x)
+    (found,) = Triton(program, dtype)([[x], [y]], [[]], [0])
+    torch.testing.assert_close(
+        found[0], expected, rtol=8 * torch.finfo(dtype).eps, atol=0, equal_nan=True
+    )
+
+
+def test_what_has_no_kernel_is_told(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(BuildError, match="no Triton kernels for torch.complex64"):
+        Triton(PROGRAM, torch.complex64)
+    triton_executor._vocabulary.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(BuildError, match="pip install triton"):
+        Triton(trace(lambda x: (x - 41,), [True], torch.float32), torch.float32)
+    triton_executor._vocabulary.cache_clear()
+
+
+def test_triton_is_imported_with_the_first_kernel_only():
+    code = "import sys, funcopt; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
