@@ -23,6 +23,7 @@ from funcopt.execution.build import BuildError  # noqa: E402
 from funcopt.execution.rule import Kinds, Rule  # noqa: E402
 from funcopt.execution.trace import Program, trace  # noqa: E402
 from funcopt.execution.triton_executor import Triton  # noqa: E402
+from funcopt.execution.triton_tables import PerLeaf  # noqa: E402
 
 SHAPES = [(3, 5), (0,), (1,), (1030,), ()]
 WHICH = [0, 1, 1, 0, 1]  # the row of scalars of each leaf
@@ -246,6 +247,29 @@ def test_scalars_in_tensors_are_read_where_they_are():
     again = executor(streams, [[0.5, 0.9], [0.25, float(decay)]], [0, 1])
     for a, b in zip(found, again):
         assert all(map(torch.equal, a, b))
+
+
+def test_a_vector_may_hold_each_leafs_scalar():
+    streams, executor = leaves((3, 5), (1030,)), Triton(PROGRAM, torch.float32)
+    lr, decay = [0.5, 0.25], torch.tensor([2, 3])  # whole numbers, as steps are
+    expected = executor(streams, [[x, int(y)] for x, y in zip(lr, decay)], [0, 1])
+    numbers = torch.tensor(lr, dtype=torch.float64)
+    found = executor(streams, [[PerLeaf(numbers), PerLeaf(decay)]], [0, 0])
+    for a, b in zip(found, expected):
+        assert all(map(torch.equal, a, b))
+
+
+def test_truths_are_numbers_in_sums_and_products():
+    def count(x: Tensor, least: Tensor) -> tuple[Tensor, ...]:
+        large, small = x > least, x < -least
+        return (large * x + small, (large | small).sum().to(torch.float64))
+
+    program = trace(count, [True, False], torch.float32)
+    x = torch.randn(1500)
+    (values,), (number,) = Triton(program, torch.float32)([[x]], [[0.5]], [0])
+    assert (
+        torch.equal(values, (x > 0.5) * x + (x < -0.5)) and number == (abs(x) > 0.5).sum()
+    )
 
 
 @pytest.mark.parametrize("tasks", [1, 3])

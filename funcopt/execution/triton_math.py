@@ -25,15 +25,14 @@ def aligned(address, KIND: tl.constexpr):
 
 
 @triton.jit
-def scalar(table, entry, task):
-    """A float64 by its entry of two words: where it is, and how far to the next task's.
-
-    A number that no tensor holds lies in the table itself; its entry is negative, and
-    says how far from the start.
-    """
-    place, stride = tl.load(entry), tl.load(entry + 1)
-    place = tl.where(place < 0, table.to(tl.int64) - place, place)
-    return tl.load(pointer(place + stride * task, tl.float64))
+def scalar(table, entry, leaf, task):
+    """A scalar by its entry of four words; see `triton_tables.words`."""
+    place, whole = tl.load(entry), tl.load(entry + 1)
+    place += tl.load(entry + 2) * leaf + tl.load(entry + 3) * task
+    place = tl.where(whole < 2, place, table.to(tl.int64) + place)
+    bits = tl.load(pointer(place, tl.int64))
+    number = bits.to(tl.float64, bitcast=True)
+    return tl.where(whole == 1, bits.to(tl.float64), number)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from funcopt.execution.trace import Op, Pass, Program
+from funcopt.execution.triton_tables import ENTRY
 
 #: dtypes that are stored → their names in Triton; halves are computed in float32
 DTYPES = {
@@ -39,6 +40,7 @@ _POWERS = {
     0.5: "root({0})", 1.0: "{0}", 2.0: "{0} * {0}", -0.5: "divide({one}, root({0}))",
     -1.0: "divide({one}, {0})",
 }  # fmt: skip
+_OF_TRUTHS = {"where", "logical_and", "logical_or", "logical_not"}
 # A bare number beside an operator takes its dtype from the other side.
 _OPERATORS = {"add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"}
 
@@ -76,9 +78,9 @@ _FINISH = """\
 def finish(groups, table, totals, partials, results, leaves, count, WIDTH: tl.constexpr):
     group = tl.program_id(0)
     number = tl.num_programs(0)
-    groups += 4 * group
-    row, task = tl.load(groups), tl.load(groups + 1)
-    first, last = tl.load(groups + 2), tl.load(groups + 3)
+    groups += 5 * group
+    leaf, row, task = tl.load(groups), tl.load(groups + 1), tl.load(groups + 2)
+    first, last = tl.load(groups + 3), tl.load(groups + 4)
     i = tl.arange(0, WIDTH)
     {zeros}
     for at in range(first, last, WIDTH):
@@ -154,7 +156,7 @@ class Printer:
             size=str(self.size),
             all=" | ".join(columns),
             addresses=[
-                f"{name} = tl.load(table + {column} * leaves.to(tl.int64) + leaf)"
+                f"{name} = tl.load(table + {column} * leaves + leaf)"
                 for name, column in columns.items()
             ],
             scalars=[
@@ -246,18 +248,18 @@ class Printer:
                     ahead.extend(program.op(v).args)
         lines = []
         if any(program.is_input(v) for v in needed):
-            at = f"{self.columns} * leaves.to(tl.int64) + {2 * len(self.numbers)} * row"
-            lines.append(f"entries = table + {at}")
+            width = ENTRY * len(self.numbers)
+            lines.append(f"entries = table + {self.columns} * leaves + {width} * row")
         for v in sorted(needed):
             if program.is_input(v):
-                entry = 2 * self.numbers.index(v)
-                value = f"scalar(table, entries + {entry}, task)"
+                entry = ENTRY * self.numbers.index(v)
+                value = f"scalar(table, entries + {entry}, leaf, task)"
             elif program.op(v).name == "sum":
                 place = f"totals + {len(self.sums)} * group + {self.sums.index(v)}"
                 value = known.get(v) or f"tl.load({place})"
             else:
                 value = self._expression(program.op(v), self._scalar, "tl.float64")
-            if not program.is_input(v) and program.op(v).boolean:
+            if self._is_truth(v):
                 value = f"({value}).to(tl.float64)"
             lines.append(f"s{v} = {value}")
         return lines
@@ -267,6 +269,11 @@ class Printer:
         if op.name == "pow" and self._is_literal(op.args[1]):
             form = _POWERS.get(self.program.op(op.args[1]).literal, form)
         names = [name(a) for a in op.args]
+        if op.name not in _OF_TRUTHS:
+            names = [
+                f"{text}.to({dtype})" if self._is_truth(a) else text
+                for text, a in zip(names, op.args)
+            ]
         literal = [self._is_literal(a) for a in op.args]
         if op.name in _OPERATORS and literal.count(True) == 1:
             k = literal.index(True)
@@ -283,6 +290,9 @@ class Printer:
         if self._is_literal(value):
             return _literal(self.program.op(value).literal, dtype)
         return f"{letter}{value}"
+
+    def _is_truth(self, value: int) -> bool:
+        return not self.program.is_input(value) and self.program.op(value).boolean
 
     def _is_literal(self, value: int) -> bool:
         return not self.program.is_input(value) and self.program.op(value).name == "const"

@@ -26,7 +26,7 @@ class Layout:
     """How leaves of certain sizes are cut into blocks, and whose sums are added."""
 
     blocks: Tensor  #: [count, 6]: leaf, row, task, group, first element, end
-    groups: Tensor  #: [number, 4]: row, task, first block, end
+    groups: Tensor  #: [number, 5]: leaf (0 if pooled), row, task, first block, end
 
     @property
     def count(self) -> int:
@@ -68,8 +68,21 @@ def layout(
     first = torch.cat([last.new_zeros(1), last[:-1]])
     every = torch.arange(number)
     owner = every // tasks
-    owner = owner if pooled else row[owner]
-    return Layout(blocks, torch.stack([owner, every % tasks, first[:number], last], 1))
+    leaf, row = (0 * owner, owner) if pooled else (owner, row[owner])
+    groups = torch.stack([leaf, row, every % tasks, first[:number], last], 1)
+    return Layout(blocks, groups)
+
+
+@dataclass(frozen=True)
+class PerLeaf:
+    """A scalar's value in a row: a vector on the device, with an entry for each leaf."""
+
+    values: Tensor
+
+
+# What a scalar's entry says of the words that it leads to.
+_FLOAT, _INTEGER, _IN_TABLE = range(3)
+ENTRY = 4  #: words of an entry
 
 
 def words(
@@ -77,31 +90,38 @@ def words(
 ) -> tuple[bytes, list[Tensor]]:
     """The table of one call, and tensors that must live until its kernels are queued.
 
-    First the address of every tensor, column after column; then for each row and scalar
-    where its float64 lies, and how far from one task's to the next. A tensor on the
-    device is read where it is. A number that is known here follows at the end of the
-    table; its place is the distance from the table's start, negated.
+    First the address of every tensor, column after column; then an entry for each row
+    and scalar: its address, what lies there, and how many bytes further the next leaf's
+    and the next task's lie. A tensor on the device is read where it is, as float64 or
+    int64. A number that is known here follows at the end of the table; its address
+    counts from the table's start.
     """
     table, numbers = array("q"), array("d")
     for column in columns:
         table.extend(map(_pointers, column))
-    end = len(table) + 2 * sum(map(len, rows))
+    end = len(table) + ENTRY * sum(map(len, rows))
     alive: list[Tensor] = []
     for row in rows:
         for value in row:
-            if isinstance(value, Tensor) and value.device == device:
-                value = value.to(torch.float64)
-                alive.append(value)
-                stride = 8 * value.stride(0) if value.ndim else 0
-                table.extend((value.data_ptr(), stride))
+            each = isinstance(value, PerLeaf)
+            tensor = value.values if each else value
+            if isinstance(tensor, Tensor) and tensor.device == device:
+                whole = tensor.dtype is torch.int64
+                tensor = tensor if whole else tensor.to(torch.float64)
+                alive.append(tensor)
+                stride = 8 * tensor.stride(0) if tensor.ndim else 0
+                kind = _INTEGER if whole else _FLOAT
+                steps = (stride, 0) if each else (0, stride)
+                table.extend((tensor.data_ptr(), kind, *steps))
                 continue
-            table.append(-8 * (end + len(numbers)))
-            if isinstance(value, Tensor) and value.ndim:
-                numbers.extend(value.tolist())
-                table.append(8)
+            place = 8 * (end + len(numbers))
+            if isinstance(tensor, Tensor) and tensor.ndim:
+                numbers.extend(tensor.tolist())
+                steps = (8, 0) if each else (0, 8)
             else:
-                numbers.append(float(value))
-                table.append(0)
+                numbers.append(float(tensor))
+                steps = (0, 0)
+            table.extend((place, _IN_TABLE, *steps))
     return table.tobytes() + numbers.tobytes(), alive
 
 
