@@ -123,12 +123,7 @@ ROWS = [
     Row(
         fo.adam,
         torch.optim.Adam,
-        _mixes(
-            maximize=OFF_ON,
-            weight_decay=DECAY,
-            amsgrad=OFF_ON,
-            decoupled_weight_decay=OFF_ON,
-        ),
+        _half(weight_decay=DECAY, amsgrad=OFF_ON, decoupled_weight_decay=OFF_ON),
         {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1},
     ),
     Row(
@@ -169,14 +164,14 @@ ROWS = [
     Row(
         fo.radam,
         torch.optim.RAdam,
-        _mixes(maximize=OFF_ON, weight_decay=DECAY, decoupled_weight_decay=OFF_ON),
+        _half(weight_decay=DECAY, decoupled_weight_decay=OFF_ON),
         {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1},
         warm=5,  # the sixth step is the first that is rectified
     ),
     Row(
         fo.nadam,
         torch.optim.NAdam,
-        _mixes(maximize=OFF_ON, weight_decay=DECAY, decoupled_weight_decay=OFF_ON),
+        _half(weight_decay=DECAY, decoupled_weight_decay=OFF_ON),
         {
             "lr": 0.1,
             "betas": (0.8, 0.9),

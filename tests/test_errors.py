@@ -140,6 +140,45 @@ CASES = [
         ("negative decay", lambda x: fo.adamw(weight_decay=-1.0), "weight_decay", "-1"),
         ("negative momentum", lambda x: fo.sgd(momentum=-0.9), "momentum", "-0.9"),
         ("nesterov without momentum", lambda x: fo.sgd(nesterov=True), "momentum=0.0"),
+        ("rho over 1", lambda x: fo.adadelta(rho=1.1), "rho", "[0, 1]", "1.1"),
+        ("negative alpha", lambda x: fo.rmsprop(alpha=-0.1), "alpha", "-0.1"),
+        (
+            "negative momentum of rmsprop",
+            lambda x: fo.rmsprop(momentum=-1.0),
+            "momentum",
+            "-1",
+        ),
+        ("negative lr_decay", lambda x: fo.adagrad(lr_decay=-0.5), "lr_decay", "-0.5"),
+        (
+            "negative sum of squares",
+            lambda x: fo.adagrad(initial_accumulator_value=-0.1),
+            "initial_accumulator_value",
+            "-0.1",
+        ),
+        (
+            "sum of squares that is a tensor",
+            lambda x: fo.adagrad(initial_accumulator_value=torch.ones(())),  # pyright: ignore[reportArgumentType]
+            "initial_accumulator_value",
+            "tensor",
+        ),
+        (
+            "sums of squares that differ",
+            lambda x: fo.adagrad(initial_accumulator_value=[0.0, 0.1]),  # pyright: ignore[reportArgumentType]
+            "one number",
+            "[0.0, 0.1]",
+            "partition",
+        ),
+        ("etas in the wrong order", lambda x: fo.rprop(etas=(1.2, 0.5)), "etaminus < 1"),
+        ("etaplus of 1", lambda x: fo.rprop(etas=(0.5, 1.0)), "1 < etaplus", "1.0"),
+        ("one eta", lambda x: fo.rprop(etas=0.5), "2 values", "etaminus"),  # pyright: ignore[reportArgumentType]
+        ("negative step size", lambda x: fo.rprop(step_sizes=(-1, 1)), "step_sizes[0]"),
+        (
+            "rate for each weight, kept per leaf",
+            lambda x: step(x, fo.asgd(lr={"layer": 0.1, "scale": torch.ones(4)})),
+            "asgd's 'eta'",
+            "'scale'",
+            "(4,)",
+        ),
         (
             "nesterov with dampening",
             lambda x: fo.sgd(momentum=0.9, dampening=0.1, nesterov=True),

@@ -14,7 +14,7 @@ import funcopt as fo
 from funcopt import tree
 from funcopt.types import State, Tree
 
-STEPS = 50
+LONG, STEPS = 50, 20
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 HALF = [torch.float16, torch.bfloat16]
 
@@ -91,8 +91,8 @@ def race(case: Case, params: Tree, **hyper: Any) -> Race:
 
 
 def gradients(params: Tree, step: int) -> Tree:
-    """Small ones in the second half: only where exp_avg_sq falls is amsgrad not adam."""
-    size = 1.0 if step < STEPS // 2 else 0.01
+    """Small ones after the tenth: only where exp_avg_sq falls is amsgrad not adam."""
+    size = 1.0 if step < 10 else 0.01
     return tree.map(lambda g: size * g, random_like(params, seed=100 + step))
 
 
@@ -100,11 +100,22 @@ def gradients(params: Tree, step: int) -> Tree:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_trajectory(case: Case, dtype: torch.dtype):
     run = race(case, mixed(dtype))
-    for step in range(STEPS):
+    for step in range(LONG):
         run.step(gradients(run.params, step))
         run.assert_level(TOLERANCE[dtype])
     run.assert_moved()
-    assert run.state["step"].tolist() == [STEPS] * 5
+    assert run.state["step"].tolist() == [LONG] * 5
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_trajectory_the_other_way(case: Case):
+    """Uphill for downhill: the mixes of flags that the table leaves out."""
+    flags = {**case.flags, "maximize": not case.flags["maximize"]}
+    run = race(Case(case.row, flags), mixed())
+    for step in range(LONG):
+        run.step(gradients(run.params, step))
+        run.assert_level(TOLERANCE[torch.float64])
+    run.assert_moved()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -202,7 +213,7 @@ def test_gradients_whose_square_underflows(case: Case):
     """A zero under the root and none above it: eps alone divides."""
     run = race(case, [torch.zeros(()) for _ in range(8)])
     grads = list(torch.logspace(-23, -34, 8))
-    for _ in range(20):  # later weight decay is all of the gradient, and p swings freely
+    for _ in range(STEPS):
         run.step(grads)
         run.assert_level(TOLERANCE[torch.float32])
     run.assert_moved()

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
+from table import ROWS, Row
 
 import funcopt as fo
+from funcopt import optimizers
 
 NAMES = {name: getattr(fo, name) for name in fo.__all__ if name != "meta"}
 NAMES |= {f"meta.{name}": getattr(fo.meta, name) for name in fo.meta.__all__}
@@ -108,15 +109,21 @@ def test_a_result_documents_its_fields():
         assert re.search(rf"^    {field}: \w+  #: \S", source, re.M), field
 
 
-@pytest.mark.parametrize(
-    "ours, theirs",
-    [
-        (fo.sgd, torch.optim.SGD),
-        (fo.adam, torch.optim.Adam),
-        (fo.adamw, torch.optim.AdamW),
-    ],
-)
-def test_a_factory_takes_what_torch_optim_takes(ours: Any, theirs: Any):
+def in_torch(row: Row) -> bool:
+    return row.twin.__module__.startswith("torch.optim")
+
+
+def by_name(row: Row) -> str:
+    return row.name
+
+
+def test_every_optimizer_has_a_row():
+    assert sorted(row.name for row in ROWS) == sorted(optimizers.__all__)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if in_torch(row)], ids=by_name)
+def test_a_factory_takes_what_torch_optim_takes(row: Row):
+    ours, theirs = row.factory, row.twin
     execution = {"params", "foreach", "fused", "capturable", "differentiable"}
     wanted = {
         name: parameter.default

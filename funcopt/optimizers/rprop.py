@@ -93,8 +93,7 @@ def rprop(
         >>> p
         tensor([ 0.2558, -0.0400])
     """
-    _check_etas(etas)
-    return elementwise(
+    opt = elementwise(
         partial(rule, maximize=maximize),
         name="rprop",
         slots=dict.fromkeys(("prev", "step_size"), torch.zeros_like),
@@ -104,6 +103,8 @@ def rprop(
             "step_sizes": Hyper(step_sizes, parts=("step_size_min", "step_size_max")),
         },
     )
+    _check_etas(etas)
+    return opt
 
 
 def _check_etas(etas: Any) -> None:
