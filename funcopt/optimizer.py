@@ -217,7 +217,7 @@ def _from_rule(
             for slot in slots
             if not scalar[slot]
         }
-        lane = lanes.get(structure)
+        lane = None if torch.compiler.is_compiling() else lanes.get(structure)
         if lane is not None and not lane.admits((*g, *p, *chain(*trees.values()))):
             lane = None
         live = None
@@ -240,7 +240,7 @@ def _from_rule(
             _pick(values, live),
         )
         columns, lane = dispatch.step(leaves, execution, donate, lane)
-        if live is None and lane is not None and len(lanes) < _MOST_LANES:
+        if lane is not None and live is None and len(lanes) < _MOST_LANES:
             lanes[structure] = lane
         new_params, *columns = _merge((p, *old.values()), columns, live)
         new_state: State = {"step": steps}

@@ -12,7 +12,7 @@ from funcopt.errors import ExecutionError
 from funcopt.execution import fused_autograd, layout, levels, reference
 from funcopt.execution.build import BuildError
 from funcopt.execution.call import Call, Engine
-from funcopt.execution.executor import Column
+from funcopt.execution.executor import Column, Executor
 from funcopt.execution.foreach import Foreach
 from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
@@ -121,6 +121,9 @@ def step(
         ExecutionError: the executor that is named refuses, or donated tensors may not
             be written over; nothing has changed then.
     """
+    if torch.compiler.is_compiling():  # the plain rule is what the compiler fuses
+        columns = _reference(leaves)
+        return (_written_over(leaves, columns) if donate else columns), None
     forced = _known(name) if name else _forced.get()
     observer = _observer.get()
     if lane is not None and forced is None and observer is None:
@@ -151,11 +154,7 @@ def _lane(leaves: Leaves, group: Group, forced: str | None) -> Lane | None:
     columns = [leaves.grads, leaves.params, *leaves.state]
     if any(a is not b for a, b in zip(columns, layout.alike(columns))):
         return None
-    executor = leaves.rule.executor(
-        _ENGINES[choice.name],
-        leaves.rule.program(group.kinds, reference.computed(group.params[0].dtype)),
-        group.params[0].dtype,
-    )
+    executor = _executor(leaves.rule, group)
     return Lane(group.kinds, executor, [x for c in columns for x in c])
 
 
@@ -187,8 +186,6 @@ def _check_donation(leaves: Leaves) -> None:
             "donate=True would write over what a derivative still needs: call update "
             "under torch.no_grad(), outside of torch.func transforms, or without donate"
         )
-    if torch.compiler.is_compiling():
-        return  # the compiler looks for aliases itself
     columns = [leaves.params, *leaves.state]
     if layout.overlap([leaves.grads, *columns]) or layout.folded(columns):
         raise ExecutionError(
@@ -250,8 +247,6 @@ def _refuses(
 
 def _untouchable(leaves: Leaves) -> str | None:
     """Why only torch's own operations may touch these tensors, or None."""
-    if torch.compiler.is_compiling():
-        return "under torch.compile the plain rule is what fuses"
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return "a mode watches each operation"
     for x in (*leaves.grads, *leaves.params):
@@ -265,44 +260,54 @@ def _untouchable(leaves: Leaves) -> str | None:
 
 
 def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
-    columns = _new(leaves, group, donate)
-    if not donate:
-        return columns
-    given = [leaves.params, *leaves.slots]
-    with torch.no_grad():
-        for column, old, scalar in zip(columns, given, (False, *leaves.rule.scalar)):
-            if not scalar and column is not old:
-                torch._foreach_copy_(list(old), list(column))
-    return [
-        new if scalar else old
-        for new, old, scalar in zip(columns, given, (False, *leaves.rule.scalar))
-    ]
-
-
-def _new(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
     if group.choice.name == "reference":
-        return reference.step(
-            leaves.rule,
-            leaves.grads,
-            leaves.params,
-            leaves.slots,
-            leaves.steps,
-            leaves.hyper,
-        )
+        columns = _reference(leaves)
+        return _written_over(leaves, columns) if donate else columns
     engine = _ENGINES[group.choice.name]
     streams = leaves.streams(group.kinds)
     rows, which = leaves.rows(group.kinds)
-    if not group.choice.transformed:
-        program = leaves.rule.program(
-            group.kinds, reference.computed(group.params[0].dtype)
+    if group.choice.transformed:
+        call, tensors = Call.gather(
+            leaves.rule, group.kinds, engine, streams, rows, which
         )
-        executor = leaves.rule.executor(engine, program, group.params[0].dtype)
-        alike = layout.alike(streams)
-        donated = [leaves.params, *leaves.state]
-        into = donate and all(a is b for a, b in zip(streams, alike))
-        columns = executor(alike, rows, which, out=donated if into else None)
-        if into:
-            torch.autograd.graph.increment_version([x for c in donated for x in c])
-        return columns
-    call, tensors = Call.gather(leaves.rule, group.kinds, engine, streams, rows, which)
-    return call.columns(fused_autograd.run(call, tensors))
+        return call.columns(fused_autograd.run(call, tensors))
+    executor = _executor(leaves.rule, group)
+    alike = layout.alike(streams)
+    if not donate:
+        return executor(alike, rows, which)
+    if any(a is not b for a, b in zip(streams, alike)):
+        return _written_over(leaves, executor(alike, rows, which))
+    donated = [leaves.params, *leaves.state]
+    columns = executor(alike, rows, which, out=donated)
+    torch.autograd.graph.increment_version([x for c in donated for x in c])
+    return columns
+
+
+def _reference(leaves: Leaves) -> list[Column]:
+    return reference.step(
+        leaves.rule,
+        leaves.grads,
+        leaves.params,
+        leaves.slots,
+        leaves.steps,
+        leaves.hyper,
+    )
+
+
+def _written_over(leaves: Leaves, columns: Sequence[Column]) -> list[Column]:
+    """The old tensors with the new values in them; scalars as they are."""
+    kept: list[Column] = []
+    given = [leaves.params, *leaves.slots]
+    with torch.no_grad():
+        for old, new, stream in zip(given, columns, leaves.rule.outputs):
+            if stream:
+                for target, value in zip(old, new):
+                    target.copy_(value)
+            kept.append(old if stream else new)
+    return kept
+
+
+def _executor(rule: Rule, group: Group) -> Executor:
+    stored = group.params[0].dtype
+    program = rule.program(group.kinds, reference.computed(stored))
+    return rule.executor(_ENGINES[group.choice.name], program, stored)

@@ -59,7 +59,7 @@ class Foreach(Executor):
             args, free = [operand(a) for a in op.args], [a in dying for a in op.args]
             if op.name == "spread":
                 args.append(like)
-            live[value] = _apply(op.name, args, free)
+            live[value] = _apply(op.name, args, free, program.dtype)
             for name in dying:
                 del live[name]
         sums = [
@@ -84,7 +84,9 @@ class Foreach(Executor):
         return (leaf if leaf.ndim else leaf.reshape(1)).to(self.program.dtype)
 
 
-def _apply(name: str, args: list[list[Any]], free: list[bool]) -> list[Any]:
+def _apply(
+    name: str, args: list[list[Any]], free: list[bool], dtype: torch.dtype
+) -> list[Any]:
     """One operation on all leaves; its first argument is written over if ``free``."""
     numbers = [not isinstance(column[0], Tensor) for column in args]
     if name in _COMMUTATIVE and numbers[0]:
@@ -99,7 +101,9 @@ def _apply(name: str, args: list[list[Any]], free: list[bool]) -> list[Any]:
             return args[0]
         return list(getattr(torch, f"_foreach_{name}")(*args))
     like = next(column for column, number in zip(args, numbers) if not number)
-    return [_LEAF[name](*(_tensor(a, x) for a in row)) for x, *row in zip(like, *args)]
+    return [
+        _LEAF[name](*(_tensor(a, x, dtype) for a in row)) for x, *row in zip(like, *args)
+    ]
 
 
 def _beside(leaf: Tensor, value: Any, tasks: int) -> Any:
@@ -110,10 +114,10 @@ def _beside(leaf: Tensor, value: Any, tasks: int) -> Any:
     return value.view(tasks, *[1] * (leaf.ndim - 1)) if value.ndim else value
 
 
-def _tensor(value: Any, like: Tensor) -> Tensor:
+def _tensor(value: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    return torch.tensor(value, dtype=like.dtype, device=like.device)
+    return torch.tensor(value, dtype=dtype, device=like.device)
 
 
 def _total(leaf: Tensor, tasks: int) -> Tensor:

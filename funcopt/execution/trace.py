@@ -11,6 +11,7 @@ scalar, the gradient of a hyperparameter, and scalars follow from it: a program 
 alternate between the two kinds.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -121,21 +122,31 @@ def trace(function: Function, inputs: Sequence[bool], dtype: torch.dtype) -> Pro
     Raises:
         UntraceableError: it does what no kernel is printed for; the message says what.
     """
+    first, second = (_recorded(function, inputs, dtype, x) for x in (1.0, 2.0))
+    if first != second:
+        raise UntraceableError("it looks into a tensor, and does what it finds there")
+    return first
+
+
+def _recorded(
+    function: Function, inputs: Sequence[bool], dtype: torch.dtype, value: float
+) -> Program:
+    """What runs where every input is ``value``."""
     tensors = [
-        torch.ones(_LENGTH, dtype=dtype, device="cpu")
+        torch.full((_LENGTH,), value, dtype=dtype, device="cpu")
         if stream
-        else torch.ones((), dtype=torch.float64, device="cpu")
+        else torch.full((), value, dtype=torch.float64, device="cpu")
         for stream in inputs
     ]
     recorder = _Recorder(tensors, dtype)
     try:
         with recorder:
             outputs = function(*tensors)
-    except (TypeError, RuntimeError, AttributeError) as error:
-        raise UntraceableError(
-            f"it cannot be called on tensors alone: {error}"
-        ) from error
-    return recorder.program(function, outputs)
+        return recorder.program(function, outputs)
+    except UntraceableError:
+        raise
+    except Exception as error:  # whatever a rule does with tensors where it had floats
+        raise UntraceableError(f"it cannot be called on tensors: {error}") from error
 
 
 def vjp(function: Function, wanted: Sequence[bool]) -> Function:
@@ -207,6 +218,11 @@ _FILLED = {
 }  # fmt: skip
 
 
+_SPECIAL = {
+    "full", "full_like", "fill", "scalar_tensor", "copy", "rsub", "masked_fill", "clamp",
+    "clamp_min", "clamp_max", "linalg_vector_norm",
+}  # fmt: skip
+_KNOWN = _SAME | _SPECIAL | _UNCHANGED | _FILLED.keys() | _OTHER.keys()
 _CHECKS = {"is_same_size", "_has_same_storage_numel"}  # autograd's own, of shapes alone
 
 
@@ -223,32 +239,42 @@ class _Recorder(TorchDispatchMode):
         self.dtype = dtype
         self.ops: list[Op] = []
         self.number: dict[int, int] = {id(x): i for i, x in enumerate(inputs)}
-        self.known: dict[Op, int] = {}  # one value for equal operations
+        self.known: dict[Any, int] = {}  # one value for equal operations
         self.alive = list(inputs)  # an id stays a tensor's own only while it lives
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        inplace = name.endswith("_") and not name.endswith("__")
         if name in _CHECKS:
-            return out
-        if not isinstance(out, Tensor):
-            raise UntraceableError(f"{func} gives no single tensor")
+            return func(*args, **kwargs)
+        inplace = name.endswith("_") and not name.endswith("__")
+        name = name.rstrip("_") if inplace else name
+        if name == "_local_scalar_dense":
+            raise UntraceableError("it reads a tensor's value (.item(), float(), an if)")
+        if name not in _KNOWN:  # not even run: it might draw random numbers
+            raise UntraceableError(f"aten.{name} is not among the operations of kernels")
+        if "out" in kwargs:
+            raise UntraceableError(f"{func} writes into a tensor that it is given")
+        out = func(*args, **kwargs)
         if out.shape not in ((), (1,), (_LENGTH,)):
             raise UntraceableError(f"{func} changes the leaf's shape")
-        value = self._value(name.rstrip("_") if inplace else name, args, kwargs, out)
-        if (
-            inplace
-            and id(out) in self.number
-            and self.number[id(out)] < len(self.streams)
-        ):
-            raise UntraceableError(f"{func} writes into an argument")
+        value = self._value(name, args, kwargs, out)
+        if inplace:
+            self._written(out, value, func)
         self.number[id(out)] = value
         self.alive.append(out)
         return out
+
+    def _written(self, out: Tensor, value: int, func: Any) -> None:
+        """Every tensor on this memory has the new value; no argument may."""
+        memory = out.untyped_storage()._cdata
+        for i, x in enumerate(self.alive):
+            if x.untyped_storage()._cdata == memory:
+                if i < len(self.streams):
+                    raise UntraceableError(f"{func} writes into an argument")
+                self.number[id(x)] = value
 
     def program(self, function: Function, outputs: Sequence[Any]) -> Program:
         found = tuple(self._number(out) for out in outputs)
@@ -266,6 +292,8 @@ class _Recorder(TorchDispatchMode):
                 return self._as(self._number(filling), stream)
             return self._filled(float(filling), stream)
         if name in _UNCHANGED:
+            if out.dtype is not args[0].dtype:
+                self._check_cast(args[0].dtype, out.dtype, stream)
             return self._as(self._number(args[0]), stream)
         if name == "copy":
             return self._as(self._number(args[1]), stream)
@@ -278,8 +306,6 @@ class _Recorder(TorchDispatchMode):
             return self._clamped(name, args, kwargs, stream)
         if name == "linalg_vector_norm":
             return self._norm(args, stream)
-        if name not in _SAME:
-            raise UntraceableError(f"aten.{name} is not among the operations of kernels")
         if name == "sum":
             value = self._number(args[0])
             return (
@@ -294,6 +320,17 @@ class _Recorder(TorchDispatchMode):
         if alpha != 1:
             numbers[1] = self._op("mul", (numbers[1], self._number(alpha)), stream)
         return self._op(name, tuple(numbers), stream, boolean)
+
+    def _check_cast(self, old: torch.dtype, new: torch.dtype, stream: bool) -> None:
+        """A leaf is computed in one dtype, and a scalar in float64 whatever it is cast to.
+
+        A truth becomes the number 0 or 1, which is how it is kept.
+        """
+        kept = new is self.dtype if stream else new.is_floating_point
+        if not kept:
+            raise UntraceableError(
+                f"a cast from {old} to {new} is not among the operations"
+            )
 
     def _clamped(self, name: str, args: Any, kwargs: Any, stream: bool) -> int:
         value = self._number(args[0])
@@ -347,10 +384,11 @@ class _Recorder(TorchDispatchMode):
         literal: float = 0.0,
     ) -> int:
         op = Op(name, args, stream, boolean, literal)
-        if op not in self.known:
-            self.known[op] = len(self.streams) + len(self.ops)
+        key = op, math.copysign(1.0, literal)  # -0.0 equals 0.0
+        if key not in self.known:
+            self.known[key] = len(self.streams) + len(self.ops)
             self.ops.append(op)
-        return self.known[op]
+        return self.known[key]
 
 
 def _without_dead(program: Program) -> Program:
