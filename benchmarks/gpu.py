@@ -1,0 +1,326 @@
+"""What a step costs on a GPU, against torch on the same card.
+
+python benchmarks/gpu.py             (eight minutes at most)
+python benchmarks/gpu.py --rehearse  (the same on the CPU in Triton's interpreter, tiny)
+
+Every rule is first compared with float64, with NaN in the memory that its results are put
+in. Then come the ratios: medians of events, the copy bandwidth of the card beside them.
+Writes ``results/gpu.json`` and the table of README.md; a rehearsal writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cuda
+import funcopt as fo
+import measure
+from cuda import Step
+
+Line = dict[str, Any]
+
+RULES: dict[str, fo.Optimizer] = {
+    "sgd": fo.sgd(lr=1e-3),
+    "sgd, momentum": fo.sgd(lr=1e-3, momentum=0.9, nesterov=True, weight_decay=1e-4),
+    "adam": fo.adam(),
+    "adamw": fo.adamw(),
+    "adamw, amsgrad": fo.adamw(amsgrad=True),
+    "adamax": fo.adamax(),
+    "adagrad": fo.adagrad(),
+    "adadelta": fo.adadelta(),
+    "rmsprop": fo.rmsprop(),
+    "rmsprop, centered, momentum": fo.rmsprop(centered=True, momentum=0.9),
+    "radam": fo.radam(),
+    "nadam": fo.nadam(),
+    "asgd": fo.asgd(),
+    "rprop": fo.rprop(),
+    "lion": fo.lion(),
+}
+OMNIGLOT = [s for c in (1, 64, 64, 64) for s in ((64, c, 3, 3), (64,), (64,), (64,))]
+OMNIGLOT += [(5, 64), (5,)]
+L2 = 200e6  # bytes of buffers in turn, more than a card's cache holds
+
+
+@dataclass(frozen=True)
+class Sizes:
+    device: str
+    large: list[tuple[int, ...]]  #: 1e9 parameters
+    medium: list[tuple[int, ...]]  #: 200 leaves of 1e6
+    small: list[tuple[int, ...]]  #: 10,000 leaves of 64
+    unrolled: list[tuple[int, ...]]  #: 1e7 parameters
+    net: list[tuple[int, ...]]  #: the Omniglot net
+    tasks: int
+    repeats: int
+
+
+GPU = Sizes(
+    "cuda", [(100_000_000,)] * 10, [(1_000_000,)] * 200, [(64,)] * 10_000,
+    [(1_000_000,)] * 10, OMNIGLOT, 256, 30,
+)  # fmt: skip
+REHEARSAL = Sizes(
+    "cpu", [(600,)] * 2, [(500,)] * 3, [(64,)] * 5, [(300,)] * 2, OMNIGLOT[-2:], 3, 2
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure steps on a GPU.")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny")
+    rehearse = parser.parse_args().rehearse
+    if not rehearse and not torch.cuda.is_available():
+        sys.exit("There is no GPU here that torch can use; --rehearse needs none.")
+    with ExitStack() as stack:
+        if rehearse:
+            stack.enter_context(interpreted())
+        sizes = REHEARSAL if rehearse else GPU
+        lines = [line for what in LINES for line in _attempt(what, sizes)]
+    for line in lines:
+        print(_text(line))
+    if not rehearse:
+        import report
+
+        measure.save(
+            "gpu", {"environment": cuda.environment(), "lines": lines}, measured=False
+        )
+        report.write()
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Triton's kernels on the CPU, in the place of foreach."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from funcopt.execution import dispatch
+    from funcopt.execution.triton_executor import Triton
+
+    engines: dict[str, Any] = dispatch._ENGINES
+    usual = engines["foreach"]
+    engines["foreach"] = Triton
+    try:
+        with fo.execution("foreach"):
+            yield
+    finally:
+        engines["foreach"] = usual
+
+
+def _attempt(what: Callable[[Sizes], Iterator[Line]], sizes: Sizes) -> list[Line]:
+    """The lines; what fails becomes a line that says so, and the others go on."""
+    found: list[Line] = []
+    try:
+        for line in what(sizes):
+            found.append(line)
+    except Exception as error:
+        words = str(error).splitlines() or ["?"]
+        name = (what.__doc__ or what.__name__).splitlines()[0]
+        found.append({"what": name, "error": f"{type(error).__name__}: {words[0]}"})
+    if sizes.device == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def correctness(sizes: Sizes) -> Iterator[Line]:
+    """Three steps of every rule against float64."""
+    shapes = [*OMNIGLOT[:2], (0,), (1,), (), (3, 1025), (333,)]
+    for name, opt in RULES.items():
+        wide = _tree(shapes, "cpu", torch.float64)
+        grads = [_tree(shapes, "cpu", torch.float64, seed=i + 1) for i in range(3)]
+        params = [x.to(sizes.device, torch.float32) for x in wide]
+        params[-1] = torch.cat([params[-1][:1], params[-1]])[1:]  # off by 4 bytes
+        expected, found = (wide, opt.init(wide)), (params, opt.init(params))
+        for g in grads:
+            expected = opt.update(g, expected[1], expected[0], execution="reference")
+            cuda.poison(sizes.device)
+            narrow = [x.to(sizes.device, torch.float32) for x in g]
+            found = opt.update(narrow, found[1], found[0])
+        gap = max(
+            float((x.cpu() - y).abs().max() / (1 + y.abs().max()))
+            for x, y in zip(found[0], expected[0])
+            if x.numel()
+        )
+        yield {"what": f"{name}: largest error", "value": gap, "most": 1e-5}
+
+
+def bandwidth(sizes: Sizes) -> Iterator[Line]:
+    """Every rule at 1e9 parameters, as a part of the copy bandwidth."""
+    for name, opt in RULES.items():
+        params = _tree(sizes.large, sizes.device)
+        grads, state = _tree(sizes.large, sizes.device, seed=1), opt.init(params)
+        slots = sum(not isinstance(slot, Tensor) for slot in state.values())
+        moved = sum(4 * x.numel() for x in params) * (3 + 2 * slots)
+        source = params[0]
+        target = torch.empty_like(source)
+        calls: dict[str, Step] = {
+            "copy": lambda a=target, b=source: a.copy_(b),
+            "pure": lambda o=opt, g=grads, s=state, p=params: o.update(g, s, p),
+            "donated": lambda o=opt, g=grads, s=state, p=params: o.update(
+                g, s, p, donate=True
+            ),
+        }
+        with torch.no_grad():
+            times = _medians(calls, sizes)
+        copied = 8 * source.numel() / times["copy"]
+        for form in ("pure", "donated"):
+            rate = moved / times[form]
+            yield {
+                "what": f"{name}, {form}: share of copy bandwidth",
+                "value": rate / copied,
+                "least": 0.95,
+                "terabytes_per_second": 1e-9 * rate,
+                "copy": 1e-9 * copied,
+            }
+        del params, grads, state, source, target, calls
+
+
+def medium(sizes: Sizes) -> Iterator[Line]:
+    """200 leaves of 1e6: times as fast as torch's fused AdamW"""
+    yield from _against_fused(sizes, sizes.medium, 1.15, medium.__doc__)
+
+
+def small(sizes: Sizes) -> Iterator[Line]:
+    """10,000 leaves of 64: times as fast as torch's fused AdamW"""
+    yield from _against_fused(sizes, sizes.small, 10, small.__doc__)
+
+
+def omniglot(sizes: Sizes) -> Iterator[Line]:
+    """Omniglot net in graph replay: part of the time of torch's fused AdamW"""
+    count = 1 if sizes.device == "cpu" else round(L2 / (4 * 4 * 113_000))
+    ours = [_ours(sizes.net, sizes.device, seed) for seed in range(count)]
+    theirs = [_fused(sizes.net, sizes.device, seed) for seed in range(count)]
+    times = _medians(
+        {
+            "funcopt": cuda.captured(lambda: [step() for step in ours], sizes.device),
+            "torch": cuda.captured(lambda: [step() for step in theirs], sizes.device),
+        },
+        sizes,
+    )
+    yield {
+        "what": omniglot.__doc__,
+        "value": times["funcopt"] / times["torch"],
+        "most": 1 / 3,
+        "microseconds": {name: 1e3 * t / count for name, t in times.items()},
+    }
+    host = {
+        name: cuda.host_time(step, sizes.device, sizes.repeats)
+        for name, step in (("funcopt", ours[0]), ("torch", theirs[0]))
+    }
+    yield {
+        "what": "Omniglot net, called from Python: part of torch's time",
+        "value": host["funcopt"] / host["torch"],
+        "microseconds": host,
+    }
+
+
+def unrolled(sizes: Sizes) -> Iterator[Line]:
+    """Differentiable AdamW at 1e7: times as fast as eager autograd"""
+    opt, params = fo.adamw(), _tree(sizes.unrolled, sizes.device)
+    params, state = opt.update(params, opt.init(params), params)  # moments that are not 0
+    grads = [x.requires_grad_() for x in _tree(sizes.unrolled, sizes.device, seed=1)]
+    names = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 1e-2}
+    hyper: dict[str, Any] = {
+        name: torch.tensor(v, device=sizes.device, requires_grad=True)
+        for name, v in names.items()
+    }
+    betas = [
+        torch.tensor(b, device=sizes.device, requires_grad=True) for b in (0.9, 0.99)
+    ]
+
+    def both_ways(**how: Any) -> Sequence[Tensor]:
+        new, _ = opt.update(grads, state, params, betas=betas, **hyper, **how)
+        loss = torch.stack([(x * x).sum() for x in new]).sum()
+        return torch.autograd.grad(loss, [*grads, *hyper.values(), *betas])
+
+    for a, b in zip(both_ways(), both_ways(execution="reference")):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+    times = _medians(
+        {"funcopt": both_ways, "eager": lambda: both_ways(execution="reference")}, sizes
+    )
+    yield _ratio(unrolled.__doc__, times, "eager", 5)
+
+
+def tasks(sizes: Sizes) -> Iterator[Line]:
+    """256 tasks with their own lr: times as fast as vmap of the plain rule"""
+    stacked = [(sizes.tasks, *shape) for shape in sizes.net]
+    params, grads = (_tree(stacked, sizes.device, seed=i) for i in range(2))
+    lr = torch.linspace(1e-4, 1e-2, sizes.tasks, dtype=torch.float64).to(sizes.device)
+    opt = fo.adamw()
+    state = torch.vmap(opt.init)(params)
+
+    def step(**how: Any) -> Any:
+        return torch.vmap(lambda g, s, p, a: opt.update(g, s, p, lr=a, **how))(
+            grads, state, params, lr
+        )
+
+    with torch.no_grad():
+        for a, b in zip(step()[0], step(execution="reference")[0]):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        times = _medians(
+            {"funcopt": step, "vmap": lambda: step(execution="reference")}, sizes
+        )
+    yield _ratio(tasks.__doc__, times, "vmap", 6) | {
+        "launches": cuda.launches(step, sizes.device)
+    }
+
+
+LINES = (correctness, bandwidth, medium, omniglot, small, unrolled, tasks)
+
+
+def _against_fused(
+    sizes: Sizes, shapes: list[tuple[int, ...]], least: float, what: str | None
+) -> Iterator[Line]:
+    calls = {
+        "funcopt": _ours(shapes, sizes.device),
+        "torch": _fused(shapes, sizes.device),
+    }
+    yield _ratio(what, _medians(calls, sizes), "torch", least)
+
+
+def _medians(calls: dict[str, Step], sizes: Sizes) -> dict[str, float]:
+    return cuda.medians(calls, sizes.device, sizes.repeats)
+
+
+def _ratio(what: str | None, times: dict[str, float], rival: str, least: float) -> Line:
+    value = times[rival] / times["funcopt"]
+    return {"what": what, "value": value, "least": least, "milliseconds": times}
+
+
+def _ours(shapes: list[tuple[int, ...]], device: str, seed: int = 0) -> Step:
+    params, grads = (_tree(shapes, device, seed=2 * seed + i) for i in range(2))
+    opt = fo.adamw()
+    state = opt.init(params)
+    return torch.no_grad()(lambda: opt.update(grads, state, params, donate=True))
+
+
+def _fused(shapes: list[tuple[int, ...]], device: str, seed: int = 0) -> Step:
+    params, grads = (_tree(shapes, device, seed=2 * seed + i) for i in range(2))
+    for p, g in zip(params, grads):
+        p.grad = g
+    return torch.optim.AdamW(params, fused=True, capturable=device == "cuda").step
+
+
+def _tree(
+    shapes: Sequence[tuple[int, ...]],
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    like: dict[str, Any] = {"device": device, "dtype": dtype}
+    return [torch.randn(shape, generator=generator, **like) for shape in shapes]
+
+
+def _text(line: Line) -> str:
+    if "error" in line:
+        return f"NOT MEASURED  {line['what']}: {line['error']}"
+    limit = next((f"{k} {line[k]:.3g}" for k in ("least", "most") if k in line), "")
+    return f"{line['value']:12.4g}  {line['what']}  ({limit or 'for information'})"
+
+
+if __name__ == "__main__":
+    main()
