@@ -1,0 +1,772 @@
+"""Every executor computes what the reference computes: every rule, dtype and layout."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from exact_roots import ExactRoots
+from table import CASES, ENDS, Case, slots_of
+from test_purity import Snapshot, assert_no_sharing
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import funcopt as fo
+from funcopt import tree
+from funcopt.execution import native
+from funcopt.hyper import Hyper
+from funcopt.types import State, Tree
+from trees import assert_close, assert_moved, mixed, random_like
+
+FAST = ["foreach", "native"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+Result = tuple[Tree, State]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel forgets to write is NaN, not the zeros of fresh memory."""
+
+    def nan_like(column: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.full_like(x, torch.nan) for x in column]
+
+    monkeypatch.setattr(native, "empty_like", nan_like)
+
+
+def assert_bits(found: Tree, expected: Tree) -> None:
+    """Equal to the last bit and the sign of zero; a NaN is a NaN."""
+    leaves, structure = tree.flatten(expected)
+    others = tree.flatten_like(structure, found, "found")
+    for path, a, b in zip(tree.paths(structure), others, leaves):
+        if not isinstance(b, Tensor):
+            assert a is b, path
+            continue
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), path
+        both_nan = (a != a) & (b != b)
+        same = (a == b) & (torch.signbit(a) == torch.signbit(b)) | both_nan
+        assert same.all(), f"'{path}' differs in {(~same).sum()} of {a.numel()}"
+
+
+def ragged(dtype: torch.dtype = torch.float32, seed: int = 1) -> Tree:
+    """More than a vector, less than one, one, none, and a 0-d leaf."""
+    return mixed(dtype, seed) | {"long": random_like(torch.empty(70, dtype=dtype), seed)}
+
+
+def steps(
+    case: Case,
+    name: str,
+    params: Tree,
+    *,
+    like: Callable[[Tree, int], Tree] = random_like,
+    state: State | None = None,
+    **hyper: Any,
+) -> Result:
+    """Some steps by one executor; the reference of native with exact roots."""
+    opt = case.optimizer()
+    state = opt.init(params) if state is None else state
+    for step in range(case.row.warm + 1):
+        grads = like(params, 10 + step)
+        params, state = opt.update(grads, state, params, execution=name, **hyper)
+    return params, state
+
+
+def expected_of(name: str, *args: Any, **kwargs: Any) -> Result:
+    """What ``name`` has to give, bit by bit."""
+    if name != "native":
+        return steps(args[0], "reference", *args[1:], **kwargs)
+    with ExactRoots():
+        return steps(args[0], "reference", *args[1:], **kwargs)
+
+
+def some_moved(after: Tree, before: Tree) -> None:
+    """What is rounded to half may come back to where it was, but not all of a leaf."""
+    pairs = zip(tree.leaves(after), tree.leaves(before))
+    assert all(bool((a != b).any()) for a, b in pairs if a.numel() > 1)
+
+
+def check(
+    case: Case,
+    name: str,
+    params: Tree,
+    moved: Callable[[Tree, Tree], None] = assert_moved,
+    **kwargs: Any,
+) -> None:
+    expected = expected_of(name, case, params, **kwargs)
+    assert_bits(steps(case, name, params, **kwargs), expected)
+    moved(expected[0], params)
+
+
+def is_wide(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.float64)
+
+
+# --- every rule
+
+
+def costly(dtypes: Sequence[torch.dtype]) -> list[Any]:
+    """All cases in float32; of other dtypes the ends now, the rest with the slow."""
+    ends = {str(case) for case in ENDS}
+    return [
+        pytest.param(
+            case,
+            dtype,
+            id=f"{case}-{dtype}".replace("torch.", ""),
+            marks=[] if dtype is torch.float32 or str(case) in ends else pytest.mark.slow,
+        )
+        for dtype in dtypes
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize("case, dtype", costly(DTYPES))
+@pytest.mark.parametrize("name", FAST)
+def test_bit_equal_to_the_reference(name: str, case: Case, dtype: torch.dtype):
+    check(case, name, ragged(dtype), assert_moved if is_wide(dtype) else some_moved)
+
+
+# How far a native step is from the reference with torch's own root, in units of eps times
+# the leaf's largest number, after row.warm + 1 steps. See docs/execution.md.
+ROOTS = {"adadelta": 4, "rmsprop": 4, "adagrad": 2}
+
+
+@pytest.mark.parametrize("case, dtype", costly([torch.float32, torch.float64]))
+def test_torchs_root_is_a_few_bits_away(case: Case, dtype: torch.dtype):
+    params = random_like(torch.empty(2000, dtype=dtype), seed=1)
+    expected, found = (steps(case, name, params) for name in ("reference", "native"))
+    for a, b in zip(tree.leaves(found), tree.leaves(expected)):
+        if a.is_floating_point() and b.any():
+            error = ((a - b).abs().max() / b.abs().max()).item()
+            assert error <= ROOTS.get(case.row.name, 2) * torch.finfo(dtype).eps
+    assert_moved(expected[0], params)
+
+
+ODD = [0.0, -0.0, 1e-45, -1e-40, 1e-30, 1e-20, 1e20, -1e30, 3e38]
+NOT_FINITE = [torch.inf, -torch.inf, torch.nan]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_odd_gradients(name: str, case: Case, dtype: torch.dtype):
+    """Zeros, subnormal, huge, infinite: each with every finite parameter."""
+    pairs = torch.cartesian_prod(
+        torch.tensor(ODD + NOT_FINITE, dtype=torch.float64),
+        torch.tensor(ODD, dtype=torch.float64),
+    ).to(dtype)
+    params, grads = pairs[:, 1].contiguous(), pairs[:, 0].contiguous()
+    expected = expected_of(name, case, params, like=lambda p, s: grads * (1 + s % 2))
+    found = steps(case, name, params, like=lambda p, s: grads * (1 + s % 2))
+    assert_bits(found, expected)
+
+
+# --- layouts
+
+
+def negative(x: Tensor) -> Tensor:
+    """A view whose memory holds the number of the other sign, as ``z.conj().imag``."""
+    return torch._neg_view(x)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def dense(*shape: int) -> Tensor:
+    return random_like(torch.empty(shape), seed=1)
+
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "channels_last": lambda: dense(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "channels_last_3d": lambda: dense(2, 3, 2, 2, 2).to(
+        memory_format=torch.channels_last_3d
+    ),
+    "transposed": lambda: dense(4, 5).mT,
+    "permuted": lambda: dense(4, 5, 3).permute(2, 0, 1),
+    "every second": lambda: dense(4, 10)[:, ::2],
+    "a column": lambda: dense(7, 3)[:, 1],
+    "rows with gaps": lambda: dense(4, 10)[:, :7],
+    "off by one": lambda: dense(40)[1:38],
+    "off by three bytes of half": lambda: dense(40).bfloat16()[3:].float()[1:],
+    "expanded": lambda: dense(5, 1).expand(5, 4),
+    "expanded number": lambda: dense(1)[0].expand(6),
+    "overlapping": lambda: dense(12).unfold(0, 4, 2),
+    "negative view": lambda: negative(dense(4, 5)),
+    "imaginary part": lambda: torch.complex(dense(4, 5), dense(4, 5)).conj().imag,
+    "real part": lambda: torch.complex(dense(4, 5), dense(4, 5)).real,
+    "one-sized axes": lambda: dense(4, 1, 5).as_strided((4, 1, 5), (5, 77, 1)),
+    "empty with strides": lambda: dense(4, 0, 3).transpose(0, 2),
+}
+# One rule of each kind: no state, state, a number per leaf, comparisons.
+FEW = [c for c in ENDS if c.row.name in ("sgd", "adamw", "nadam", "rprop")][::2]
+
+
+def same_layout(p: Tensor, seed: int) -> Tensor:
+    return torch.empty_like(p).copy_(random_like(p, seed))
+
+
+def contiguous(p: Tensor, seed: int) -> Tensor:
+    return random_like(p.contiguous(), seed)
+
+
+def leafwise(like: Callable[[Tensor, int], Tensor], params: Tree, seed: int) -> Tree:
+    return tree.map(lambda p: like(p, seed), params)
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FAST)
+def test_parameters_in_any_layout(name: str, layout: str, case: Case):
+    params = {"odd": LAYOUTS[layout](), "plain": dense(4, 5)}
+    for like in (contiguous, same_layout):
+        check(case, name, params, like=partial(leafwise, like))
+    before = Snapshot(params)
+    steps(case, name, params)
+    before.assert_untouched()
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FAST)
+def test_gradients_in_any_layout(name: str, layout: str, case: Case):
+    made = LAYOUTS[layout]()
+    params = {"odd": torch.empty(made.shape).copy_(made) + 2, "plain": dense(3)}
+
+    def like(params: Tree, seed: int) -> Tree:
+        scale = 1.0 if "view" in layout or "part" in layout else float(seed)
+        grads = made if scale == 1.0 else LAYOUTS[layout]()
+        return {"odd": grads, "plain": random_like(params["plain"], seed)}
+
+    check(case, name, params, like=like)
+
+
+ZEROS = """
+import torch, funcopt as fo
+opt, p = fo.adamw(lr=0.1, weight_decay=0.1), torch.ones(5)
+zeros = torch._efficientzerotensor((5,))
+for name in ("native", "foreach", None, None, None):
+    found = opt.update(zeros, opt.init(p), p, execution=name)
+    expected = opt.update(torch.zeros(5), opt.init(p), p, execution="reference")
+    assert torch.equal(found[0], expected[0]), name
+"""
+
+
+def test_a_zero_without_memory():
+    """What autograd makes for no derivative at all; read, it would end the process."""
+    done = subprocess.run([sys.executable, "-c", ZEROS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_state_in_another_layout(name: str, case: Case):
+    """As after loading it: contiguous state for a transposed parameter."""
+    params = {"w": dense(4, 5).mT, "c": LAYOUTS["channels_last"]()}
+    state = case.optimizer().init(params)
+    for slot in slots_of(state):
+        state[slot] = tree.map(Tensor.contiguous, state[slot])
+    check(case, name, params, state=state)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "channels_last_3d", "transposed"])
+@pytest.mark.parametrize("name", FAST)
+def test_a_dense_layout_is_kept(name: str, layout: str):
+    params = LAYOUTS[layout]()
+    new, state = steps(Case(ENDS[4].row, {}), name, params)
+    assert new.stride() == params.stride()
+    for slot in slots_of(state):
+        assert state[slot].stride() == params.stride()
+
+
+@pytest.mark.parametrize("offset", range(1, 8))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_unaligned(name: str, dtype: torch.dtype, offset: int):
+    """Every tensor begins somewhere else in memory."""
+
+    def shifted(x: Tensor, by: int) -> Tensor:
+        room = torch.zeros(x.numel() + by, dtype=x.dtype)
+        return room[by:].copy_(x)
+
+    adamw = next(c for c in ENDS if c.row.name == "adamw")
+    params = shifted(random_like(torch.empty(99, dtype=dtype), 1), offset)
+    state = adamw.optimizer().init(params)
+    for k, slot in enumerate(slots_of(state)):
+        state[slot] = shifted(state[slot], offset * (k + 2) % 16)
+    like = lambda p, seed: shifted(random_like(p, seed), offset * 3 % 16)  # noqa: E731
+    moved = assert_moved if is_wide(dtype) else some_moved
+    check(adamw, name, params, moved, state=state, like=like)
+
+
+# --- trees
+
+
+@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_dtypes_in_one_tree(name: str, case: Case):
+    check(case, name, {str(dtype): ragged(dtype) for dtype in DTYPES}, moved=some_moved)
+
+
+@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_nothing_at_all(name: str, case: Case):
+    opt = case.optimizer()
+    for params in ({}, {"a": None}, {"a": torch.empty(0, 3)}):
+        result = opt.update(params, opt.init(params), params, execution=name)
+        expected = opt.update(params, opt.init(params), params, execution="reference")
+        assert_bits(result, expected)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_ten_thousand_leaves(name: str):
+    adamw = next(c for c in ENDS if c.row.name == "adamw")
+    params = {f"{i}": x for i, x in enumerate(dense(10_000, 3).unbind())}
+    whole = random_like(torch.empty(10_000, 3), 2)
+    grads = {f"{i}": x for i, x in enumerate(whole.unbind())}
+    opt = adamw.optimizer()
+    found, _ = opt.update(grads, opt.init(params), params, execution=name)
+    stacked = torch.stack(list(params.values()))
+    with ExactRoots():
+        expected, _ = opt.update(whole, opt.init(stacked), stacked, execution="reference")
+    if name == "native":
+        assert torch.equal(torch.stack(list(found.values())), expected)
+    else:  # its root is torch's
+        assert torch.allclose(torch.stack(list(found.values())), expected, rtol=3e-7)
+
+
+@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_leaves_that_rest(name: str, case: Case):
+    """Leaves join in step after step: their counts differ."""
+
+    def like(params: Tree, seed: int) -> Tree:
+        leaves, structure = tree.flatten(random_like(params, seed))
+        some = [g if seed >= 10 + i % 3 else None for i, g in enumerate(leaves)]
+        return tree.unflatten(structure, some)
+
+    params = ragged()
+    expected = expected_of(name, case, params, like=like)
+    found = steps(case, name, params, like=like)
+    assert len(set(found[1]["step"].tolist())) > 1
+    assert_bits(found, expected)
+
+
+@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_steps_that_differ(name: str, case: Case):
+    params, state = steps(case, "reference", ragged())
+    state["step"] = torch.arange(len(state["step"])) * 50_000 + 1
+    check(case, name, params, state=state)
+
+
+# --- hyperparameters
+
+
+def each(leaves: Tree, *values: Any) -> Tree:
+    """The values in turn, a leaf each."""
+    found, structure = tree.flatten(leaves)
+    return tree.unflatten(structure, [values[i % len(values)] for i in range(len(found))])
+
+
+def number(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor(value, dtype=dtype)
+
+
+def shaped(p: Tensor) -> Tensor:
+    return random_like(p, seed=5).abs() / 10
+
+
+def row(p: Tensor) -> Tensor:
+    return shaped(p[:1]) if p.ndim > 1 else shaped(p)
+
+
+RATES: dict[str, Callable[[Tree], Any]] = {
+    "float": lambda p: 0.03,
+    "0-d": lambda p: number(0.03),
+    "0-d float32": lambda p: number(0.03, torch.float32),
+    "0-d that requires grad": lambda p: number(0.03).requires_grad_(),
+    "per leaf": lambda p: each(p, 0.03, 0.1),
+    "per leaf, 0-d": lambda p: each(p, number(0.03), number(0.1)),
+    "some 0-d": lambda p: each(p, 0.03, number(0.1)),
+    "leaf-shaped": lambda p: tree.map(shaped, p),
+    "broadcast": lambda p: tree.map(row, p),
+    "of every kind": lambda p: {
+        "layers": [0.03, number(0.1)],
+        "empty": 0.5,
+        "long": shaped(p["long"]),
+    },
+    "schedule": lambda p: fo.Schedule(lambda t: 0.1 / (1 + t)),
+    "one 0-d tensor for all": lambda p: each(p, number(0.03)),
+}
+
+
+REST = "of every kind"
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_rates_of_every_kind(name: str, case: Case, rate: str):
+    params, lr = ragged(), RATES[rate](ragged())
+    with torch.no_grad():
+        if case.row.name == "asgd" and rate in ("leaf-shaped", "broadcast", REST):
+            for each_name in (name, "reference"):
+                with pytest.raises(fo.HyperparameterError, match="one number per leaf"):
+                    steps(case, each_name, params, lr=lr)
+        else:
+            check(case, name, params, lr=lr)
+
+
+@pytest.mark.parametrize("kind", ["per leaf", "0-d", "leaf-shaped"])
+@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_every_hyperparameter_of_every_kind(name: str, case: Case, kind: str):
+    params = ragged()
+
+    def spread(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(spread, value))
+        if kind == "0-d":
+            return number(value)
+        if kind == "per leaf":
+            return each(params, value, value * 0.9)
+        factors = tree.map(lambda p: random_like(p, 3).abs() / 10 + 0.85, params)
+        return tree.map(lambda x: (x * value).clamp(max=max(value, 0.99)), factors)
+
+    values = {key: spread(value) for key, value in case.floats().items()}
+    scalar = case.row.name in ("nadam", "asgd")  # a number per leaf is made of these
+    if kind == "leaf-shaped" and scalar:
+        values = {"weight_decay": values["weight_decay"]}
+    if kind == "leaf-shaped" and name == "native":  # a power is one bit from torch's
+        found = steps(case, name, params, **values)
+        expected = expected_of(name, case, params, **values)
+        assert_close(found, expected, 4 * torch.finfo(torch.float32).eps)
+    else:
+        check(case, name, params, **values)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_zero_among_others_leaves_the_term_out_there_alone(name: str):
+    """Where the decay is the number 0, an infinite parameter makes no NaN."""
+    case = next(c for c in CASES if c.row.name == "adamw" and c.flags["weight_decay"])
+    params = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1.0, 3.0])}
+    check(case, name, params, weight_decay={"a": 0.0, "b": 0.1})
+    check(case, name, params, weight_decay={"a": number(0.0), "b": 0.0})
+
+
+# --- purity and donation
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_inputs_are_untouched_and_outputs_new(name: str, case: Case, dtype: torch.dtype):
+    opt, params = case.optimizer(), ragged(dtype)
+    grads, state = random_like(params, 2), opt.init(params)
+    given = Snapshot(grads, state, params)
+    for lr in (0.1, 0.0):
+        result = opt.update(grads, state, params, execution=name, lr=lr)
+        given.assert_untouched()
+        assert_no_sharing(*result, grads, state, params)
+
+
+EVERY = [*FAST, "reference", None]
+
+
+def tensors_of(*trees: Any) -> list[Tensor]:
+    return [x for x in tree.leaves(trees) if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("name", EVERY)
+def test_donation_writes_the_same_numbers(name: str | None, case: Case):
+    opt, params = case.optimizer(), ragged()
+    state = opt.init(params)
+    mine = tree.map(torch.clone, params)
+    own = tree.map(torch.clone, state)
+    objects = tensors_of(mine, own)
+    for step in range(case.row.warm + 1):
+        grads = random_like(params, 10 + step)
+        params, state = opt.update(grads, state, params, execution=name)
+        versions, seen = [x._version for x in objects], Snapshot(grads)
+        result = opt.update(grads, own, mine, execution=name, donate=True)
+        seen.assert_untouched()
+        assert result[0] is mine or tensors_of(result[0]) == tensors_of(mine)
+        assert all(a is b for a, b in zip(tensors_of(*result), objects))
+        assert_bits((mine, own), (params, state))
+        assert all(x._version > v for x, v in zip(objects, versions) if x.numel())
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every second", "rows with gaps"])
+@pytest.mark.parametrize("name", EVERY)
+def test_donation_in_any_layout(name: str | None, layout: str):
+    case = next(c for c in ENDS if c.row.name == "adamw")
+    opt, params = case.optimizer(), LAYOUTS[layout]()
+    state, grads = opt.init(params), contiguous(params, 3)
+    expected = opt.update(grads, state, params, execution=name)
+    result = opt.update(grads, state, params, execution=name, donate=True)
+    assert result[0] is params
+    assert_bits(result, expected)
+
+
+def test_autograd_sees_a_donation():
+    opt, w = fo.adamw(lr=0.1), torch.ones(3, requires_grad=True)
+    state, grads = opt.init(w), torch.ones(3)
+    loss = (w * w).sum()
+    with torch.no_grad():
+        for _ in range(2):  # a step like the last one, too
+            opt.update(grads, state, w, donate=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def tied(p: Tensor) -> Any:
+    return {"a": p, "b": p}, {"a": torch.ones(4), "b": torch.ones(4)}
+
+
+REFUSED_DONATIONS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "tied leaves": (tied, "must not share memory"),
+    "overlapping parts": (
+        lambda p: ({"a": p[:3], "b": p[2:]}, {"a": torch.ones(3), "b": torch.ones(2)}),
+        "must not share memory",
+    ),
+    "the gradient itself": (lambda p: (p, p), "must not share memory"),
+    "expanded": (lambda p: (p[:1].expand(4), torch.ones(4)), "stand for several"),
+    "overlapping itself": (
+        lambda p: (p.as_strided((3, 2), (1, 1)), torch.ones(3, 2)),
+        "stand for several",
+    ),
+    "requires grad": (
+        lambda p: (p.requires_grad_(), torch.ones(4)),
+        "what a derivative still needs",
+    ),
+    "gradient requires grad": (
+        lambda p: (p, torch.ones(4, requires_grad=True)),
+        "what a derivative still needs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("what", REFUSED_DONATIONS)
+def test_refused_donations_change_nothing(what: str, name: str | None):
+    opt = fo.adamw(lr=0.1)
+    make, sentence = REFUSED_DONATIONS[what]
+    params, grads = make(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    state = opt.init(params)
+    opt.update(torch.ones(4), opt.init(torch.ones(4)), torch.ones(4), donate=True)
+    given = Snapshot(params, grads, state)
+    with pytest.raises(fo.ExecutionError, match=sentence):
+        opt.update(grads, state, params, donate=True, execution=name)
+    given.assert_untouched()
+
+
+@pytest.mark.parametrize("transform", [grad, vmap], ids=["grad", "vmap"])
+def test_no_donation_within_a_transform(transform: Any):
+    opt, p = fo.adamw(lr=0.1), torch.ones(3, 2)
+
+    def function(p: Tensor) -> Tensor:
+        return opt.update(torch.ones_like(p), opt.init(p), p, donate=True)[0].sum()
+
+    with pytest.raises(fo.ExecutionError, match="what a derivative still needs"):
+        transform(function)(p)
+
+
+# --- which one runs
+
+
+def trimmed(g: Tensor, p: Tensor, *, step: Any, lr: Any) -> Any:
+    return (p - lr * torch.erf(g),)
+
+
+NO_KERNEL = fo.elementwise(trimmed, name="trimmed", slots={}, hyper={"lr": Hyper(0.5)})
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_what_is_forced_and_cannot_run_says_why(name: str):
+    p = torch.ones(2)
+    with pytest.raises(fo.ExecutionError, match=f"'{name}' .* trimmed: aten.erf is not"):
+        NO_KERNEL.update(p, NO_KERNEL.init(p), p, execution=name)
+    with (
+        fo.execution(name),
+        pytest.raises(fo.ExecutionError, match=f"'{name}' cannot run trimmed"),
+    ):
+        NO_KERNEL.update(p, NO_KERNEL.init(p), p)
+    expected = p - 0.5 * torch.erf(p)
+    assert torch.equal(NO_KERNEL.update(p, NO_KERNEL.init(p), p)[0], expected)
+    plan = str(fo.plan(NO_KERNEL, p))
+    assert "reference" in plan and f"not {name}: aten.erf is not" in plan
+
+
+def test_there_is_no_such_execution():
+    opt, p = fo.sgd(), torch.ones(2)
+    for use in (
+        lambda: opt.update(p, opt.init(p), p, execution="cuda"),
+        lambda: fo.execution("cuda").__enter__(),
+    ):
+        with pytest.raises(fo.ExecutionError, match="native, foreach, .*reference"):
+            use()
+
+
+def executed(*args: Any, **kwargs: Any) -> str:
+    return fo.plan(*args, **kwargs).groups[0].choice.name
+
+
+def test_the_argument_beats_the_context_and_contexts_nest():
+    opt, p = fo.adamw(), torch.ones(2)
+    assert executed(opt, p) == "native"
+    with fo.execution("foreach"):
+        assert executed(opt, p) == "foreach"
+        assert executed(opt, p, execution="reference") == "reference"
+        with fo.execution("reference"):
+            assert executed(opt, p) == "reference"
+        assert executed(opt, p) == "foreach"
+        elsewhere: list[str] = []
+        thread = threading.Thread(target=lambda: elsewhere.append(executed(opt, p)))
+        thread.start()
+        thread.join()
+        assert elsewhere == ["native"]
+    with pytest.raises(ZeroDivisionError), fo.execution("reference"):
+        raise ZeroDivisionError
+    assert executed(opt, p) == "native"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_do_not_change_a_bit(threads: int):
+    case = next(c for c in ENDS if c.row.name == "adamw")
+    params = {"big": dense(70_001), "small": dense(5), "also": dense(33, 1000)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(case, "native", params)
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- a step like the last one is not looked at again; one unlike it is
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Listening(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.seen.append(getattr(func, "__name__", "?"))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def used(opt: fo.Optimizer, params: Tree) -> Iterator[Callable[..., Result]]:
+    """An optimizer that has made equal steps: what it decided is remembered."""
+    state = opt.init(params)
+    for _ in range(3):
+        params, state = opt.update(random_like(params, 4), state, params)
+    yield lambda grads=None, **kwargs: opt.update(
+        random_like(params, 5) if grads is None else grads,
+        kwargs.pop("state", state),
+        kwargs.pop("params", params),
+        **kwargs,
+    )
+
+
+def test_modes_see_the_operations_of_a_later_step():
+    with used(fo.adamw(lr=0.1), dense(5)) as update:
+        for mode in (Watching(), Listening()):
+            with mode:
+                update()
+            assert any("sqrt" in name for name in mode.seen), mode
+
+
+CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
+    "another shape": lambda: {"params": dense(4), "grads": dense(4) + 3},
+    "another layout": lambda: {"grads": dense(10)[::2] + 3, "params": dense(10)[::2]},
+    "only the gradient's": lambda: {"grads": dense(10)[::2]},
+    "a negative view": lambda: {"grads": negative(dense(5))},
+    "another rate": lambda: {"lr": 0.7},
+    "a 0-d rate": lambda: {"lr": number(0.7)},
+    "a leaf-shaped rate": lambda: {"lr": shaped(dense(5))},
+    "no decay": lambda: {"weight_decay": 0.0},
+    "another dtype": lambda: {"params": dense(5).double(), "grads": dense(5).double()},
+    "expanded": lambda: {"grads": dense(1).expand(5)},
+    "a Parameter": lambda: {"params": torch.nn.Parameter(dense(5), requires_grad=False)},
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_changes_after_equal_steps(what: str):
+    change = CHANGES[what]()
+    with used(fo.adamw(lr=0.1, weight_decay=0.1), dense(5)) as update:
+        if "params" in change:
+            change["state"] = fo.adamw().init(change["params"])
+        found = update(**change)
+        with ExactRoots():
+            expected = update(**change, execution="reference")
+        assert_bits(found, expected)
+
+
+def test_derivatives_after_equal_steps():
+    """Of parameters, gradients, slots, numbers per leaf, hyperparameters."""
+    opt, p = fo.nadam(lr=0.1), dense(5)
+    state = opt.init(p)
+    for _ in range(3):
+        p, state = opt.update(dense(5), state, p)
+    with torch.enable_grad():
+        for what in ("grads", "params", "exp_avg", "mu_product", "lr"):
+            grads, hyper = dense(5), {"lr": number(0.1)}
+            params, now = p.clone(), {k: v.clone() for k, v in state.items()}
+            found = {"grads": grads, "params": params, "lr": hyper["lr"], **now}[what]
+            found.requires_grad_()
+            hyper = hyper if what == "lr" else {}
+            new, after = opt.update(grads, now, params, **hyper)
+            assert new.requires_grad, what
+            assert (torch.autograd.grad(new.sum(), found)[0] != 0).any(), what
+    with torch.no_grad():
+        assert not opt.update(dense(5), state, p.clone().requires_grad_())[
+            0
+        ].requires_grad
+    new, _ = opt.update(dense(5), state, p.clone().requires_grad_())
+    assert new.requires_grad
+
+
+def test_transforms_after_equal_steps():
+    opt, p = fo.adamw(lr=0.1), dense(5)
+    with used(opt, p) as update:
+        rows = dense(3, 5)
+        found = vmap(lambda g: update(g)[0])(rows)
+        expected = torch.stack([update(g)[0] for g in rows])
+        assert torch.equal(found, expected)
+        slope = grad(lambda g: update(g)[0].sum())(rows[0])
+        assert slope.any()
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(rows[0], torch.ones(5))
+            tangent = torch.autograd.forward_ad.unpack_dual(update(dual)[0]).tangent
+        assert tangent is not None and torch.allclose(tangent, slope)
+
+
+def test_masked_guards_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    from funcopt.execution import lane
+
+    case = next(c for c in ENDS if c.row.name == "adamw")
+    monkeypatch.setattr(lane, "_TensorGuards", None)
+    check(case, "native", ragged())
+    with used(fo.adamw(lr=0.1), dense(5)) as update:
+        found = update()
+        with ExactRoots():
+            assert_bits(found, update(execution="reference"))
