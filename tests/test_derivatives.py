@@ -209,3 +209,45 @@ def test_finite_at_every_size_of_gradient(case: Case, dtype: torch.dtype):
         {"params": torch.zeros_like(sizes), "grads": sizes, "hyper": hyper}
     )
     assert all(slope.isfinite().all() for slope in tree.leaves(slopes))
+
+
+# Where a formula has a root of a negative number, 0/0 or 0⁰ in a branch not taken.
+CORNERS: dict[str, tuple[fo.Optimizer, dict[str, Any]]] = {
+    "radam, never rectified": (fo.radam(), {"betas": (0.9, 0.5)}),
+    "radam, four in the denominator": (fo.radam(), {"betas": (0.9, 0.6)}),
+    "radam, rectified": (fo.radam(), {"betas": (0.9, 0.99)}),
+    "radam without averages": (fo.radam(), {"betas": (0.0, 0.0)}),
+    "nadam without averages": (fo.nadam(), {"betas": (0.0, 0.0)}),
+    "nadam at full momentum": (fo.nadam(), {"momentum_decay": 0.0}),
+    "adamax without averages": (fo.adamax(), {"betas": (0.0, 0.0), "eps": 0.0}),
+    "adagrad without eps": (fo.adagrad(), {"eps": 0.0}),
+    "adadelta without eps": (fo.adadelta(), {"eps": 0.0}),
+    "adadelta without averages": (fo.adadelta(), {"rho": 0.0}),
+    "rmsprop, of no variance": (fo.rmsprop(centered=True), {"alpha": 0.0}),
+    "asgd, averaging": (fo.asgd(), {"t0": 1.0, "lambd": 0.0, "alpha": 0.0}),
+    "rprop, bounded": (fo.rprop(), {"step_sizes": (0.01, 0.01)}),
+    "no learning rate": (fo.asgd(), {"lr": 0.0}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("corner", CORNERS)
+def test_finite_in_the_corners(corner: str, dtype: torch.dtype):
+    """Eight equal gradients: a mean square less the mean's square rounds to any side."""
+    opt, values = CORNERS[corner]
+    hyper = tree.map(lambda v: torch.tensor(float(v), dtype=torch.float64), values)
+
+    def outer(x: Tree) -> Tensor:
+        params = x["params"]
+        state = opt.init(params)
+        for _ in range(8):
+            params, state = opt.update(x["grads"], state, params, **x["hyper"])
+        slots = [v for name, v in state.items() if name != "step"]
+        return torch.stack([v.square().sum().to(dtype) for v in [params, *slots]]).sum()
+
+    point = {"params": mixed(dtype)["layers"][0]["weight"], "hyper": hyper}
+    point["grads"] = random_like(point["params"], seed=1)
+    assert outer(point).isfinite()
+    slopes = grad(outer)(point)
+    for path, slope in zip(tree.paths(tree.flatten(slopes)[1]), tree.leaves(slopes)):
+        assert slope.isfinite().all(), path
