@@ -38,6 +38,7 @@ FLOORS = {
     "funcopt.execution.triton_executor": 1.5,
     "funcopt.execution.rule": 1.6,
     "funcopt.execution.leaves": 1.7,
+    "funcopt.execution.recycle": 1.1,
     "funcopt.execution.lane": 1.8,
     "funcopt.execution.reference": 2,
     "funcopt.execution.call": 2.1,

@@ -80,6 +80,32 @@ static inline uint16_t to_bfloat16(float x) {{
     uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return x != x ? 0x7fc0 : (uint16_t)rounded;
 }}
+// Past the cache: else each line is read before it is written, a third of the traffic.
+#if defined(__AVX512F__) && defined(__GNUC__)
+typedef long long Line __attribute__((vector_size(64)));
+#define PUT(to, line) __builtin_ia32_movntdq512((Line *)(to), line)
+#elif defined(__AVX__) && defined(__GNUC__)
+typedef long long Line __attribute__((vector_size(32)));
+#define PUT(to, line) __builtin_ia32_movntdq256((Line *)(to), line)
+#endif
+#define TILE 256
+static inline void stream(S *to, const S *from, int64_t n) {{
+    int64_t i = 0;
+#ifdef PUT
+    for (; i < n && ((uintptr_t)(to + i) & (sizeof(Line) - 1)); i++) to[i] = from[i];
+    for (int64_t per = sizeof(Line) / sizeof(S); i + per <= n; i += per) {{
+        Line line;
+        memcpy(&line, from + i, sizeof(Line));
+        PUT(to + i, line);
+    }}
+#endif
+    for (; i < n; i++) to[i] = from[i];
+}}
+static inline void fence(void) {{
+#ifdef PUT
+    __builtin_ia32_sfence();
+#endif
+}}
 """
 
 # Blocks are of one size whatever the number of threads, and the sums of blocks are added
@@ -91,7 +117,7 @@ typedef struct {
     const double *scalars;
     char *const *pointers;
     double *partial;
-    int parallel;
+    int streaming, parallel;
 } Job;
 
 // Of the OpenMP that torch has loaded, so that both share one pool of threads.
@@ -128,16 +154,19 @@ static void work(void *data) {
             for (int64_t b = 0; b < each; b++, block++) {
                 if (block < begin || block >= end) continue;
                 int64_t n = size - b * BLOCK < BLOCK ? size - b * BLOCK : BLOCK;
-                sweep(n, task * size + b * BLOCK, job->pointers + i, job->leaves,
-                      job->scalars + row * SCALARS, job->partial + block * SUMS);
+                (job->streaming ? sweep_past_cache : sweep)(
+                    n, task * size + b * BLOCK, job->pointers + i, job->leaves,
+                    job->scalars + row * SCALARS, job->partial + block * SUMS);
             }
         }
     }
+    if (job->streaming) fence();
 }
 
 int run(int64_t leaves, int64_t tasks, const int64_t *sizes, const int64_t *rows,
-        const double *scalars, char *const *pointers, double *sums, int threads) {
-    Job job = {leaves, tasks, sizes, rows, scalars, pointers, 0,
+        const double *scalars, char *const *pointers, double *sums, int streaming,
+        int threads) {
+    Job job = {leaves, tasks, sizes, rows, scalars, pointers, 0, streaming,
                threads > 1 && parallel};
     if (SUMS && !(job.partial = malloc((blocks_of(&job) + 1) * SUMS * sizeof(double))))
         return 1;
@@ -201,45 +230,59 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
     def name(value: int) -> str:
         return names.get(value) or f"(T){_number(program.op(value).literal)}"
 
-    lines = [f"#define SCALARS {len(rows)}"]
-    lines += [
-        "static void sweep(int64_t n, int64_t from, char *const *at, int64_t leaves,",
-        "                  const double *scalars, double *sums) {",
-    ]
-    lines += [f"    const T v{v} = (T)scalars[{k}];" for k, v in enumerate(rows)]
-    lines += [
-        f"    const S *in{v} = (const S *)at[{k} * leaves] + from;"
-        for k, v in enumerate(read)
-    ]
-    lines += [
-        f"    S *out{k} = (S *)at[{len(read) + k} * leaves] + from;"
-        for k in range(len(sweep.outputs))
-    ]
-    lines += [f"    double s{k} = 0;" for k in range(len(sweep.sums))]
-    reduced = ",".join(f"s{k}" for k in range(len(sweep.sums)))
-    clause = f" reduction(+:{reduced})" if reduced else ""
-    lines += [
-        f"    #pragma omp simd{clause}",
-        "    for (int64_t i = 0; i < n; i++) {",
-    ]
-    lines += [f"        const T v{v} = {load.format(f'in{v}[i]')};" for v in read]
-    for v in sweep.streams:
-        op = program.op(v)
-        kind = "int" if op.boolean else "T"
-        expression = _EXPRESSIONS[op.name].format(*(name(a) for a in op.args))
-        lines.append(f"        const {kind} v{v} = {expression};")
-    lines += [
-        f"        out{k}[i] = {store.format(name(v))};"
-        for k, v in enumerate(sweep.outputs)
-    ]
-    lines += [
-        f"        s{k} += {name(program.op(s).args[0])};"
-        for k, s in enumerate(sweep.sums)
-    ]
-    lines += (
-        ["    }"] + [f"    sums[{k}] = s{k};" for k in range(len(sweep.sums))] + ["}"]
-    )
-    return prelude + "\n".join(lines) + "\n" + _DRIVER
+    def function(title: str, streaming: bool) -> list[str]:
+        lines = [
+            f"static void {title}(int64_t n, int64_t from, char *const *at,",
+            "        int64_t leaves, const double *scalars, double *sums) {",
+        ]
+        lines += [f"    const T v{v} = (T)scalars[{k}];" for k, v in enumerate(rows)]
+        lines += [
+            f"    const S *in{v} = (const S *)at[{k} * leaves] + from;"
+            for k, v in enumerate(read)
+        ]
+        outputs = list(enumerate(sweep.outputs))
+        target = "tile" if streaming else "out"
+        lines += [
+            f"    S *out{k} = (S *)at[{len(read) + k} * leaves] + from;"
+            for k, _ in outputs
+        ]
+        lines += [f"    double s{k} = 0;" for k in range(len(sweep.sums))]
+        if streaming:
+            tiles = "".join(f", tile{k}[TILE]" for k, _ in outputs)[2:]
+            lines += [
+                f"    S {tiles};" if tiles else "",
+                "    for (int64_t j = 0; j < n; j += TILE) {",
+                "    int64_t end = n - j < TILE ? n - j : TILE;",
+            ]
+        reduced = ",".join(f"s{k}" for k in range(len(sweep.sums)))
+        bound, at = ("end", "j + i") if streaming else ("n", "i")
+        lines += [
+            "    #pragma omp simd" + (f" reduction(+:{reduced})" if reduced else ""),
+            f"    for (int64_t i = 0; i < {bound}; i++) {{",
+        ]
+        lines += [f"        const T v{v} = {load.format(f'in{v}[{at}]')};" for v in read]
+        for v in sweep.streams:
+            op = program.op(v)
+            kind = "int" if op.boolean else "T"
+            expression = _EXPRESSIONS[op.name].format(*(name(a) for a in op.args))
+            lines.append(f"        const {kind} v{v} = {expression};")
+        lines += [
+            f"        {target}{k}[i] = {store.format(name(v))};" for k, v in outputs
+        ]
+        lines += [
+            f"        s{k} += {name(program.op(s).args[0])};"
+            for k, s in enumerate(sweep.sums)
+        ]
+        lines += ["    }"]
+        if streaming:
+            lines += [f"    stream(out{k} + j, tile{k}, end);" for k, _ in outputs]
+            lines += ["    }"]
+        lines += [f"    sums[{k}] = s{k};" for k in range(len(sweep.sums))]
+        return [*lines, "}"]
+
+    source = [f"#define SCALARS {len(rows)}", *function("sweep", streaming=False)]
+    source += function("sweep_past_cache", streaming=True)
+    return prelude + "\n".join(source) + "\n" + _DRIVER
 
 
 def _literal(program: Program, value: int) -> bool:

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from funcopt.execution import layout
 from funcopt.execution.executor import Column, Executor
 from funcopt.execution.leaves import Leaves
+from funcopt.execution.recycle import Recycler
 from funcopt.execution.rule import Kinds
 from funcopt.types import Tensor
 
@@ -36,6 +37,7 @@ class Lane:
             dynamic_dims_strides=[list(x.stride()) for x in tensors],
         )
         self._needs_no_grad = any(x.requires_grad for x in tensors)
+        self._recycler = Recycler()
         self._numbers: dict[str, Any] | None = None  # values that were looked at before
         self._apart = array("Q")  # addresses of which no two overlap
 
@@ -63,7 +65,8 @@ class Lane:
             which = [0] * len(leaves.params)
         else:
             rows, which = leaves.rows(self._kinds)
-        columns = self.executor(streams, rows, which, out=donated)
+        out = donated or self._recycler.columns(leaves.params, len(streams) - 1)
+        columns = self.executor(streams, rows, which, out=out)
         if donated:
             torch.autograd.graph.increment_version([x for c in donated for x in c])
         return columns

@@ -20,8 +20,8 @@ from funcopt.types import Tensor
 _PARALLEL = 32768
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_pointers = Tensor.data_ptr
-_sizes = Tensor.numel
+# As many bytes of output would push everything else out of the cache.
+_PAST_CACHE = 32 << 20
 
 
 class Native(Executor):
@@ -61,30 +61,24 @@ class Native(Executor):
     ) -> tuple[Sequence[Column], Sequence[Column]]:
         sweep = self.program.passes[k]
         first = columns[self._streams[0]]
-        if out is None:
-            out = [empty_like(first) for _ in sweep.outputs]
-        table = array("Q")
-        for value in self._read[k]:
-            table.extend(map(_pointers, columns[value]))
-        for column in out:
-            table.extend(map(_pointers, column))
-        sizes = array("q", map(_sizes, first))
+        sizes = array("q", map(Tensor.numel, first))
         total = sum(sizes)
         if tasks:
             sizes = array("q", [size // tasks for size in sizes])
+        if out is None:
+            out = [empty_like(first) for _ in sweep.outputs]
+        table = array("Q")
+        for column in (*(columns[value] for value in self._read[k]), *out):
+            table.extend(map(Tensor.data_ptr, column))
         rows = _table([[v[i] for i in self._parameters[k]] for v in env], tasks)
         sums = array("d", bytes(8 * len(first) * max(tasks, 1) * len(sweep.sums)))
-        arrays = (
-            sizes,
-            array("q", which),
-            rows,
-            table,
-            sums,
-        )  # alive until the call is over
+        arrays = (sizes, array("q", which), rows, table, sums)  # alive while in use
         failed = self._kernels[k](
             len(first),
             max(tasks, 1),
-            *(a.buffer_info()[0] for a in arrays),
+            *[a.buffer_info()[0] for a in arrays],
+            total * len(out) * self.stored.itemsize >= _PAST_CACHE
+            and table[-1] not in table[: -len(first)],  # in place the line is there
             torch.get_num_threads() if total >= _PARALLEL else 1,
         )
         if failed:
@@ -125,7 +119,7 @@ def _kernel(loaded: ctypes.CDLL) -> Callable[..., int]:
     pointer = ctypes.c_void_p
     loaded.run.argtypes = [
         ctypes.c_int64, ctypes.c_int64, pointer, pointer, pointer, pointer, pointer,
-        ctypes.c_int,
+        ctypes.c_int, ctypes.c_int,
     ]  # fmt: skip
     openmp = _openmp()
     if openmp:
