@@ -292,6 +292,13 @@ def test_a_task_is_computed_as_if_alone(tasks: int, pooled: bool):
     assert len(found[2]) == (2 if pooled else 3)
 
 
+def test_sums_end_where_the_leaf_does():
+    program = trace(lambda x: (torch.exp(x).sum(),), [True], torch.float64)
+    x = torch.randn(1500, dtype=torch.float64)
+    (found,) = Triton(program, torch.float64)([[x]], [[]], [0])
+    torch.testing.assert_close(found[0], x.exp().sum(), rtol=1e-14, atol=0)
+
+
 def test_pooled_sums_are_those_of_their_leaves():
     streams, executor = (
         leaves((3, 5), (0,), (1030,), (7,)),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from funcopt.execution.build import BuildError
-from funcopt.execution.executor import Column, empty_like
+from funcopt.execution.executor import Column
 from funcopt.execution.trace import Program
 from funcopt.execution.triton_source import DTYPES, Printer
 from funcopt.execution.triton_tables import BLOCK, Layout, Uploads, layout, words
@@ -68,7 +68,7 @@ class Triton:
             raise ValueError("no leaf tells which device this is for")
         device = leaves[0].device
         if out is None:
-            out = [empty_like(leaves) for _ in printer.written]
+            out = [list(map(torch.empty_like, leaves)) for _ in printer.written]
         plan = self._layout(leaves, which, len(rows), tasks, pooled, device)
         content, alive = words([*streams, *out], rows, device)
         table = self._uploads(content, device)
