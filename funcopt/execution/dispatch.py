@@ -247,7 +247,7 @@ def _refuses(
 
 def _untouchable(leaves: Leaves) -> str | None:
     """Why only torch's own operations may touch these tensors, or None."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch._C._len_torch_dispatch_stack():
         return "a mode watches each operation"
     for x in (*leaves.grads, *leaves.params):
         if type(x) not in _PLAIN:

@@ -6,8 +6,6 @@ import torch
 
 from funcopt.types import Tensor
 
-_is_contiguous = Tensor.is_contiguous
-
 
 def alike(columns: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
     """The columns, with copies where the tensors of a leaf differ in strides.
@@ -16,17 +14,28 @@ def alike(columns: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
     channels-last or transposed; one with gaps or overlaps is made contiguous. The first
     column holds gradients, the second parameters.
     """
-    if all(all(map(_is_contiguous, column)) for column in columns):
+    if all(all(map(_is_plain, column)) for column in columns):
         return list(columns)
     made = [list(column) for column in columns]
     for i, leaf in enumerate(zip(*columns)):
-        if all(map(_is_contiguous, leaf)):
+        if all(map(_is_plain, leaf)):
             continue
         model = torch.empty_like(leaf[1])  # keeps the strides of what fills its memory
         for column, x in zip(made, leaf):
-            if x.stride() != model.stride() or x._is_zerotensor():
-                column[i] = torch.empty_like(model).copy_(x)
+            if x.stride() != model.stride() or _is_lazy(x):
+                column[i] = torch.empty_strided(
+                    x.shape, model.stride(), dtype=x.dtype, device=x.device
+                ).copy_(x)
     return list(made)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.is_contiguous() and not _is_lazy(x)
+
+
+def _is_lazy(x: Tensor) -> bool:
+    """Whether the memory does not hold the values: torch's own zeros and negatives."""
+    return x.is_neg() or x._is_zerotensor()
 
 
 def overlap(columns: Sequence[Sequence[Tensor]]) -> bool:
@@ -38,13 +47,17 @@ def overlap(columns: Sequence[Sequence[Tensor]]) -> bool:
 
 
 def folded(columns: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether an element of a tensor stands for several, as after ``expand``."""
-    return any(
-        stride == 0 and n > 1
-        for c in columns
-        for x in c
-        for n, stride in zip(x.shape, x.stride())
-    )
+    """Whether an element of a tensor may stand for several, as after ``expand``."""
+    return any(not x.is_contiguous() and _folds(x) for c in columns for x in c)
+
+
+def _folds(x: Tensor) -> bool:
+    reach = 0
+    for stride, n in sorted((s, n) for s, n in zip(x.stride(), x.shape) if n > 1):
+        if stride <= reach:
+            return True
+        reach += (n - 1) * stride
+    return False
 
 
 def _extent(x: Tensor) -> int:

@@ -5,8 +5,7 @@ where they cannot: shape (), or one entry for each task of a batch.
 """
 
 import math
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,53 +13,76 @@ import torch
 from funcopt.execution.trace import Pass, Program
 from funcopt.types import Tensor
 
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+#: on Python's numbers; an error where IEEE has an infinity or NaN
+_NUMBERS = {
+    "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}",
+    "pow": "pow({}, {})", "sqrt": "sqrt({})", "rsqrt": "1 / sqrt({})", "abs": "abs({})",
+    "reciprocal": "1 / {}", "exp": "exp({})", "log": "log({})", "tanh": "tanh({})",
+    "sigmoid": "1 / (1 + exp(-{}))", "atan2": "atan2({}, {})",
+    "where": "{1} if {0} else {2}", "lerp": "{0} + {2} * ({1} - {0})",
+    "sign": "float(({0} > 0) - ({0} < 0))", "lt": "{} < {}", "le": "{} <= {}",
+    "maximum": "{0} if {0} > {1} or {0} != {0} else {1}", "gt": "{} > {}",
+    "minimum": "{0} if {0} < {1} or {0} != {0} else {1}", "ge": "{} >= {}",
+    "eq": "{} == {}", "ne": "{} != {}", "logical_and": "bool({} and {})",
+    "logical_or": "bool({} or {})", "logical_not": "not {}",
+}  # fmt: skip
 
 
 def evaluator(program: Program, sweep: Pass) -> Callable[[list[Any]], None]:
     """What fills in the scalars ``sweep.before``, in a list with a place per value."""
-    lines = [f"v[{value}] = {_expression(program, value)}" for value in sweep.before]
-    source = "def compute(v):\n " + "\n ".join(lines or ["pass"])
-    namespace: dict[str, Any] = dict(_FUNCTIONS)
-    exec(source, namespace)  # of our own making: no text of a user's is in it
-    fast: Callable[[list[Any]], None] = namespace["compute"]
+    on_numbers = _compiled(
+        "values",
+        [f"values[{v}] = {_number(program, v, 'values[{}]')}" for v in sweep.before],
+    )
 
     def compute(values: list[Any]) -> None:
-        try:
-            fast(values)
-        except (ArithmeticError, ValueError):
-            # Python raises where IEEE has an infinity or NaN that a where may discard.
-            wide = [_as_tensor(v) if isinstance(v, (int, float)) else v for v in values]
-            fast(wide)
-            values[:] = [
-                v.item()
-                if isinstance(v, Tensor) and not isinstance(old, Tensor) and not v.ndim
-                else v
-                for v, old in zip(wide, values)
-            ]
+        if not any(isinstance(value, Tensor) for value in values):
+            try:
+                return on_numbers(values)
+            except (ArithmeticError, ValueError):
+                pass  # an infinity or NaN that a where may discard
+        given = list(values)
+        for v in sweep.before:
+            op = program.op(v)
+            if op.name == "const":
+                values[v] = op.literal
+            else:
+                values[v] = _TENSORS[op.name](*(_as_tensor(values[a]) for a in op.args))
+        if not any(isinstance(value, Tensor) and value.ndim for value in values):
+            if not any(isinstance(value, Tensor) for value in given):
+                values[:] = [v.item() if isinstance(v, Tensor) else v for v in values]
 
     return compute
 
 
-def _expression(program: Program, value: int) -> str:
+def on_numbers(program: Program, wanted: Sequence[int]) -> Callable[..., tuple[Any, ...]]:
+    """A function of the input scalars, Python numbers all: the scalars ``wanted``.
+
+    For a program of one sweep. It raises ArithmeticError or ValueError where `evaluator`
+    finds an infinity or NaN.
+    """
+    given = [i for i, stream in enumerate(program.inputs) if not stream]
+    lines = [f"v{v} = {_number(program, v, 'v{}')}" for v in program.passes[0].before]
+    results = "".join(f"v{v}, " for v in wanted)
+    arguments = ", ".join(f"v{i}" for i in given)
+    return _compiled(arguments, [*lines, f"return ({results})"])
+
+
+def _compiled(arguments: str, lines: Sequence[str]) -> Callable[..., Any]:
+    source = f"def compute({arguments}):\n " + "\n ".join(lines or ["pass"])
+    namespace: dict[str, Any] = {
+        name: getattr(math, name)
+        for name in ("pow", "sqrt", "exp", "log", "tanh", "atan2", "inf", "nan")
+    }
+    exec(source, namespace)  # of our own making: no text of a user's is in it
+    return namespace["compute"]
+
+
+def _number(program: Program, value: int, name: str) -> str:
     op = program.op(value)
-    args = [f"v[{a}]" for a in op.args]
     if op.name == "const":
-        literal = op.literal
-        return repr(literal) if math.isfinite(literal) else f"float('{literal}')"
-    if op.name in _INFIX:
-        return f"{args[0]} {_INFIX[op.name]} {args[1]}"
-    return f"{op.name}({', '.join(args)})"
-
-
-def _either(on_floats: Callable[..., Any], on_tensors: Callable[..., Any]) -> Any:
-    def function(*args: Any) -> Any:
-        if any(isinstance(a, Tensor) for a in args):
-            # A truth is a number, too: bool tensor times float would be float32.
-            return on_tensors(*map(_as_tensor, args)).to(torch.float64)
-        return on_floats(*args)
-
-    return function
+        return repr(op.literal)  # inf and nan are names, too
+    return _NUMBERS[op.name].format(*(name.format(a) for a in op.args))
 
 
 def _as_tensor(value: Any) -> Tensor:
@@ -69,41 +91,22 @@ def _as_tensor(value: Any) -> Tensor:
     )
 
 
-def _where(condition: Any, a: Any, b: Any) -> Any:
-    if isinstance(condition, Tensor):
-        return torch.where(condition != 0, _as_tensor(a), _as_tensor(b))
-    return a if condition else b
+def _float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A truth is a number, too: bool tensor times float would be float32."""
+    return lambda *args: function(*args).to(torch.float64)
 
 
-def _power(base: float, exponent: float) -> float:
-    result = base**exponent
-    return math.nan if isinstance(result, complex) else result
-
-
-_FUNCTIONS: dict[str, Any] = {
-    "neg": lambda x: -x,
-    "abs": abs,
-    "reciprocal": lambda x: 1 / x,
-    "lerp": lambda a, b, w: a + w * (b - a),
-    "where": _where,
-    "pow": _either(_power, torch.pow),
-    "sqrt": _either(math.sqrt, torch.sqrt),
-    "rsqrt": _either(lambda x: 1 / math.sqrt(x), torch.rsqrt),
-    "exp": _either(math.exp, torch.exp),
-    "log": _either(math.log, torch.log),
-    "tanh": _either(math.tanh, torch.tanh),
-    "sigmoid": _either(lambda x: 1 / (1 + math.exp(-x)), torch.sigmoid),
-    "atan2": _either(math.atan2, torch.atan2),
-    "sign": _either(lambda x: float((x > 0) - (x < 0)), torch.sign),
-    "maximum": _either(lambda a, b: a if a > b or a != a else b, torch.maximum),
-    "minimum": _either(lambda a, b: a if a < b or a != a else b, torch.minimum),
-    "lt": _either(operator.lt, torch.lt),
-    "le": _either(operator.le, torch.le),
-    "gt": _either(operator.gt, torch.gt),
-    "ge": _either(operator.ge, torch.ge),
-    "eq": _either(operator.eq, torch.eq),
-    "ne": _either(operator.ne, torch.ne),
-    "logical_and": _either(lambda a, b: bool(a and b), torch.logical_and),
-    "logical_or": _either(lambda a, b: bool(a or b), torch.logical_or),
-    "logical_not": _either(operator.not_, torch.logical_not),
-}
+_TENSORS: dict[str, Callable[..., Tensor]] = {
+    name: getattr(torch, name)
+    for name in (
+        "add", "sub", "mul", "div", "neg", "pow", "sqrt", "rsqrt", "abs", "reciprocal",
+        "exp", "log", "tanh", "sigmoid", "atan2", "lerp", "sign", "maximum", "minimum",
+    )
+} | {
+    name: _float64(getattr(torch, name))
+    for name in (
+        "lt", "le", "gt", "ge", "eq", "ne", "logical_and", "logical_or", "logical_not",
+    )
+} | {
+    "where": lambda condition, a, b: torch.where(condition != 0, a, b)
+}  # fmt: skip
