@@ -1,0 +1,700 @@
+"""Derivatives by kernels: those of the reference, under autograd and every transform."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from table import CASES, ENDS, Case, slots_of
+from test_derivatives import warm_state
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+from funcopt import tree
+from funcopt.execution.call import Call
+from funcopt.types import Tree
+from trees import assert_close, assert_same, mixed, random_like, relative
+
+FAST = ["foreach", "native"]
+# Of the leaf's largest number.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+# ∂/∂mu of asgd is the sum of p - ax, both just rounded, and a tenth of either.
+CANCELLING = {("asgd", torch.float32): 4e-6}
+
+
+def tolerance_of(case: Case, dtype: torch.dtype) -> float:
+    return CANCELLING.get((case.row.name, dtype), TOLERANCE[dtype])
+
+
+def row_of(name: str) -> Case:
+    """The optimizer with the most of its flags."""
+    return next(case for case in reversed(ENDS) if case.row.name == name)
+
+
+# One of each kind: bias corrections, a condition on the step, numbers per leaf, plain.
+FEW = [row_of(name) for name in ("adamw", "radam", "nadam", "sgd")]
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What torch's own operations had to compute, where a kernel was forced."""
+    calls: list[str] = []
+    original = Call.plain
+
+    def spy(self: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        calls.append(self.what)
+        return original(self, *tensors)
+
+    monkeypatch.setattr(Call, "plain", spy)
+    yield calls
+
+
+def positive(like: Any, seed: int) -> Any:
+    return tree.map(torch.abs, random_like(like, seed))
+
+
+def point_of(case: Case, dtype: torch.dtype, steps: int = 1) -> dict[str, Any]:
+    """All that an unrolled run depends on; exact in float32.
+
+    Of one sign: where terms cancel, what remains of them is their rounding.
+    """
+    params = positive(mixed(torch.float32), seed=1)
+    opt, state = case.optimizer(), case.optimizer().init(params)
+    for k in range(case.row.warm):
+        _, state = opt.update(positive(params, 11 + k), state, params)
+    count = state.pop("step")
+    given = {
+        "params": params,
+        "grads": [positive(params, 2 + k) for k in range(steps)],
+        "slots": state,
+        "hyper": case.tensors(torch.float32),
+    }
+
+    def cast(x: Tensor) -> Tensor:
+        return x if x.dtype is torch.float64 else x.to(dtype)
+
+    given = tree.map(cast, given)
+    # A hyperparameter is float64 wherever it is used.
+    given["hyper"] = tree.map(lambda x: x.double(), given["hyper"])
+    return given | {"step": count}
+
+
+def outputs(case: Case, name: str | None, point: dict[str, Any]) -> Any:
+    opt, params = case.optimizer(), point["params"]
+    state = {"step": point["step"], **point["slots"]}
+    for grads in point["grads"]:
+        params, state = opt.update(grads, state, params, execution=name, **point["hyper"])
+    return {"params": params, **{k: v for k, v in state.items() if k != "step"}}
+
+
+def weighted(result: Any) -> Tensor:
+    """A scalar in which every number that comes out has a weight of its own."""
+    leaves = tree.leaves(result)
+    weights = tree.leaves(positive([x.detach().double() for x in leaves], seed=7))
+    return torch.stack([(x.double() * w).sum() for x, w in zip(leaves, weights)]).sum()
+
+
+def gradients(case: Case, name: str | None, point: dict[str, Any]) -> Any:
+    varied = {k: v for k, v in point.items() if k != "step"}
+    leaves, structure = tree.flatten(varied)
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    again = tree.unflatten(structure, leaves) | {"step": point["step"]}
+    found = torch.autograd.grad(
+        weighted(outputs(case, name, again)),
+        leaves,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return tree.unflatten(structure, found)
+
+
+def assert_gradients(found: Any, oracle: Any, tolerance: float) -> None:
+    """Each gradient, relative to its largest number over all leaves; in float64."""
+    assert found.keys() == oracle.keys()
+    for key, expected in oracle.items():
+        if key in ("slots", "hyper"):
+            assert_gradients(found[key], expected, tolerance)
+        else:
+            a, b = (
+                torch.cat([x.double().flatten() for x in tree.leaves(value)])
+                for value in (found[key], expected)
+            )
+            error = relative(a, b)
+            assert error <= tolerance, f"{key} is off by {error:.1e}"
+
+
+def costly(dtypes: Any) -> list[Any]:
+    ends = {str(case) for case in ENDS}
+    return [
+        pytest.param(
+            case,
+            dtype,
+            id=f"{case}-{dtype}".replace("torch.", ""),
+            marks=[] if str(case) in ends else pytest.mark.slow,
+        )
+        for dtype in dtypes
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize("case, dtype", costly(TOLERANCE))
+@pytest.mark.parametrize("name", FAST)
+def test_gradients_of_a_step(name: str, case: Case, dtype: torch.dtype, plain: list[str]):
+    """To the gradients, parameters, state and every float hyperparameter."""
+    found = gradients(case, name, point_of(case, dtype))
+    assert not plain
+    oracle = gradients(case, "reference", point_of(case, torch.float64))
+    assert_gradients(found, oracle, tolerance_of(case, dtype))
+    used = oracle["hyper"].keys() - set(case.row.idle)
+    assert all((tree.leaves(oracle["hyper"][k])[0] != 0).all() for k in used - {"lr"})
+
+
+@pytest.mark.parametrize("case, dtype", costly(TOLERANCE))
+@pytest.mark.parametrize("name", FAST)
+def test_gradients_of_three_steps(name: str, case: Case, dtype: torch.dtype):
+    found = gradients(case, name, point_of(case, dtype, steps=3))
+    oracle = gradients(case, "reference", point_of(case, torch.float64, steps=3))
+    assert_gradients(found, oracle, tolerance_of(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_gradients_of_half_leaves(name: str, case: Case, dtype: torch.dtype):
+    """As the reference's in the same dtype: each is rounded to it a few times."""
+    point = point_of(case, dtype)
+    found, expected = (gradients(case, each, point) for each in (name, "reference"))
+    for a, b in zip(tree.leaves(found), tree.leaves(expected)):
+        assert a.dtype is b.dtype
+    assert_gradients(found, tree.map(Tensor.double, expected), 4 * torch.finfo(dtype).eps)
+
+
+# --- hyperparameters of every kind
+
+
+def number(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor(value, dtype=dtype)
+
+
+def shaped(p: Tensor) -> Tensor:
+    return random_like(p, seed=5).abs() / 10
+
+
+RATES: dict[str, Callable[[Tree], Any]] = {
+    "one": lambda p: number(0.1),
+    "float32": lambda p: number(0.1, torch.float32),
+    "per leaf": lambda p: {"layers": [number(0.1), number(0.2)], "empty": number(0.3)},
+    "some": lambda p: {"layers": [number(0.1), 0.2], "empty": 0.3},
+    "leaf-shaped": lambda p: tree.map(shaped, p),
+    "broadcast": lambda p: tree.map(lambda x: shaped(x[:1]) if x.ndim else shaped(x), p),
+    "last axis": lambda p: tree.map(
+        lambda x: shaped(x[0]) if x.ndim == 2 and len(x) else 0.1, p
+    ),
+    "leaf-shaped float64": lambda p: tree.map(lambda x: shaped(x).double(), p),
+}
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("case", [FEW[0], FEW[1], FEW[3]], ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_rates_of_every_kind(name: str, case: Case, rate: str):
+    params = mixed(torch.float32, seed=1)
+    grads, state = random_like(params, 2), warm_state(case, params)
+    like = RATES[rate](params)
+
+    def slopes(name: str, dtype: torch.dtype) -> list[Tensor]:
+        def cast(x: Tensor) -> Tensor:
+            return x.to(dtype) if x.is_floating_point() else x
+
+        lr = tree.map(
+            lambda x: x.clone().requires_grad_() if isinstance(x, Tensor) else x, like
+        )
+        result = case.optimizer().update(
+            *(tree.map(cast, x) for x in (grads, state, params)), lr=lr, execution=name
+        )
+        asked = [x for x in tree.leaves(lr) if isinstance(x, Tensor)]
+        state_of = {k: v for k, v in result[1].items() if k != "step"}
+        return list(torch.autograd.grad(weighted((result[0], state_of)), asked))
+
+    found, oracle = slopes(name, torch.float32), slopes("reference", torch.float64)
+    for a, b in zip(found, oracle):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert relative(a.double(), b.double()) <= 1e-6
+    assert sum(x.any() for x in oracle) >= min(len(oracle), 2)
+
+
+# --- transforms
+
+Function = Callable[..., Tensor]  #: of a gradient, a parameter and a rate
+
+
+def function_of(case: Case, name: str) -> Function:
+    """A smooth scalar of one step from a warm state."""
+    opt, like = case.optimizer(), random_like(torch.empty(3, dtype=torch.float64), 1)
+    state = warm_state(case, like)
+
+    def function(g: Tensor, p: Tensor, lr: Tensor) -> Tensor:
+        new, after = opt.update(g, state, p, lr=lr, execution=name)
+        total = (new**3).sum()
+        for slot in slots_of(after):
+            total = total + (after[slot] ** 2).sum()
+        return total
+
+    return function
+
+
+def arguments() -> tuple[Tensor, Tensor, Tensor]:
+    g, p = random_like([torch.empty(3, dtype=torch.float64)] * 2, seed=3)
+    return g, p, number(0.1)
+
+
+def tasks() -> tuple[Tensor, Tensor, Tensor]:
+    g, p = random_like([torch.empty(4, 3, dtype=torch.float64)] * 2, seed=4)
+    return g, p, torch.tensor([0.1, 0.2, 0.05, 0.3], dtype=torch.float64)
+
+
+ALL = (0, 1, 2)
+
+
+def by_autograd(f: Function) -> Any:
+    leaves = [x.requires_grad_() for x in arguments()]
+    return torch.autograd.grad(f(*leaves), leaves)
+
+
+def by_autograd_twice(f: Function) -> Any:
+    leaves = [x.requires_grad_() for x in arguments()]
+    first = torch.autograd.grad(f(*leaves), leaves, create_graph=True)
+    total = torch.stack([(x**2).sum() for x in first]).sum()
+    return torch.autograd.grad(total, leaves)
+
+
+def by_autograd_three_times(f: Function) -> Any:
+    leaves = [x.requires_grad_() for x in arguments()]
+    total = f(*leaves)
+    for _ in range(2):
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        total = torch.stack([(x**2).sum() for x in first]).sum()
+    return torch.autograd.grad(total, leaves)
+
+
+def by_dual_numbers(f: Function) -> Any:
+    values, tangents = arguments(), random_like(list(arguments()), seed=8)
+    with forward_ad.dual_level():
+        out = f(*map(forward_ad.make_dual, values, tangents))
+        return list(forward_ad.unpack_dual(out))
+
+
+def by_one_dual_number(f: Function) -> Any:
+    g, p, lr = arguments()
+    with forward_ad.dual_level():
+        out = f(g, forward_ad.make_dual(p, torch.ones_like(p)), lr)
+        return list(forward_ad.unpack_dual(out))
+
+
+def backward_in_dual_level(f: Function) -> Any:
+    g, p, lr = arguments()
+    p.requires_grad_()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(p, torch.ones_like(p))
+        (slope,) = torch.autograd.grad(f(g, dual, lr), p, create_graph=True)
+        return list(forward_ad.unpack_dual(slope))
+
+
+def pushed(f: Function) -> Any:
+    return jvp(f, arguments(), tuple(random_like(list(arguments()), seed=8)))
+
+
+def pushed_twice(f: Function) -> Any:
+    g, p, lr = arguments()
+
+    def along(p: Tensor) -> Tensor:
+        return jvp(lambda q: f(g, q, lr), (p,), (torch.ones_like(p),))[1]
+
+    return jvp(along, (p,), (torch.ones_like(p),))
+
+
+def of_two_rates(f: Function) -> Any:
+    g, p, _ = arguments()
+    rates = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    return vmap(grad(f, argnums=2), in_dims=(None, None, 0))(g, p, rates)
+
+
+TRANSFORMS: dict[str, Callable[[Function], Any]] = {
+    "autograd": by_autograd,
+    "autograd twice": by_autograd_twice,
+    "autograd three times": by_autograd_three_times,
+    "grad": lambda f: grad(f, argnums=ALL)(*arguments()),
+    "vjp": lambda f: vjp(f, *arguments())[1](number(2.0)),
+    "jvp": pushed,
+    "jvp of jvp": pushed_twice,
+    "forward mode": by_dual_numbers,
+    "forward mode, one argument": by_one_dual_number,
+    "forward over backward": backward_in_dual_level,
+    "jacfwd": lambda f: jacfwd(f, argnums=ALL)(*arguments()),
+    "jacrev": lambda f: jacrev(f, argnums=ALL)(*arguments()),
+    "hessian": lambda f: hessian(f, argnums=ALL)(*arguments()),
+    "jacrev of jacrev": lambda f: jacrev(jacrev(f, argnums=ALL), argnums=ALL)(
+        *arguments()
+    ),
+    "jacrev of jacfwd": lambda f: jacrev(jacfwd(f, argnums=ALL), argnums=ALL)(
+        *arguments()
+    ),
+    "grad of grad of grad": lambda f: grad(
+        lambda p: grad(lambda q: grad(f, argnums=1)(p, q, p.sum() / 9).sum())(p).sum()
+    )(arguments()[1]),
+    "vmap of grad": lambda f: vmap(grad(f, argnums=ALL))(*tasks()),
+    "vmap of grad, shared rate": lambda f: vmap(
+        grad(f, argnums=ALL), in_dims=(0, 0, None)
+    )(*tasks()[:2], number(0.1)),
+    "vmap of grad, own rates only": of_two_rates,
+    "grad of vmap": lambda f: grad(lambda *x: vmap(f)(*x).sum(), argnums=ALL)(*tasks()),
+    "grad of vmap, shared rate": lambda f: grad(
+        lambda *x: vmap(f, in_dims=(0, 0, None))(*x).sum(), argnums=ALL
+    )(*tasks()[:2], number(0.1)),
+    "grad of vmap, shared parameters": lambda f: grad(
+        lambda *x: vmap(f, in_dims=(0, None, None))(*x).sum(), argnums=ALL
+    )(tasks()[0], *arguments()[1:]),
+    "vmap of vmap of grad": lambda f: vmap(
+        vmap(grad(f, argnums=ALL), in_dims=(0, None, 0)), in_dims=(None, 0, None)
+    )(*tasks()),
+    "vmap of grad of vmap": lambda f: vmap(
+        grad(lambda p, lr, gs: vmap(lambda g: f(g, p, lr))(gs).sum(), argnums=(0, 1)),
+        in_dims=(0, 0, None),
+    )(*tasks()[1:], tasks()[0]),
+    "vmap of hessian": lambda f: vmap(hessian(f, argnums=(1, 2)))(*tasks()),
+    "vmap of jvp": lambda f: vmap(lambda *x: jvp(f, x, x))(*tasks()),
+    "jvp of vmap": lambda f: jvp(vmap(f), tasks(), tasks()),
+    "grad of per-sample grads": lambda f: grad(
+        lambda p: (
+            vmap(grad(f, argnums=1), in_dims=(0, None, 0))(tasks()[0], p, tasks()[2])
+            .square()
+            .sum()
+        )
+    )(arguments()[1]),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_under_every_transform(name: str, case: Case, transform: str):
+    apply = TRANSFORMS[transform]
+    expected = tree.leaves(apply(function_of(case, "reference")))
+    found = tree.leaves(apply(function_of(case, name)))
+    assert len(found) == len(expected) and any(x.any() for x in expected)
+    for a, b in zip(found, expected):
+        assert relative(a, b) <= 1e-12
+
+
+FUSED = ["autograd", "autograd twice", "grad", "vjp", "vmap of grad", "grad of vmap"]
+
+
+@pytest.mark.parametrize("transform", FUSED)
+def test_kernels_compute_what_they_can(transform: str, plain: list[str]):
+    TRANSFORMS[transform](function_of(FEW[0], "native"))
+    assert not plain
+
+
+# --- cotangents, graphs, memory
+
+
+def step_of(params: Tree, name: str, followed: bool = False, **hyper: Any) -> Any:
+    opt = FEW[0].optimizer()
+    state = warm_state(FEW[0], tree.map(Tensor.detach, params))
+    grads = random_like(params, 2)
+    for g in tree.leaves(grads):
+        g.requires_grad_(followed)
+    return opt.update(grads, state, params, execution=name, **hyper)
+
+
+COTANGENTS: dict[str, Callable[[Any], Tensor]] = {
+    "expanded": lambda r: r[0].sum(),
+    "of a slot alone": lambda r: r[1]["exp_avg"].sum(),
+    "of some elements": lambda r: r[0][1:, ::2].sum(),
+    "transposed": lambda r: (r[0].mT @ torch.ones(4, 2)).sum(),
+    "of another order": lambda r: (r[0].mT.contiguous() ** 2).sum(),
+    "none of the parameter": lambda r: (r[1]["exp_avg_sq"] ** 2).sum(),
+    "twice": lambda r: (r[0] * r[0].detach()).sum() + r[0].sum(),
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "transposed", "gaps"])
+@pytest.mark.parametrize("what", COTANGENTS)
+@pytest.mark.parametrize("name", FAST)
+def test_cotangents(name: str, what: str, kind: str):
+    found = []
+    for each in (name, "reference"):
+        p = random_like(torch.empty(4, 3), 1)
+        if kind == "transposed":
+            p = random_like(torch.empty(3, 4), 1).mT
+        elif kind == "gaps":
+            p = random_like(torch.empty(4, 6), 1)[:, ::2]
+        p.requires_grad_()
+        lr = number(0.1).requires_grad_()
+        total = COTANGENTS[what](step_of(p, each, followed=True, lr=lr))
+        found.append(
+            torch.autograd.grad(total, [p, lr], allow_unused=True, materialize_grads=True)
+        )
+    for a, b in zip(*found):
+        assert relative(a, b) <= 1e-6
+    assert what in ("of a slot alone", "none of the parameter") or found[1][0].any()
+
+
+@pytest.mark.parametrize("asked", ["params", "grads", "lr", "exp_avg"])
+@pytest.mark.parametrize("name", FAST)
+def test_only_one_is_followed(name: str, asked: str):
+    """Others keep no gradient, and results that do not depend on it no graph."""
+    case = FEW[0]
+    slopes = []
+    for each in (name, "reference"):
+        params = mixed(torch.float32, seed=1)
+        state = warm_state(case, params)
+        grads, lr = random_like(params, 2), number(0.1)
+        given = {"params": params, "grads": grads, "lr": lr, **state}[asked]
+        for x in tree.leaves(given):
+            x.requires_grad_()
+        result = case.optimizer().update(grads, state, params, lr=lr, execution=each)
+        slopes.append(torch.autograd.grad(weighted(result[0]), tree.leaves(given)))
+    for a, b in zip(*slopes):
+        assert relative(a, b) <= 1e-6
+        assert b.any() or not b.numel()
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_saves_its_inputs_and_nothing_else(name: str):
+    params = random_like([torch.empty(100, 3), torch.empty(41)], 1)
+    for p in params:
+        p.requires_grad_()
+    lr = number(0.1).requires_grad_()
+    state = warm_state(FEW[0], [p.detach() for p in params])
+    grads = random_like([p.detach() for p in params], 2)
+    slots = [x for slot in slots_of(state) for x in state[slot]]
+    inputs = {x.data_ptr() for x in (*params, *grads, *slots)}
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        FEW[0].optimizer().update(grads, state, params, lr=lr, execution=name)
+    large = [x for x in saved if x.numel() > 1]
+    assert {x.data_ptr() for x in large} == inputs
+    elements = sum(p.numel() for p in params)
+    assert sum(x.nbytes for x in large) == elements * 4 * (2 + len(slots_of(state)))
+    assert sum(x.nbytes for x in saved if x.numel() == 1) <= 64
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_backward_twice_and_after_a_write(name: str):
+    p = random_like(torch.empty(4, 3), 1).requires_grad_()
+    new, _ = step_of(p, name)
+    first = torch.autograd.grad(new.sum(), p, retain_graph=True)
+    again = torch.autograd.grad(new.sum(), p, retain_graph=True)
+    assert_same(first, again)
+    with torch.no_grad():
+        p.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(new.sum(), p)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_no_graph_where_none_is_asked_for(name: str):
+    p = random_like(torch.empty(4, 3), 1)
+    assert not step_of(p, name)[0].requires_grad
+    with torch.no_grad():
+        assert not step_of(p.requires_grad_(), name)[0].requires_grad
+    with torch.inference_mode():
+        assert step_of(p.detach(), name)[0].is_inference()
+
+
+def test_sums_do_not_depend_on_threads():
+    p = random_like(torch.empty(300, 301), 1)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            lr = number(0.1).requires_grad_()
+            new, _ = step_of([p, p[0]], "native", lr=lr)
+            found.append(torch.autograd.grad(weighted(new), lr)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2] != 0
+
+
+@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_a_dead_unit_has_finite_derivatives(name: str, case: Case):
+    """Gradients and state that are zero, with an eps as small as in practice."""
+    opt = case.optimizer()
+    p = torch.tensor([1.0, -2.0, 0.0]).requires_grad_()
+    state, hyper = opt.init(p), case.tensors()
+    if "eps" in hyper:
+        hyper["eps"] = number(1e-8)
+    asked = [x.requires_grad_() for x in tree.leaves(hyper)]
+    g = torch.tensor([0.0, 0.5, 0.0]).requires_grad_()
+    slopes = []
+    for each in (name, "reference"):
+        new, after = p, state
+        for _ in range(case.row.warm + 1):
+            new, after = opt.update(g, after, new, execution=each, **hyper)
+        slopes.append(
+            torch.autograd.grad(
+                (new * torch.tensor([1.0, 2.0, 3.0])).sum(),
+                [p, g, *asked],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+    for a, b in zip(*slopes):
+        assert a.isfinite().all()
+        assert relative(a, b) <= 1e-5
+
+
+# --- batches of tasks
+
+STACKS: dict[str, dict[str, Any]] = {
+    "everything": {"g": 0, "p": 0, "s": 0},
+    "other axes": {"g": 1, "p": -1, "s": 0},
+    "shared parameters": {"g": 0, "p": None, "s": None},
+    "shared gradients": {"g": None, "p": 0, "s": 0},
+    "shared state": {"g": 0, "p": 0, "s": None},
+    "own state alone": {"g": None, "p": None, "s": 0},
+}
+TASKS = 3
+
+
+def leaf_tree(dtype: torch.dtype = torch.float32) -> Tree:
+    shapes = {"w": (4, 5), "b": (37,), "one": (1,), "none": (0,)}
+    return {key: torch.empty(shape, dtype=dtype) for key, shape in shapes.items()}
+
+
+def stack(trees: list[Any], axis: int | None) -> Any:
+    """Trees as one with a new axis; the first alone where there is none."""
+    if axis is None:
+        return trees[0]
+    return tree.map(lambda *x: torch.stack(x, axis), *trees)
+
+
+RATES_OF_TASKS: dict[str, Any] = {
+    "fixed": None,
+    "shared": number(0.1),
+    "own": torch.tensor([0.1, 0.2, 0.05], dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("rate", RATES_OF_TASKS)
+@pytest.mark.parametrize("which", STACKS)
+@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_vmap_is_the_loop(name: str, case: Case, which: str, rate: str, plain: list[str]):
+    """Bit by bit, for each task."""
+    opt, axes = case.optimizer(), STACKS[which]
+    like = leaf_tree()
+    params = [random_like(like, 10 + t) for t in range(TASKS)]
+    grads = [random_like(like, 20 + t) for t in range(TASKS)]
+    states = [opt.init(p) for p in params]
+    for t in range(TASKS):
+        for k in range(case.row.warm):
+            _, states[t] = opt.update(random_like(like, k + 7 * t), states[t], params[t])
+    lr = RATES_OF_TASKS[rate]
+
+    def update(g: Tree, s: Any, p: Tree, lr: Any) -> Any:
+        hyper = {} if rate == "fixed" else {"lr": lr}
+        return opt.update(g, s, p, execution=name, **hyper)
+
+    lr = number(0.0) if lr is None else lr
+    found = vmap(
+        update, in_dims=(axes["g"], axes["s"], axes["p"], 0 if lr.ndim else None)
+    )(stack(grads, axes["g"]), stack(states, axes["s"]), stack(params, axes["p"]), lr)
+
+    def of(trees: list[Any], axis: int | None, t: int) -> Any:
+        return trees[0 if axis is None else t]
+
+    loop = [
+        update(
+            of(grads, axes["g"], t),
+            of(states, axes["s"], t),
+            of(params, axes["p"], t),
+            lr[t] if lr.ndim else lr,
+        )
+        for t in range(TASKS)
+    ]
+    expected = stack(loop, 0)
+    if axes["s"] == 0 and case.row.name in ("nadam", "asgd", "radam"):
+        assert_close(found, expected, 2e-7)  # a float64 pow against Python's
+    else:
+        assert_same(found, expected)
+    assert not plain
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_nested_vmap(name: str, case: Case):
+    opt, like = case.optimizer(), torch.empty(2, 3, 7)
+    params, grads = random_like(like, 1), random_like(like, 2)
+    rates = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    state = warm_state(case, like[0, 0] * 0 + 1)
+
+    def update(g: Tensor, p: Tensor, lr: Any) -> Tensor:
+        return opt.update(g, state, p, lr=lr, execution=name)[0]
+
+    loop = [
+        [update(grads[i, j], params[i, j], rates[i, j]) for j in range(3)]
+        for i in range(2)
+    ]
+    expected = torch.stack([torch.stack(row) for row in loop])
+    assert_same(vmap(vmap(update))(grads, params, rates), expected)
+    swapped = vmap(vmap(update), in_dims=(1, 1, 1), out_dims=1)(grads, params, rates)
+    assert_same(swapped, expected)
+    for outer, inner, at in ((None, 0, 0), (0, None, None)):
+        lr = rates[0] if outer is None else rates[:, 0]
+        both = vmap(vmap(update, in_dims=(0, 0, inner)), in_dims=(0, 0, outer))
+        again = [
+            [
+                update(grads[i, j], params[i, j], lr[j] if at == 0 else lr[i])
+                for j in range(3)
+            ]
+            for i in range(2)
+        ]
+        assert_same(
+            both(grads, params, lr), torch.stack([torch.stack(row) for row in again])
+        )
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_tasks_with_steps_and_betas_of_their_own(name: str):
+    case = row_of("adamw")
+    opt, like = case.optimizer(), torch.empty(TASKS, 9)
+    params, grads = random_like(like, 1), random_like(like, 2)
+    state = vmap(opt.init)(params)
+    state["step"] = torch.tensor([[0], [5], [70]])
+    beta = torch.tensor([0.8, 0.9, 0.99], dtype=torch.float64)
+    decay = random_like(params, 5).abs() / 10
+
+    def update(g: Tensor, s: Any, p: Tensor, b: Any, d: Any) -> Any:
+        hyper = {"betas": (0.9, b), "weight_decay": d}
+        return opt.update(g, s, p, execution=name, **hyper)
+
+    found = vmap(update)(grads, state, params, beta, decay)
+    expected = [
+        update(grads[t], tree.map(lambda x: x[t], state), params[t], beta[t], decay[t])  # noqa: B023
+        for t in range(TASKS)
+    ]
+    assert_close(found, stack(expected, 0), 2e-7)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_stack_is_a_tree_of_larger_leaves(name: str):
+    """``update`` on stacked trees needs no vmap: rates that broadcast are the tasks'."""
+    case, like = row_of("adamw"), torch.empty(TASKS, 9)
+    opt, params, grads = case.optimizer(), random_like(like, 1), random_like(like, 2)
+    lr = torch.tensor([0.1, 0.2, 0.05])
+    found, _ = opt.update(grads, opt.init(params), params, lr=lr[:, None], execution=name)
+    for t in range(TASKS):
+        p, g = params[t], grads[t]
+        alone, _ = opt.update(g, opt.init(p), p, lr=lr[t].expand(9), execution=name)
+        assert torch.equal(found[t], alone)
