@@ -32,19 +32,21 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The interpreter cuts a bfloat16 off, and numpy warns of what masks discard."""
+    """The interpreter is rough with bfloat16, and numpy warns of what masks discard."""
     from triton import language as tl
     from triton.runtime import interpreter
 
     cast = interpreter.InterpreterBuilder.cast_impl
 
     def rounded(self: Any, value: Any, kind: Any) -> Any:
-        if kind.scalar != tl.bfloat16 or value.dtype.scalar != tl.float32:
-            return cast(self, value, kind)
-        data = torch.from_numpy(np.array(value.data)).to(torch.bfloat16)
-        return interpreter.TensorHandle(
-            data.view(torch.int16).numpy().view(np.uint16), kind.scalar
-        )
+        bits, kinds = np.array(value.data), (value.dtype.scalar, kind.scalar)
+        if kinds == (tl.float32, tl.bfloat16):
+            half = torch.from_numpy(bits).to(torch.bfloat16).view(torch.int16)
+            return interpreter.TensorHandle(half.numpy().view(np.uint16), tl.bfloat16)
+        if kinds == (tl.bfloat16, tl.float32):
+            half = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+            return interpreter.TensorHandle(half.float().numpy(), tl.float32)
+        return cast(self, value, kind)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
     with np.errstate(all="ignore"):
@@ -366,6 +368,14 @@ def test_other_operations(name: str, dtype: torch.dtype):
     torch.testing.assert_close(
         found[0], expected, rtol=8 * torch.finfo(dtype).eps, atol=0, equal_nan=True
     )
+
+
+def test_powers_of_streams_and_scalars():
+    program = trace(lambda x, t: (x**t, t**x), (True, False), torch.float32)
+    x = torch.rand(1500) + 0.1
+    found = Triton(program, torch.float32)([[x]], [[3.7]], [0])
+    for (got,), expected in zip(found, (x.double() ** 3.7, 3.7 ** x.double())):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
 
 
 def test_what_has_no_kernel_is_told(monkeypatch: pytest.MonkeyPatch):

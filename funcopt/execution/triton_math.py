@@ -131,7 +131,7 @@ def power(a, b):
 
     exp(b·log a), with the logarithm and its product by b as unevaluated sums of two.
     """
-    base, exponent = a.to(tl.float64), b.to(tl.float64)
+    base, exponent = tl.broadcast(a.to(tl.float64), b.to(tl.float64))
     high, low = _log(tl.abs(base))
     high = tl.where(tl.abs(base) == float("inf"), float("inf"), high)
     product = exponent * high
@@ -147,7 +147,8 @@ def power(a, b):
     value = tl.where((base == 0) & (exponent > 0), 0.0, value)
     value = tl.where((base == 0) & (exponent < 0), float("inf"), value)
     value = tl.where((base != base) | (exponent != exponent), float("nan"), value)
-    return tl.where((exponent == 0) | (base == 1), 1.0, value).to(a.dtype)
+    value = tl.where((exponent == 0) | (base == 1), 1.0, value)
+    return value.to(a.dtype)
 
 
 @triton.jit

@@ -18,6 +18,8 @@ BLOCK = 1024
 _PROGRAMS = 2048
 _WALK = 8
 
+_SPARE = 4  # tables of the latest size that a capture may copy
+
 _pointers = Tensor.data_ptr
 
 
@@ -130,16 +132,18 @@ class Uploads:
 
     Steps over the same tensors, as donated ones are, have the same table again and again,
     and nothing is copied. What a CUDA graph was captured with lives as long as this
-    object: a replay reads it again.
+    object: a replay reads it again. Before a capture there must have been a like step.
     """
 
     def __init__(self) -> None:
         self._last: deque[_Upload] = deque(maxlen=4)
         self._captured: list[Any] = []
+        self._spare: Tensor | None = None  # pinned: none may be allocated in a capture
 
     def __call__(self, content: bytes, device: torch.device) -> Tensor:
+        words = torch.frombuffer(bytearray(content), dtype=torch.int64)
         if device.type != "cuda":
-            return torch.frombuffer(bytearray(content), dtype=torch.int64)
+            return words
         capturing = torch.cuda.is_current_stream_capturing()
         stream = torch.cuda.current_stream(device).cuda_stream
         for upload in self._last:
@@ -147,17 +151,29 @@ class Uploads:
                 if capturing:
                     self._captured.append(upload.table)
                 return upload.table
-        # Pinned memory is not given out again before the copy from it is done.
-        pinned = torch.empty(len(content) // 8, dtype=torch.int64, pin_memory=True)
-        pinned.copy_(torch.frombuffer(bytearray(content), dtype=torch.int64))
+        pinned = self._pinned(len(words), capturing).copy_(words)
         table = pinned.to(device, non_blocking=True)
         if capturing:
             self._captured.append((pinned, table))
         else:
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(device))
             self._last.append(_Upload(content, device, stream, table, event))
         return table
+
+    def _pinned(self, count: int, capturing: bool) -> Tensor:
+        """Memory that nothing writes to before the copy from it is done.
+
+        torch's own pool sees to that, except in a capture, where replays copy again.
+        """
+        if not capturing:
+            if self._spare is None or len(self._spare) < _SPARE * count:
+                self._spare = _pinned(_SPARE * count)
+            return _pinned(count)
+        if self._spare is None or len(self._spare) < count:
+            return _pinned(count)
+        part, self._spare = self._spare[:count], self._spare[count:]
+        return part
 
 
 @dataclass
@@ -174,3 +190,7 @@ class _Upload:
         if self.event is not None and not capturing and self.event.query():
             self.event = None
         return self.device == device and (self.event is None or self.stream == stream)
+
+
+def _pinned(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64, pin_memory=True)
