@@ -16,6 +16,7 @@ from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.hyper import Hyper, Hypers
 from funcopt.types import (
+    HyperMapping,
     HyperValue,
     InitFunction,
     RuleFunction,
@@ -25,7 +26,6 @@ from funcopt.types import (
     Tree,
     UpdateFunction,
 )
-
 
 _MOST_LANES = 64  # structures of params that one optimizer remembers
 
@@ -184,6 +184,7 @@ def _from_rule(
     hypers = Hypers(hyper, name)
     keys = ("step", *slots)
     scalar = {slot: not callable(first) for slot, first in slots.items()}
+    trees_of = [slot for slot in slots if not scalar[slot]]
     lanes: dict[tree.Structure, Lane] = {}
     made = Rule(rule, name, tuple(scalar.values()), tuple(hypers.arguments), elementwise)
     vectors = {"step": torch.int64} | {s: torch.float64 for s in slots if scalar[s]}
@@ -200,6 +201,47 @@ def _from_rule(
                 state[slot] = _filled(leaves, first, torch.float64)
         return state
 
+    def again(
+        lane: Lane,
+        structure: tree.Structure,
+        grads: Tree,
+        state: State,
+        params: Tree,
+        p: list[Any],
+        donate: bool,
+        overrides: HyperMapping,
+    ) -> tuple[Tree, State] | None:
+        """A step like an earlier one, by the way that one took; None if it is not."""
+        try:
+            streams = [structure.flatten_up_to(grads), p]
+            streams += [structure.flatten_up_to(state[slot]) for slot in trees_of]
+            held = [state[key] for key in vectors]
+        except (KeyError, TypeError, ValueError):
+            return None  # where the words for it are found
+        if len(state) != len(keys) or not lane.admits([*chain(*streams), *held]):
+            return None
+        steps, *numbers = [vector.tolist() for vector in held]
+        steps = [step + 1 for step in steps]
+        values = hypers.per_leaf(overrides, structure, p, steps)
+        columns = lane.run(streams, [*numbers, steps], values, donate)
+        if columns is None:
+            return None
+        if donate:
+            state["step"].add_(1)
+        else:
+            params = tree.unflatten(structure, columns[0])
+            new_state: State = {"step": state["step"] + 1}
+        for slot, column in zip(slots, columns[1:]):
+            if donate and scalar[slot]:
+                state[slot].copy_(torch.tensor(column, dtype=torch.float64))
+            elif not donate:
+                new_state[slot] = (
+                    torch.tensor(column, dtype=torch.float64)
+                    if scalar[slot]
+                    else tree.unflatten(structure, column)
+                )
+        return params, state if donate else new_state
+
     def update(
         grads: Tree,
         state: State,
@@ -210,20 +252,20 @@ def _from_rule(
         **overrides: HyperValue,
     ) -> tuple[Tree, State]:
         p, structure = tree.flatten(params)
+        compiling = torch.compiler.is_compiling()
+        known = None if compiling or execution else lanes.get(structure)
+        if known is not None and dispatch.is_free():
+            done = again(known, structure, grads, state, params, p, donate, overrides)
+            if done is not None:
+                return done
         g = tree.flatten_like(structure, grads, "grads")
         check_state(state, keys, vectors, structure, name)
         trees = {
             slot: tree.flatten_like(structure, state[slot], f"state['{slot}']")
-            for slot in slots
-            if not scalar[slot]
+            for slot in trees_of
         }
-        lane = None if torch.compiler.is_compiling() else lanes.get(structure)
-        if lane is not None and not lane.admits((*g, *p, *chain(*trees.values()))):
-            lane = None
-        live = None
-        if lane is None:
-            live = _live(g, p)
-            check_leaves(g, p, trees, live, structure)
+        live = _live(g, p)
+        check_leaves(g, p, trees, live, structure)
         old = {
             slot: levels.scalars_of(state[slot]) if scalar[slot] else trees[slot]
             for slot in slots
@@ -239,7 +281,9 @@ def _from_rule(
             _pick(numbers, live),
             _pick(values, live),
         )
-        columns, lane = dispatch.step(leaves, execution, donate, lane)
+        columns, lane = dispatch.step(
+            leaves, execution, donate, [state[key] for key in vectors]
+        )
         if lane is not None and live is None and len(lanes) < _MOST_LANES:
             lanes[structure] = lane
         new_params, *columns = _merge((p, *old.values()), columns, live)

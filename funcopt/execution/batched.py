@@ -6,7 +6,6 @@ leaf, and a hyperparameter that differs between tasks is a vector of scalars.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch._C._functorch as _functorch  # pyright: ignore[reportMissingImports]
@@ -58,27 +57,28 @@ def stacked(
     Scalars become vectors as soon as one differs between tasks, or a gradient is made
     of them, which is each task's own.
     """
-    streams = call.input_streams
+    streams = call.form.input_streams
     parts = list(zip(tensors, streams, axes))
     own = (
-        call.tasks > 0
+        call.form.tasks > 0
         or any(axis is not None for _, stream, axis in parts if not stream)
-        or (call.sums and not all(streams))
+        or (call.form.sums and not all(streams))
     )
-    inner = max(call.tasks, 1)
+    inner = max(call.form.tasks, 1)
 
     def forward(x: Tensor, stream: bool, axis: int | None) -> Tensor:
         if not stream and not own:
             return x
         x = x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)
         if stream:
-            return x.flatten(0, 1) if call.tasks else x
+            x = x.flatten(0, 1) if call.form.tasks else x
+            return x.contiguous() if own else x  # a task is one piece of memory
         return x.reshape(size, -1).expand(size, inner).reshape(-1)
 
     def back(x: Tensor) -> Tensor:
-        return x.unflatten(0, (size, call.tasks)) if call.tasks else x
+        return x.unflatten(0, (size, call.form.tasks)) if call.form.tasks else x
 
     given = [forward(*part) for part in parts]
-    outputs = run(replace(call, tasks=size * inner if own else 0), given)
-    batched = [stream or own for stream in call.output_streams]
+    outputs = run(call.with_tasks(size * inner if own else 0), given)
+    batched = [stream or own for stream in call.form.output_streams]
     return [back(x) if b else x for x, b in zip(outputs, batched)], batched

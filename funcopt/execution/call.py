@@ -1,7 +1,7 @@
-"""One call of a rule, or of a derivative of it, on the leaves of one group."""
+"""A call of a rule, or of a derivative of it, on the leaves of one group."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -16,111 +16,71 @@ from funcopt.types import Tensor
 #: makes a program ready for a dtype that leaves are stored in
 Engine: TypeAlias = Callable[[Program, torch.dtype], Executor]
 
+_MOST = 64  # forms kept that follow from one
+
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """What is computed of one flat list of tensors.
+class Form:
+    """What calls have in common that differ in their numbers alone: worked out once.
 
-    The list follows the inputs of the program: for a stream the tensors of all leaves,
-    for a scalar those of the rows where it is a tensor. Where it is a number it stands in
-    ``rows``. The outputs are such a list, too. Derivatives are calls of their own: `vjp`
-    takes this call's tensors and a cotangent for each output, `jvp` this call's tensors
-    and as many tangents.
+    A call is of one flat list of tensors, which follows the inputs of the program: for a
+    stream the tensors of all leaves, for a scalar those of the rows where it is a tensor.
+    Its outputs are such a list, too. Derivatives have forms of their own: `vjp` takes
+    this form's tensors and a cotangent for each output, `jvp` this form's tensors and as
+    many tangents.
     """
 
     rule: Rule
     kinds: Kinds
     engine: Engine
     stored: torch.dtype  #: what leaves are kept in
-    leaves: int
-    which: Sequence[int]  #: the row of each leaf
-    rows: tuple[tuple[Any, ...], ...]  #: the scalars of each row, None for a tensor
+    which: tuple[int, ...]  #: the row of each leaf
+    given: tuple[tuple[bool, ...], ...]  #: of each row, which scalars are tensors
     tasks: int = 0  #: how many tasks a leaf's leading axis holds, if scalars are theirs
     what: str = "step"
     wanted: tuple[bool, ...] = ()  #: the inputs of ``of`` that `vjp` is to give
-    of: "Call | None" = None  #: what this is a derivative of
+    of: "Form | None" = None  #: what this is a derivative of
+    _derived: dict[Any, "Form"] = field(default_factory=dict)
 
-    @staticmethod
-    def gather(
-        rule: Rule,
-        kinds: Kinds,
-        engine: Engine,
-        streams: Sequence[Column],
-        rows: Sequence[Sequence[Any]],
-        which: Sequence[int],
-    ) -> "tuple[Call, list[Tensor]]":
-        """The call of a step, and the flat list of its tensors."""
-        columns, numbers = iter(streams), [list(row) for row in rows]
-        tensors: list[Tensor] = []
-        k = 0
-        for stream in rule.inputs(kinds):
-            if stream:
-                tensors += next(columns)
-                continue
-            for row in numbers:
-                if isinstance(row[k], Tensor):
-                    tensors.append(row[k])
-                    row[k] = None
-            k += 1
-        stored = streams[0][0].dtype
-        fixed = tuple(map(tuple, numbers))
-        return Call(rule, kinds, engine, stored, len(which), which, fixed), tensors
-
-    def columns(self, outputs: Sequence[Tensor]) -> list[Column]:
-        """The outputs of a step as columns: something for each leaf."""
-        columns: list[list[Any]] = [[None] * self.leaves for _ in self.outputs]
-        for x, (i, at) in zip(outputs, self.output_places):
-            places = (
-                [at]
-                if self.outputs[i]
-                else [j for j, r in enumerate(self.which) if r == at]
-            )
-            for place in places:
-                columns[i][place] = x
-        return list(columns)
-
-    def vjp(self, wanted: Sequence[bool]) -> "Call":
+    def vjp(self, wanted: tuple[bool, ...]) -> "Form":
         """The gradients of the tensors that are ``wanted``, and of those beside them."""
+        return self._once(wanted, self._vjp)
+
+    def _vjp(self, wanted: tuple[bool, ...]) -> "Form":
         asked = [False] * len(self.inputs)
         for (i, _), w in zip(self.places, wanted):
             asked[i] |= w
-        return replace(
-            self,
+        more = (True,) * _scalars(self.outputs)
+        return self._new(
             what="second_vjp" if self.of else "vjp",
-            rows=tuple((*row, *[None] * self._count(self.outputs)) for row in self.rows),
+            given=tuple((*row, *more) for row in self.given),
             wanted=tuple(asked),
             of=self,
         )
 
-    def jvp(self) -> "Call":
+    def jvp(self) -> "Form":
         """The tangents of the outputs."""
-        zero = [[0.0 if v is not None else None for v in row] for row in self.rows]
-        return replace(
-            self,
-            what="jvp",
-            rows=tuple((*row, *added) for row, added in zip(self.rows, zero)),
-            of=self,
+        return self._once(
+            "jvp",
+            lambda what: self._new(
+                what=what, given=tuple(row + row for row in self.given), of=self
+            ),
         )
 
-    @cached_property
-    def program(self) -> Program:
-        rule = self.rule
-        dtype = reference.computed(self.stored)
-        if self.what == "step":
-            return rule.program(self.kinds, dtype)
-        if self.what == "jvp":
-            return rule.jvp(self.kinds, dtype)
-        if self.what == "vjp":
-            return rule.vjp(self.kinds, dtype, self.wanted)
-        assert self.of is not None
-        return rule.second_vjp(self.kinds, dtype, self.of.wanted, self.wanted)
+    def with_tasks(self, tasks: int) -> "Form":
+        """The same on leaves whose leading axis is the task."""
+        of = self.of and self.of.with_tasks(tasks)
+        return self._once(("tasks", tasks), lambda _: self._new(tasks=tasks, of=of))
 
-    @cached_property
-    def inputs(self) -> tuple[bool, ...]:
-        """For each input of the program, whether it is a stream."""
-        if self.of is None:
-            return self.rule.inputs(self.kinds)
-        return (*self.of.inputs, *(self.of.outputs if self.sums else self.of.inputs))
+    def _new(self, **changes: Any) -> "Form":
+        return replace(self, _derived={}, **changes)
+
+    def _once(self, key: Any, make: Callable[[Any], "Form"]) -> "Form":
+        if key not in self._derived:
+            if len(self._derived) >= _MOST:
+                self._derived.clear()
+            self._derived[key] = make(key)
+        return self._derived[key]
 
     @property
     def sums(self) -> bool:
@@ -128,19 +88,11 @@ class Call:
         return self.what in ("vjp", "second_vjp")
 
     @cached_property
-    def places(self) -> list[tuple[int, int]]:
-        """For each tensor of the list, its input and its leaf or row."""
-        return list(_places(self.inputs, self.leaves, self.rows))
-
-    @cached_property
-    def output_places(self) -> list[tuple[int, int]]:
-        """For each tensor that comes out, the program's output and its leaf or row."""
-        if not self.sums:
-            free = tuple((None,) * self._count(self.outputs) for _ in self.rows)
-            return list(_places(self.outputs, self.leaves, free))
-        assert self.of is not None
-        number = {i: k for k, i in enumerate(i for i, w in enumerate(self.wanted) if w)}
-        return [(number[i], at) for i, at in self.of.places if i in number]
+    def inputs(self) -> tuple[bool, ...]:
+        """For each input of the program, whether it is a stream."""
+        if self.of is None:
+            return self.rule.inputs(self.kinds)
+        return (*self.of.inputs, *(self.of.outputs if self.sums else self.of.inputs))
 
     @cached_property
     def outputs(self) -> tuple[bool, ...]:
@@ -150,91 +102,175 @@ class Call:
         assert self.of is not None
         return tuple(s for s, w in zip(self.of.inputs, self.wanted) if w)
 
-    @property
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        """For each tensor of the list, its input and its leaf or row."""
+        return list(_places(self.inputs, len(self.which), self.given))
+
+    @cached_property
+    def output_places(self) -> list[tuple[int, int]]:
+        """For each tensor that comes out, the program's output and its leaf or row."""
+        if not self.sums:
+            every = tuple((True,) * _scalars(self.outputs) for _ in self.given)
+            return list(_places(self.outputs, len(self.which), every))
+        assert self.of is not None
+        number = {i: k for k, i in enumerate(i for i, w in enumerate(self.wanted) if w)}
+        return [(number[i], at) for i, at in self.of.places if i in number]
+
+    @cached_property
     def input_streams(self) -> list[bool]:
         """For each tensor of the list, whether it is a leaf's."""
         return [self.inputs[i] for i, _ in self.places]
 
-    @property
+    @cached_property
     def output_streams(self) -> list[bool]:
         return [self.outputs[i] for i, _ in self.output_places]
 
+    @cached_property
+    def columns(self) -> list[slice]:
+        """Where in the list the tensors of each input stream are."""
+        starts = [k for k, (i, at) in enumerate(self.places) if self.inputs[i] and not at]
+        return [slice(start, start + len(self.which)) for start in starts]
+
+    @cached_property
+    def scalars(self) -> list[tuple[int, int, int]]:
+        """Of each scalar in the list: its place there, its row, its place in the row."""
+        position = _positions(self.inputs)
+        return [
+            (k, row, position[i])
+            for k, (i, row) in enumerate(self.places)
+            if not self.inputs[i]
+        ]
+
+    @cached_property
+    def program(self) -> Program:
+        rule, dtype = self.rule, reference.computed(self.stored)
+        if self.of is None:
+            return rule.program(self.kinds, dtype)
+        if self.what == "jvp":
+            return rule.jvp(self.kinds, dtype)
+        if self.what == "vjp":
+            return rule.vjp(self.kinds, dtype, self.wanted)
+        return rule.second_vjp(self.kinds, dtype, self.of.wanted, self.wanted)
+
+    @cached_property
     def executor(self) -> Executor:
+        """Raises UntraceableError or BuildError: there is none."""
         return self.rule.executor(self.engine, self.program, self.stored)
+
+    def gather(self, outputs: Sequence[Tensor]) -> list[Column]:
+        """The outputs of a step as columns: something for each leaf."""
+        columns: list[list[Any]] = [[None] * len(self.which) for _ in self.outputs]
+        for x, (i, at) in zip(outputs, self.output_places):
+            if self.outputs[i]:
+                columns[i][at] = x
+            else:
+                rows = zip(columns[i], self.which)
+                columns[i] = [x if row == at else old for old, row in rows]
+        return list(columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A form, and the scalars that are numbers: None for one that is a tensor."""
+
+    form: Form
+    rows: tuple[tuple[Any, ...], ...]
+
+    def vjp(self, wanted: Sequence[bool]) -> "Call":
+        """See `Form.vjp`."""
+        form = self.form.vjp(tuple(wanted))
+        more = (None,) * _scalars(self.form.outputs)
+        return Call(form, tuple(row + more for row in self.rows))
+
+    def jvp(self) -> "Call":
+        """See `Form.jvp`: a number has the tangent 0."""
+        rows = tuple(
+            (*row, *(None if value is None else 0.0 for value in row))
+            for row in self.rows
+        )
+        return Call(self.form.jvp(), rows)
+
+    def with_tasks(self, tasks: int) -> "Call":
+        """See `Form.with_tasks`."""
+        return replace(self, form=self.form.with_tasks(tasks))
 
     def execute(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, by the engine. Nothing is recorded for a derivative."""
-        columns, rows = self._split(tensors)
-        streams = [c for c, stream in zip(columns, self.inputs) if stream]
+        form = self.form
+        streams = [tensors[column] for column in form.columns]
+        device = streams[0][0].device
         with torch.no_grad():
-            found = self.executor()(
-                layout.alike([[x.detach() for x in c] for c in streams]),
-                rows,
-                self.which,
-                tasks=self.tasks,
+            found = form.executor(
+                layout.alike(streams),
+                self._rows(tensors),
+                form.which,
+                tasks=form.tasks,
                 pooled=True,
             )
-        device = streams[0][0].device
-        return [self._as_tensor(found[i][at], device) for i, at in self.output_places]
+        return [self._as_tensor(found[i][at], device) for i, at in form.output_places]
 
     def _as_tensor(self, value: Any, device: torch.device) -> Tensor:
         if not isinstance(value, Tensor):
-            value = torch.tensor(value, dtype=torch.float64, device=device)
-        return value.expand(self.tasks) if self.tasks and not value.ndim else value
+            value = _float64(value, device)
+        tasks = self.form.tasks
+        return value.expand(tasks) if tasks and not value.ndim else value
 
     def plain(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The outputs by torch's own operations, which any transform follows."""
-        if self.of is None:
+        form = self.form
+        if form.of is None:
             return self._step(tensors)
-        count = len(self.of.places)
+        # The first scalars of each row are those of what this is a derivative of.
+        of = Call(form.of, tuple(row[: _scalars(form.of.inputs)] for row in self.rows))
+        count = len(form.of.places)
         given, more = tensors[:count], tensors[count:]
-        if self.what == "jvp":
+        if form.what == "jvp":
             # Not torch.func.jvp: this may already be inside of forward mode.
-            outputs, pull = torch.func.vjp(self.of.plain, *given)
+            outputs, pull = torch.func.vjp(of.plain, *given)
             anything = tuple(map(torch.ones_like, outputs))
             return torch.func.vjp(lambda *u: pull(u), *anything)[1](more)
-        found = torch.func.vjp(self.of.plain, *given)[1](more)
-        return tuple(g for g, (i, _) in zip(found, self.of.places) if self.wanted[i])
+        found = torch.func.vjp(of.plain, *given)[1](more)
+        return tuple(g for g, (i, _) in zip(found, form.of.places) if form.wanted[i])
 
     def _step(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        columns, rows = self._split(tensors)
-        scalars = iter(range(self._count(self.inputs)))
-        sources = [c if s else next(scalars) for c, s in zip(columns, self.inputs)]
-        function = reference.on_leaf(self.rule.flat(self.kinds), self.inputs)
+        form, rows = self.form, self._rows(tensors)
+        streams = [tensors[column] for column in form.columns]
+        on_leaf = reference.on_leaf(form.rule.flat(form.kinds), form.inputs)
+
+        def function(*inputs: Any) -> tuple[Tensor, ...]:
+            # Tensors alone: vmap takes no number, which a scalar slot may be.
+            return tuple(
+                x if isinstance(x, Tensor) else _float64(x, inputs[1].device)
+                for x in on_leaf(*inputs)
+            )
+
         made: list[Sequence[Any]] = []
-        for leaf, row in enumerate(self.which):
-            inputs = [rows[row][x] if isinstance(x, int) else x[leaf] for x in sources]
+        for leaf, row in enumerate(form.which):
+            columns, scalars = iter(streams), iter(rows[row])
+            inputs = [next(columns)[leaf] if s else next(scalars) for s in form.inputs]
             step = function
-            if self.tasks:
+            if form.tasks:
                 axes = tuple(
                     0 if isinstance(x, Tensor) and x.ndim else None for x in inputs
                 )
                 step = torch.vmap(function, in_dims=axes)
             made.append(step(*inputs))
-        first = {row: leaf for leaf, row in reversed(list(enumerate(self.which)))}
+        first = {row: leaf for leaf, row in reversed(list(enumerate(form.which)))}
         return tuple(
-            torch.as_tensor(made[at if self.outputs[i] else first[at]][i])
-            for i, at in self.output_places
+            made[at if form.outputs[i] else first[at]][i] for i, at in form.output_places
         )
 
-    def _split(
-        self, tensors: Sequence[Tensor]
-    ) -> tuple[list[list[Tensor]], list[list[Any]]]:
-        """The tensors of each stream (none for a scalar), and the full rows."""
-        columns: list[list[Tensor]] = [[] for _ in self.inputs]
+    def _rows(self, tensors: Sequence[Tensor]) -> list[list[Any]]:
+        """The rows with the tensors in them."""
         rows = [list(row) for row in self.rows]
-        position = _positions(self.inputs)
-        for x, (i, at) in zip(tensors, self.places):
-            if self.inputs[i]:
-                columns[i].append(x)
-            else:
-                rows[at][position[i]] = x
-        return columns, rows
+        for k, row, place in self.form.scalars:
+            rows[row][place] = tensors[k]
+        return rows
 
-    @staticmethod
-    def _count(streams: Sequence[bool]) -> int:
-        """How many are scalars."""
-        return sum(not stream for stream in streams)
+
+def _float64(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device=device)
 
 
 def _positions(streams: Sequence[bool]) -> list[int]:
@@ -247,10 +283,15 @@ def _positions(streams: Sequence[bool]) -> list[int]:
 
 
 def _places(
-    streams: Sequence[bool], leaves: int, rows: Sequence[Sequence[Any]]
+    streams: Sequence[bool], leaves: int, given: Sequence[Sequence[bool]]
 ) -> Iterator[tuple[int, int]]:
     for i, (stream, k) in enumerate(zip(streams, _positions(streams))):
         if stream:
             yield from ((i, leaf) for leaf in range(leaves))
         else:
-            yield from ((i, r) for r, row in enumerate(rows) if row[k] is None)
+            yield from ((i, r) for r, row in enumerate(given) if row[k])
+
+
+def _scalars(streams: Sequence[bool]) -> int:
+    """How many are scalars."""
+    return sum(not stream for stream in streams)

@@ -11,7 +11,7 @@ import torch
 from funcopt.errors import ExecutionError
 from funcopt.execution import fused_autograd, layout, levels, reference
 from funcopt.execution.build import BuildError
-from funcopt.execution.call import Call, Engine
+from funcopt.execution.call import Call, Engine, Form
 from funcopt.execution.executor import Column, Executor
 from funcopt.execution.foreach import Foreach
 from funcopt.execution.lane import Lane
@@ -30,6 +30,7 @@ _observer: ContextVar["list[Group] | None"] = ContextVar("observer", default=Non
 
 # Of fewer operations torch's own derivative is as fast.
 _WORTH = 4
+_MOST_FORMS = 64  # of the calls of one rule
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
@@ -109,13 +110,13 @@ def step(
     leaves: Leaves,
     name: str | None = None,
     donate: bool = False,
-    lane: Lane | None = None,
+    vectors: Sequence[Tensor] = (),
 ) -> tuple[Sequence[Column], Lane | None]:
     """One update of every leaf: the columns ``p, *slots``, and a lane for the next step.
 
     By the fastest executor that may run it, or by the one that is named. With ``donate``
-    parameters and state are written over, and are what is returned. ``lane`` is one
-    that admits these leaves.
+    parameters and state are written over, and are what is returned. ``vectors`` are what
+    the state holds for all leaves at once.
 
     Raises:
         ExecutionError: the executor that is named refuses, or donated tensors may not
@@ -126,17 +127,14 @@ def step(
         return (_written_over(leaves, columns) if donate else columns), None
     forced = _known(name) if name else _forced.get()
     observer = _observer.get()
-    if lane is not None and forced is None and observer is None:
-        columns = lane.run(leaves, donate)
-        if columns is not None:
-            return columns, lane
     groups = _groups(leaves, forced)
     if donate:
         _check_donation(leaves)
     if observer is not None:
         observer.extend(groups)
     if len(groups) == 1 and len(groups[0].which) == len(leaves.params):
-        return _run(leaves, groups[0], donate), _lane(leaves, groups[0], forced)
+        lane = _lane(leaves, groups[0], vectors) if is_free() else None
+        return _run(leaves, groups[0], donate), lane
     columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
     for group in groups:
         some = leaves.pick(group.which)
@@ -146,16 +144,20 @@ def step(
     return columns, None
 
 
-def _lane(leaves: Leaves, group: Group, forced: str | None) -> Lane | None:
-    """The lane of a step whose leaves all went one way, as they are."""
-    choice = group.choice
-    if forced or choice.transformed or choice.name == "reference":
+def is_free() -> bool:
+    """Whether a lane may be taken: nothing is forced, nobody looks on."""
+    return _forced.get() is None and _observer.get() is None
+
+
+def _lane(leaves: Leaves, group: Group, vectors: Sequence[Tensor]) -> Lane | None:
+    """A lane for steps like this one, if its leaves go one way as they are."""
+    if group.choice.transformed or group.choice.name == "reference":
         return None
     columns = [leaves.grads, leaves.params, *leaves.state]
-    if any(a is not b for a, b in zip(columns, layout.alike(columns))):
+    alike = all(a is b for a, b in zip(columns, layout.alike(columns)))
+    if not alike or "stream" in group.kinds or not all(map(levels.readable, vectors)):
         return None
-    executor = _executor(leaves.rule, group)
-    return Lane(group.kinds, executor, [x for c in columns for x in c])
+    return Lane(group.kinds, _executor(leaves.rule, group), leaves, vectors)
 
 
 def _groups(leaves: Leaves, forced: str | None) -> list[Group]:
@@ -164,8 +166,10 @@ def _groups(leaves: Leaves, forced: str | None) -> list[Group]:
     transformed = levels.differentiating(leaves.tensors())
     followed = transformed and levels.followed(leaves.tensors())
     found: dict[Any, list[int]] = {}
-    kinds = {id(v): leaves.rule.kinds(v) for v in leaves.hyper}
+    kinds: dict[int, Kinds] = {}
     for i, (p, values) in enumerate(zip(leaves.params, leaves.hyper)):
+        if id(values) not in kinds:
+            kinds[id(values)] = leaves.rule.kinds(values)
         found.setdefault((p.dtype, p.device, kinds[id(values)]), []).append(i)
     groups = []
     for (dtype, device, kind), which in found.items():
@@ -263,14 +267,10 @@ def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
     if group.choice.name == "reference":
         columns = _reference(leaves)
         return _written_over(leaves, columns) if donate else columns
-    engine = _ENGINES[group.choice.name]
     streams = leaves.streams(group.kinds)
     rows, which = leaves.rows(group.kinds)
     if group.choice.transformed:
-        call, tensors = Call.gather(
-            leaves.rule, group.kinds, engine, streams, rows, which
-        )
-        return call.columns(fused_autograd.run(call, tensors))
+        return _transformed(leaves.rule, group, streams, rows, tuple(which))
     executor = _executor(leaves.rule, group)
     alike = layout.alike(streams)
     if not donate:
@@ -281,6 +281,34 @@ def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
     columns = executor(alike, rows, which, out=donated)
     torch.autograd.graph.increment_version([x for c in donated for x in c])
     return columns
+
+
+def _transformed(
+    rule: Rule,
+    group: Group,
+    streams: Sequence[Column],
+    rows: Sequence[Sequence[Any]],
+    which: tuple[int, ...],
+) -> list[Column]:
+    given = tuple(tuple(isinstance(x, Tensor) for x in row) for row in rows)
+    engine, stored = _ENGINES[group.choice.name], streams[0][0].dtype
+    key = (group.kinds, engine, stored, which, given)
+    form = rule.forms.get(key)
+    if form is None:
+        if len(rule.forms) >= _MOST_FORMS:
+            rule.forms.clear()
+        form = rule.forms[key] = Form(rule, group.kinds, engine, stored, which, given)
+    columns, scalars = iter(streams), iter(zip(*rows))
+    tensors: list[Tensor] = []
+    for stream in form.inputs:
+        if stream:
+            tensors += next(columns)
+        else:
+            tensors += [x for x in next(scalars) if isinstance(x, Tensor)]
+    numbers = tuple(
+        tuple(None if isinstance(x, Tensor) else x for x in row) for row in rows
+    )
+    return form.gather(fused_autograd.run(Call(form, numbers), tensors))
 
 
 def _reference(leaves: Leaves) -> list[Column]:

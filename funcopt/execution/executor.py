@@ -1,7 +1,7 @@
 """What executors of programs have in common: scalars before each sweep, sums after it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +12,10 @@ from funcopt.types import Tensor
 
 #: a tensor, or a number, for each leaf
 Column: TypeAlias = Sequence[Any]
+
+Direct: TypeAlias = Callable[
+    [Sequence[Column], list[int], list[Any], Sequence[Column]], Sequence[Column] | None
+]
 
 
 class Executor(ABC):
@@ -71,6 +75,24 @@ class Executor(ABC):
             ]
             for value in program.outputs
         ]
+
+    def direct(self, like: Column) -> Direct:
+        """The shortest way to run a step of one row on leaves that are like these.
+
+        What comes out takes the streams, the addresses of their tensors, the row, and
+        the tensors to write to. It gives the outputs, or None: for `__call__` to do.
+        """
+        which = [0] * len(like)
+
+        def run(
+            streams: Sequence[Column],
+            addresses: list[int],
+            row: list[Any],
+            out: Sequence[Column],
+        ) -> list[Column]:
+            return self(streams, [row], which, out=out)
+
+        return run
 
     @abstractmethod
     def _sweep(

@@ -25,11 +25,11 @@ def run(call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return batched.unbatched(run, call, tensors)
     if not _followed(tensors):
         try:
-            call.executor()
+            _ = call.form.executor
         except (UntraceableError, BuildError):  # of a derivative: the step was tried
             return call.plain(*tensors)
         return call.execute(tensors)
-    if call.what in ("second_vjp", "jvp"):  # third order
+    if call.form.what in ("second_vjp", "jvp"):  # third order
         return call.plain(*tensors)
     nested = _functorch.peek_interpreter_stack() is not None
     if nested or forward_ad._current_level >= 0:
@@ -62,9 +62,8 @@ class _Recorded(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:]
         call = ctx.call.vjp(wanted)
         found = iter(run(call, (*ctx.saved_tensors, *cotangents)))
-        return None, *(
-            next(found) if call.wanted[i] else None for i, _ in ctx.call.places
-        )
+        asked = call.form.wanted
+        return None, *(next(found) if asked[i] else None for i, _ in ctx.call.form.places)
 
 
 class _Transformed(torch.autograd.Function):
@@ -87,7 +86,7 @@ class _Transformed(torch.autograd.Function):
         saved = ctx.saved_tensors
         given = [torch.zeros_like(x) if t is None else t for x, t in zip(saved, tangents)]
         call = ctx.call.jvp()
-        if ctx.call.of is None:
+        if ctx.call.form.of is None:
             return tuple(run(call, (*saved, *given)))
         return call.plain(*saved, *given)
 

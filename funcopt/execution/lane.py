@@ -1,6 +1,5 @@
 """A step like an earlier one: what was decided then holds, and is not asked again."""
 
-from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,13 +23,25 @@ except ImportError:  # a private helper: without it every step is looked at anew
 
 
 class Lane:
-    """One executor for all leaves of a step, for as long as the tensors are alike."""
+    """One executor for all leaves of a step, for as long as the tensors are alike.
+
+    Args:
+        kinds: of the hyperparameters, which all leaves share.
+        executor: what runs the step.
+        leaves: the step that was taken.
+        vectors: what the state holds for all leaves at once: steps, scalar slots.
+    """
 
     def __init__(
-        self, kinds: Kinds, executor: Executor, tensors: Sequence[Tensor]
+        self, kinds: Kinds, executor: Executor, leaves: Leaves, vectors: Sequence[Tensor]
     ) -> None:
-        self.executor = executor
+        columns = [leaves.grads, leaves.params, *leaves.state]
+        tensors = [x for column in columns for x in column] + [*vectors]
+        self._executor = executor
+        self._rule = leaves.rule
         self._kinds = kinds
+        self._names = leaves.rule.scalars(kinds)
+        self._direct = executor.direct(leaves.params)
         self._guard = _TensorGuards and _TensorGuards(
             *tensors,
             dynamic_dims_sizes=[list(x.shape) for x in tensors],
@@ -39,7 +50,7 @@ class Lane:
         self._needs_no_grad = any(x.requires_grad for x in tensors)
         self._recycler = Recycler()
         self._numbers: dict[str, Any] | None = None  # values that were looked at before
-        self._apart = array("Q")  # addresses of which no two overlap
+        self._apart: list[int] = []  # addresses of which no two tensors overlap
 
     def admits(self, tensors: Sequence[Any]) -> bool:
         """Whether these are like those that the lane was made for."""
@@ -50,35 +61,47 @@ class Lane:
             and self._guard.check(*tensors)
         )
 
-    def run(self, leaves: Leaves, donate: bool) -> list[Column] | None:
-        """The columns ``p, *slots``; None where this step needs to be looked at."""
-        if not self._takes(leaves):
+    def run(
+        self,
+        streams: Sequence[Column],
+        numbers: Sequence[list[Any]],
+        hyper: Sequence[dict[str, Any]],
+        donate: bool,
+    ) -> Sequence[Column] | None:
+        """The columns ``p, *slots``; None where this step needs to be looked at.
+
+        ``streams`` are gradients, parameters and slots; ``numbers`` the scalar slots and
+        the steps.
+        """
+        values = hyper[0]
+        if values is not self._numbers and not self._takes(values):
             return None
-        streams = [leaves.grads, leaves.params, *leaves.state]
-        donated = streams[1:] if donate else None
-        if donate and not self._are_apart(streams):
+        if hyper.count(values) != len(hyper) or any(
+            column.count(column[0]) != len(column) for column in numbers
+        ):
             return None
-        first = [column[0] for column in leaves.numbers]
-        if all(c.count(x) == len(c) for c, x in zip(leaves.numbers, first)):
-            values = leaves.hyper[0]
-            rows = [(*first, *(values[x] for x in leaves.rule.scalars(self._kinds)))]
-            which = [0] * len(leaves.params)
-        else:
-            rows, which = leaves.rows(self._kinds)
-        out = donated or self._recycler.columns(leaves.params, len(streams) - 1)
-        columns = self.executor(streams, rows, which, out=out)
-        if donated:
-            torch.autograd.graph.increment_version([x for c in donated for x in c])
+        addresses = [address for column in streams for address in map(_address, column)]
+        if donate and addresses != self._apart:
+            if layout.overlap(streams) or layout.folded(streams[1:]):
+                return None
+            self._apart = addresses
+        out = (
+            streams[1:]
+            if donate
+            else self._recycler.columns(streams[1], len(streams) - 1)
+        )
+        row = [column[0] for column in numbers]
+        row += map(values.__getitem__, self._names)
+        columns = self._direct(streams, addresses, row, out)
+        if columns is not None and donate:
+            torch.autograd.graph.increment_version(
+                [x for column in streams[1:] for x in column]
+            )
         return columns
 
-    def _takes(self, leaves: Leaves) -> bool:
-        """Whether all leaves share hyperparameters of the kinds the lane was made for."""
-        values = leaves.hyper[0]
-        if any(row is not values for row in leaves.hyper):
-            return False
-        if values is self._numbers:
-            return True
-        if leaves.rule.kinds(values) != self._kinds or "stream" in self._kinds:
+    def _takes(self, values: dict[str, Any]) -> bool:
+        """Whether the hyperparameters are of the kinds that the lane was made for."""
+        if self._rule.kinds(values) != self._kinds:
             return False
         tensors = [x for x in values.values() if isinstance(x, Tensor)]
         if any(type(x) is not Tensor or x.requires_grad for x in tensors):
@@ -87,12 +110,5 @@ class Lane:
             self._numbers = values
         return True
 
-    def _are_apart(self, columns: Sequence[Column]) -> bool:
-        addresses = array("Q")
-        for column in columns:
-            addresses.extend(map(Tensor.data_ptr, column))
-        if addresses != self._apart:
-            if layout.overlap(columns) or layout.folded(columns[1:]):
-                return False
-            self._apart = addresses
-        return True
+
+_address = Tensor.data_ptr

@@ -14,7 +14,8 @@ def alike(columns: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
     channels-last or transposed; one with gaps or overlaps is made contiguous. The first
     column holds gradients, the second parameters.
     """
-    if all(all(map(_is_plain, column)) for column in columns):
+    tensors = [x for column in columns for x in column]
+    if all(map(Tensor.is_contiguous, tensors)) and not any(map(_is_lazy, tensors)):
         return list(columns)
     made = [list(column) for column in columns]
     for i, leaf in enumerate(zip(*columns)):

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
-from funcopt.execution import c_source, self_check
+from funcopt.execution import c_source, scalars, self_check
 from funcopt.execution.build import BuildError, library
-from funcopt.execution.executor import Column, Executor, empty_like
+from funcopt.execution.executor import Column, Direct, Executor, empty_like
 from funcopt.execution.trace import Program
 from funcopt.types import Tensor
 
 # Fewer elements are done sooner than a second thread wakes up.
 _PARALLEL = 32768
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_address = Tensor.data_ptr
 
 # As many bytes of output would push everything else out of the cache.
 _PAST_CACHE = 32 << 20
@@ -49,6 +51,66 @@ class Native(Executor):
             finally:
                 for each in built:
                     each.discard()
+
+    def direct(self, like: Column) -> Direct:
+        program, sweep = self.program, self.program.passes[0]
+        if len(program.passes) > 1 or sweep.sums:
+            return super().direct(like)
+        # Everything that does not change is worked out here, once.
+        stream = {value: k for k, value in enumerate(self._streams)}
+        read = [stream[value] for value in self._read[0]]
+        scalars_out = [v for v in program.outputs if not program.is_stream(v)]
+        parameters = len(self._parameters[0])
+        compute = scalars.on_numbers(program, [*self._parameters[0], *scalars_out])
+        count, sizes = len(like), array("q", map(Tensor.numel, like))
+        which, total = array("q", bytes(8 * count)), sum(sizes)
+        large = total * len(sweep.outputs) * self.stored.itemsize >= _PAST_CACHE
+        fixed = count, 1, sizes.buffer_info()[0], which.buffer_info()[0]
+        alive = sizes, which
+        kernel, parallel = self._kernels[0], total >= _PARALLEL
+        order = [program.is_stream(v) for v in program.outputs]
+
+        def run(
+            streams: Sequence[Column],
+            addresses: list[int],
+            row: list[Any],
+            out: Sequence[Column],
+        ) -> Sequence[Column] | None:
+            try:
+                numbers = compute(*row)
+                table = array("d", numbers[:parameters])
+            except (ArithmeticError, ValueError, TypeError):
+                return None  # an infinity, or a tensor among the scalars
+            donated = out[0] is streams[1]
+            pointers = [
+                address
+                for k in read
+                for address in addresses[k * count : (k + 1) * count]
+            ]
+            if donated:
+                pointers += addresses[count : (1 + len(out)) * count]
+            else:
+                pointers += [address for c in out for address in map(_address, c)]
+            at = array("Q", pointers)
+            kernel(
+                *fixed,
+                table.buffer_info()[0],
+                at.buffer_info()[0],
+                None,
+                large and not donated,
+                torch.get_num_threads() if parallel else 1,
+            )
+            if not scalars_out:
+                return out
+            columns = iter(out)
+            values = iter(numbers[parameters:])
+            return [
+                next(columns) if is_stream else [next(values)] * count
+                for is_stream in order
+            ]
+
+        run.alive = alive  # pyright: ignore[reportFunctionMemberAccess]
+        return run
 
     def _sweep(
         self,

@@ -29,6 +29,7 @@ class Rule:
     elementwise: bool = True  #: whether the elements of a leaf may be told apart
     _programs: dict[Any, Program | UntraceableError] = field(default_factory=dict)
     _executors: dict[Any, Executor] = field(default_factory=dict)
+    forms: dict[Any, Any] = field(default_factory=dict)  #: what its calls have in common
 
     def kinds(self, values: Mapping[str, Any]) -> Kinds:
         """What each hyperparameter is, of those of one leaf."""
