@@ -67,13 +67,18 @@ def library(source: str) -> Library:
     Raises:
         BuildError: there is no compiler, it fails, or the folder cannot be written to.
     """
-    folder, compiler = _folder(), _compiler()
-    entry = folder / f"{_key(source, compiler)}.so"
-    if _is_whole(entry):
-        try:
-            return Library(ctypes.CDLL(str(entry)), None, entry)
-        except OSError:
-            pass  # made for another system that shares the folder: built again
+    folder, compiler, kernel = _folder(), _compiler(), _key(source)
+    entry = folder / f"{kernel}-{_key_of(compiler) if compiler else '*'}.so"
+    for found in [entry] if compiler else sorted(folder.glob(entry.name)):
+        if _is_whole(found):
+            try:
+                return Library(ctypes.CDLL(str(found)), None, found)
+            except OSError:
+                pass  # made for another system that shares the folder: built again
+    if compiler is None:
+        raise BuildError(
+            "no C compiler was found (cc, gcc, clang, or the one named by CC)"
+        )
     try:
         handle, name = tempfile.mkstemp(suffix=".so", dir=folder)  # the user's alone
         os.close(handle)
@@ -82,6 +87,7 @@ def library(source: str) -> Library:
     made = Path(name)
     try:
         _compile(compiler, source, made)
+        made.chmod(0o600)  # the linker made a file of its own
         content = made.read_bytes()
         made.write_bytes(content + hashlib.sha256(content).digest())
         return Library(ctypes.CDLL(name), made, entry)
@@ -103,12 +109,12 @@ def _compile(compiler: str, source: str, target: Path) -> None:
         raise BuildError(f"the compiler {compiler} failed: {words[0] if words else '?'}")
 
 
-def _compiler() -> str:
+def _compiler() -> str | None:
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         found = name and shutil.which(name)
         if found:
             return os.path.realpath(found)
-    raise BuildError("no C compiler was found (cc, gcc, clang, or the one named by CC)")
+    return None
 
 
 def _folder() -> Path:
@@ -128,12 +134,18 @@ def _folder() -> Path:
     return Path(base)
 
 
-def _key(source: str, compiler: str) -> str:
-    binary = os.stat(compiler)
-    parts = (
-        source, compiler, str(binary.st_mtime_ns), str(binary.st_size), *_FLAGS,
-        _machine(), torch.__version__, _own_version(),
-    )  # fmt: skip
+def _key(source: str) -> str:
+    """Of all but the compiler: where none is at hand, what another built will do."""
+    versions = torch.__version__, _own_version()
+    return _hash(source, *_FLAGS, _machine(), *versions)
+
+
+def _key_of(compiler: str) -> str:
+    binary = os.stat(compiler)  # its version, without the time that asking takes
+    return _hash(compiler, str(binary.st_mtime_ns), str(binary.st_size))[:16]
+
+
+def _hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
