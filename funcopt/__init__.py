@@ -2,6 +2,7 @@
 
 from funcopt import meta
 from funcopt.errors import (
+    ExecutionError,
     FuncoptError,
     GradientLostError,
     HyperparameterError,
@@ -10,6 +11,7 @@ from funcopt.errors import (
     StructureError,
     UnknownHyperparameterError,
 )
+from funcopt.execution.dispatch import execution
 from funcopt.hyper import Schedule
 from funcopt.optimizer import Optimizer, elementwise, per_tensor
 from funcopt.optimizers import (
@@ -26,12 +28,14 @@ from funcopt.optimizers import (
     rprop,
     sgd,
 )
+from funcopt.plan import plan
 from funcopt.select import by_name
 from funcopt.transforms import freeze, from_param_groups, partition
 from funcopt.tree import detach
 from funcopt.unroll import Unrolled, per_step, unroll
 
 __all__ = [
+    "ExecutionError",
     "FuncoptError",
     "GradientLostError",
     "HyperparameterError",
@@ -51,6 +55,7 @@ __all__ = [
     "by_name",
     "detach",
     "elementwise",
+    "execution",
     "freeze",
     "from_param_groups",
     "lion",
@@ -59,6 +64,7 @@ __all__ = [
     "partition",
     "per_step",
     "per_tensor",
+    "plan",
     "radam",
     "rmsprop",
     "rprop",

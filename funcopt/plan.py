@@ -16,22 +16,7 @@ from funcopt.types import Tensor, Tree
 @final
 @dataclass(frozen=True)
 class Plan:
-    """What runs each group of leaves of a step; as text, a line for each and its reasons.
-
-    Args:
-        groups: leaves that run together: the rule, the parameters, and the choice.
-
-    Raises:
-        Nothing.
-
-    Source:
-        funcopt.
-
-    Example:
-        >>> import torch, funcopt as fo
-        >>> print(fo.plan(fo.sgd(), torch.ones(3), execution="reference"))
-        sgd: 1 leaf, 3 elements, float32 on cpu: reference
-    """
+    """What runs each group of leaves of a step; as text, a line for each, and reasons."""
 
     groups: Sequence[Group]
 
@@ -63,7 +48,8 @@ def plan(
         A `Plan`; print it.
 
     Raises:
-        What ``opt.update`` raises.
+        ExecutionError: the executor that ``execution`` names cannot run the step.
+        StructureError, LeafError, HyperparameterError: as ``opt.update``.
 
     Source:
         funcopt.

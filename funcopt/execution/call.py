@@ -227,7 +227,8 @@ class Call:
         given, more = tensors[:count], tensors[count:]
         if form.what == "jvp":
             # Not torch.func.jvp: this may already be inside of forward mode.
-            outputs, pull = torch.func.vjp(of.plain, *given)
+            pulled: Any = torch.func.vjp(of.plain, *given)
+            outputs, pull = pulled
             anything = tuple(map(torch.ones_like, outputs))
             return torch.func.vjp(lambda *u: pull(u), *anything)[1](more)
         found = torch.func.vjp(of.plain, *given)[1](more)

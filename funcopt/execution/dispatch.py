@@ -123,8 +123,8 @@ def step(
             be written over; nothing has changed then.
     """
     if torch.compiler.is_compiling():  # the plain rule is what the compiler fuses
-        columns = _reference(leaves)
-        return (_written_over(leaves, columns) if donate else columns), None
+        plain = _reference(leaves)
+        return (_written_over(leaves, plain) if donate else plain), None
     forced = _known(name) if name else _forced.get()
     observer = _observer.get()
     groups = _groups(leaves, forced)

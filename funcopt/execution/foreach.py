@@ -72,7 +72,8 @@ class Foreach(Executor):
                 x.to(self.stored).view(y.shape) for x, y in zip(live[value], first)
             ]
             if out is not None:
-                torch._foreach_copy_(list(out[k]), results)
+                for target, value in zip(out[k], results):
+                    target.copy_(value)
                 results = out[k]
             elif program.is_input(value):
                 results = [x.clone() for x in results]  # not the caller's own tensor

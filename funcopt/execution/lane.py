@@ -42,10 +42,10 @@ class Lane:
         self._kinds = kinds
         self._names = leaves.rule.scalars(kinds)
         self._direct = executor.direct(leaves.params)
+        shapes: list[Any] = [list(x.shape) for x in tensors]
+        strides: list[Any] = [list(x.stride()) for x in tensors]
         self._guard = _TensorGuards and _TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(x.shape) for x in tensors],
-            dynamic_dims_strides=[list(x.stride()) for x in tensors],
+            *tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides
         )
         self._needs_no_grad = any(x.requires_grad for x in tensors)
         self._recycler = Recycler()

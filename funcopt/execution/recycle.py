@@ -69,7 +69,7 @@ def _holders(x: Tensor) -> tuple[int, ...]:
     storage = x.untyped_storage()
     return (
         sys.getrefcount(x),
-        x._use_count(),
+        x._use_count(),  # pyright: ignore[reportAttributeAccessIssue]
         sys.getrefcount(storage),
         torch._C._storage_Use_Count(storage._cdata),
     )
