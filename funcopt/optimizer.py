@@ -130,7 +130,7 @@ def elementwise(
         >>> opt.update(p, opt.init(p), p)[0]
         tensor([ 0.9000, -0.9000])
     """
-    return _from_rule(rule, name, slots, hyper, elementwise=True)
+    return _from_rule(rule, name, slots, hyper)
 
 
 def per_tensor(
@@ -139,17 +139,22 @@ def per_tensor(
     name: str,
     slots: Mapping[str, SlotStart],
     hyper: Mapping[str, Hyper],
+    norms: bool = False,
 ) -> Optimizer:
     """An Optimizer from a rule that needs its leaf whole: a norm, a matrix product.
 
-    The same as `elementwise` in every argument; but no executor may split such a leaf,
-    join it with others, or write the rule as an elementwise kernel.
+    The same as `elementwise` in every argument but one; no executor may split such a
+    leaf, join it with others, or write the rule as an elementwise kernel.
 
     Args:
         rule: as in `elementwise`.
         name: as in `elementwise`.
         slots: as in `elementwise`.
         hyper: as in `elementwise`.
+        norms: that the rule sees its leaf whole only in sums and norms over all of it
+            (``x.sum()``, ``torch.linalg.vector_norm(x)``), and does the same whatever
+            its shape. Kernels then run a plain step: a sweep of the leaf for the sums,
+            added in float64, and a sweep for what follows from them.
 
     Returns:
         The optimizer.
@@ -171,7 +176,7 @@ def per_tensor(
         >>> opt.update(p, opt.init(p), p)[0]
         tensor([2.4000, 3.2000])
     """
-    return _from_rule(rule, name, slots, hyper, elementwise=False)
+    return _from_rule(rule, name, slots, hyper, elementwise=False, norms=norms)
 
 
 def _from_rule(
@@ -179,14 +184,22 @@ def _from_rule(
     name: str,
     slots: Mapping[str, SlotStart],
     hyper: Mapping[str, Hyper],
-    elementwise: bool,
+    elementwise: bool = True,
+    norms: bool = False,
 ) -> Optimizer:
     hypers = Hypers(hyper, name)
     keys = ("step", *slots)
     scalar = {slot: not callable(first) for slot, first in slots.items()}
     trees_of = [slot for slot in slots if not scalar[slot]]
     lanes: dict[tree.Structure, Lane] = {}
-    made = Rule(rule, name, tuple(scalar.values()), tuple(hypers.arguments), elementwise)
+    made = Rule(
+        rule,
+        name,
+        tuple(scalar.values()),
+        tuple(hypers.arguments),
+        elementwise,
+        norms,
+    )
     vectors = {"step": torch.int64} | {s: torch.float64 for s in slots if scalar[s]}
 
     def init(params: Tree) -> State:

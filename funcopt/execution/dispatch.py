@@ -173,6 +173,8 @@ def _groups(leaves: Leaves, forced: str | None) -> list[Group]:
         found.setdefault((p.dtype, p.device, kinds[id(values)]), []).append(i)
     groups = []
     for (dtype, device, kind), which in found.items():
+        if transformed and not leaves.rule.elementwise:
+            reason = f"{leaves.rule.name} needs each leaf, and each task's, whole"
         choice = choose(leaves.rule, kind, dtype, device, followed, reason, forced)
         choice = replace(
             choice,

@@ -26,7 +26,8 @@ class Rule:
     name: str
     scalar: tuple[bool, ...] = ()  #: for each slot, whether it is a number per leaf
     hyper: tuple[str, ...] = ()  #: the names of the hyperparameters
-    elementwise: bool = True  #: whether the elements of a leaf may be told apart
+    elementwise: bool = True  #: whether each element goes its own way
+    norms: bool = False  #: if not: whether they meet in sums over the leaf alone
     _programs: dict[Any, Program | UntraceableError] = field(default_factory=dict)
     _executors: dict[Any, Executor] = field(default_factory=dict)
     forms: dict[Any, Any] = field(default_factory=dict)  #: what its calls have in common
@@ -140,7 +141,7 @@ class Rule:
         what: Callable[[], tuple[Function, Sequence[bool]]],
         dtype: torch.dtype,
     ) -> Program:
-        if not self.elementwise:
+        if not self.elementwise and not self.norms:
             raise UntraceableError(f"{self.name} needs each leaf whole")
         found = self._programs.get(key)
         if found is None:

@@ -78,7 +78,8 @@ class Program:
 
         A rule takes one. A value that follows from a sum over the leaf belongs to the
         next; streams of an earlier sweep that it needs are computed again, which costs
-        less than to store them.
+        less than to store them. All is written in the last sweep of streams: what an
+        earlier one wrote in place, a later one could no longer read.
         """
         first = len(self.inputs)
         level = [0] * first
@@ -86,12 +87,12 @@ class Program:
             below = max((level[a] for a in op.args), default=0)
             level.append(below + (op.name == "sum"))
         last = max((level[o] for o in self.outputs), default=0)
+        streams = [o for o in self.outputs if self.is_stream(o)]
+        written = max((level[o] for o in streams), default=0)
         passes = []
         for k in range(last + 1):
             values = range(first, len(level))
-            outputs = tuple(
-                o for o in self.outputs if self.is_stream(o) and level[o] == k
-            )
+            outputs = tuple(streams if k == written else ())
             sums = tuple(
                 v for v in values if level[v] == k + 1 and self.op(v).name == "sum"
             )

@@ -1,0 +1,89 @@
+"""Rules that see their leaf in norms alone: kernels sweep it once for these, and again."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trees import assert_moved, mixed, random_like
+
+import funcopt as fo
+from funcopt import tree
+from funcopt.hyper import Hyper
+
+
+def lamb_like(
+    g: Tensor, p: Tensor, exp_avg: Tensor, *, step: Any, lr: Any, beta: Any
+) -> tuple[Tensor, ...]:
+    """A trust ratio of two norms, and a sum besides: three sums in two sweeps."""
+    exp_avg = beta * exp_avg + (1 - beta) * g
+    move = exp_avg / (1 - beta**step)
+    ratio = torch.linalg.vector_norm(p) / (1e-6 + torch.linalg.vector_norm(move))
+    return p - lr * ratio * move - 1e-3 * lr * g.sum(), exp_avg
+
+
+def optimizer(norms: bool = True) -> fo.Optimizer:
+    return fo.per_tensor(
+        lamb_like,
+        name="lamb_like",
+        slots={"exp_avg": torch.zeros_like},
+        hyper={"lr": Hyper(0.1), "beta": Hyper(0.8, below=1.0)},
+        norms=norms,
+    )
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("name", ["native", "foreach"])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)],
+    ids=str,
+)
+def test_each_leaf_has_its_own_norms(
+    name: str, dtype: torch.dtype, tolerance: float, donate: bool
+):
+    """As by the reference, up to the order in which a norm's squares are added."""
+    opt, expected = optimizer(), mixed(dtype)
+    found = tree.map(torch.clone, expected)
+    a, b = opt.init(expected), opt.init(found)
+    for seed in range(3):
+        grads = random_like(expected, seed)
+        expected, a = opt.update(grads, a, expected, execution="reference")
+        found, b = opt.update(grads, b, found, execution=name, donate=donate)
+        for x, y in zip(tree.leaves((found, b)), tree.leaves((expected, a))):
+            assert torch.allclose(x.double(), y.double(), rtol=tolerance, atol=tolerance)
+    assert_moved(found, mixed(dtype))
+
+
+def test_a_sum_over_many_blocks_is_exact():
+    """Blocks are added in float64: 3 million ones are 3 million."""
+    opt = fo.per_tensor(
+        lambda g, p, *, step, lr: (p - lr * g.sum(),),
+        name="total",
+        slots={},
+        hyper={"lr": Hyper(1.0)},
+        norms=True,
+    )
+    p = torch.zeros(3_000_001)
+    (new,) = opt.update([torch.ones_like(p)], opt.init([p]), [p], execution="native")[0]
+    assert new.unique().tolist() == [-3_000_001.0]
+
+
+def test_a_derivative_and_a_batch_are_the_references():
+    opt, params = optimizer(), {"w": torch.ones(2, 3)}
+    state, seen = opt.init(params), []
+
+    def update(p: Any) -> Any:
+        seen.append(str(fo.plan(opt, p, p, state)))
+        return opt.update(p, state, p)[0]["w"]
+
+    torch.vmap(update)({"w": torch.ones(4, 2, 3)})
+    torch.func.grad(lambda p: update(p).sum())(params)
+    for text in seen:
+        assert "reference" in text and "each task's, whole" in text
+    assert "native" in str(fo.plan(opt, params))
+
+
+def test_what_is_not_declared_is_not_traced():
+    text = str(fo.plan(optimizer(norms=False), torch.ones(3)))
+    assert "reference" in text and "needs each leaf whole" in text
