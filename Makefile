@@ -27,8 +27,9 @@ test-fast: $(VENV)/installed-test  ## the tests that take under a few seconds ea
 docs: $(VENV)/installed-docs  ## build/docs/index.html, a warning is an error
 	$(BUILD_DOCS)
 
-bench: $(VENV)/installed-benchmarks  ## measure against higher and torchopt
-	$(BIN)/python benchmarks/maml.py $(ARGS)
+bench: $(VENV)/installed-benchmarks  ## measure everything the CPU runs (40 minutes)
+	for name in maml step unroll ensemble cold overhead; do \
+		$(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:  ## remove what make made: .venv, built docs, caches (not runs/)
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -7,13 +7,16 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -66,6 +69,47 @@ def summary(values: list[float]) -> Times:
     }
 
 
+def on_threads(script: str, counts: Sequence[int] = (1, 2)) -> list[dict[str, Any]]:
+    """The results that the script prints as JSON when it is run with ``--threads`` 1, 2.
+
+    Each process is pinned to as many cores before it loads anything, since libraries
+    take the size of their pools (OpenMP's, XLA's) from that. ``others`` in a result says
+    how much of a core other processes used meanwhile, on the whole machine.
+    """
+    results: list[dict[str, Any]] = []
+    for count in counts:
+        cores = sorted(os.sched_getaffinity(0))[:count]
+        if len(cores) < count:
+            raise RuntimeError(f"{count} threads need {count} cores, there are {cores}")
+        start, foreign = time.perf_counter(), _foreign_seconds()
+        done = subprocess.run(
+            [sys.executable, script, "--threads", str(count)],
+            stdout=subprocess.PIPE,
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(count)},
+            preexec_fn=lambda cores=cores: os.sched_setaffinity(0, cores),
+        )
+        others = (_foreign_seconds() - foreign) / (time.perf_counter() - start)
+        results += [{**r, "others": round(others, 3)} for r in json.loads(done.stdout)]
+    return results
+
+
+def _foreign_seconds() -> float:
+    """Processor time that neither this process nor its children have used, on Linux."""
+    kinds = Path("/proc/stat").read_text(encoding="utf-8").split("\n")[0].split()[1:]
+    user, nice, system, _, _, *interrupts = map(int, kinds[:8])  # idle and waiting: none
+    used = sum((user, nice, system, *interrupts)) / os.sysconf("SC_CLK_TCK")
+    return used - sum(os.times()[:4])
+
+
+def difference(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    """The greatest difference of two lists, relative to a tensor's greatest entry."""
+    return max(
+        ((a.double() - b).abs().max() / b.abs().max()).item()
+        for a, b in zip(found, exact)
+    )
+
+
 def peak_bytes(call: Callable[[], Any]) -> int:
     """The most bytes that tensors allocated in a call held at one time.
 
@@ -92,7 +136,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 def environment() -> dict[str, Any]:
     """The machine and the versions that a measurement belongs to."""
-    packages = ("torch", "funcopt", "higher", "torchopt", "optree")
+    packages = ("torch", "funcopt", "higher", "torchopt", "optree", "optax", "jax")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": _processor(),

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import targets
+from targets import verdict
 
 README = Path(__file__).parent / "README.md"
 RIVALS = ("higher", "torchopt")
@@ -20,6 +22,11 @@ def write() -> None:
         "maml": maml_table(),
         "overhead": overhead_table(),
         "auto": auto_table(),
+        "step": step_tables(),
+        "unroll": unroll_table(),
+        "ensemble": ensemble_table(),
+        "cold": cold_table(),
+        "gpu": gpu_table(),
     }
     for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
@@ -85,10 +92,23 @@ def overhead_table() -> str:
     if result is None:
         return "Not measured yet."
     update = _markdown(
-        ["`update`, 18 leaves", "overhead, µs (best / median)", "whole call, µs"],
+        ["`update`, 18 leaves", "pure, µs (best / median)", "donated, µs"],
         [
-            [name, f"{r['best']:.1f} / {r['median']:.1f}", f"{r['whole']:.0f}"]
+            [
+                name,
+                *(
+                    f"{r[kind]['best']:.1f} / {r[kind]['median']:.1f}"
+                    for kind in ("pure", "donated")
+                ),
+            ]
             for name, r in result["update"].items()
+        ],
+    )
+    scan = _markdown(
+        ["choice of the executor, 72 tensors", "µs (best / median)", "≤ 10"],
+        [
+            [kind, f"{t['best']:.1f} / {t['median']:.1f}", verdict(t["median"] <= 10)]
+            for kind, t in result["scan"].items()
         ],
     )
     pytree = _markdown(
@@ -112,7 +132,7 @@ def overhead_table() -> str:
         f"`import torch, funcopt` {imports['torch, funcopt']['median']:.2f} s: "
         f"{added:.2f} s more (medians of {imports['torch']['repeats']})."
     )
-    return f"{update}\n\n{pytree}\n\n{words}"
+    return "\n\n".join([update, scan, pytree, words])
 
 
 def auto_table() -> str:
@@ -136,6 +156,224 @@ def auto_table() -> str:
         f"{100 * (max(ratios) - 1):.0f} % at most."
     )
     return f"{_markdown(header, rows)}\n\n{verdict}"
+
+
+def step_tables() -> str:
+    results = measure.load("step")
+    if results is None:
+        return "Not measured yet."
+    adamw = [r for r in results if r["rule"] == "adamw"]
+    cells = {(r["tree"], r["threads"]): r["milliseconds"] for r in adamw}
+    threads = sorted({r["threads"] for r in results})
+    reached = []
+    for t in targets.STEP:
+        if any(t.rival not in cells[t.tree, n] for n in threads):
+            reached.append(
+                [t.tree, t.ours, t.rival, *[""] * len(threads), "not measured"]
+            )
+            continue
+        ratios = [_ratio(cells[t.tree, n], t.ours, t.rival) for n in threads]
+        if t.at_least < 1:  # said as a time, as the target is
+            shown = [f"{1 / x:.2f} of its time" for x in ratios]
+            wanted = f"≤ {1 / t.at_least:g}"
+        else:
+            shown = [f"{x:.2f} ×" for x in ratios]
+            wanted = f"≥ {t.at_least:g} ×"
+        met = verdict(ratios[-1] >= t.at_least)
+        reached.append([t.tree, t.ours, t.rival, *shown, wanted, met])
+    on = [f"{n} thread{'s' * (n > 1)}" for n in threads]
+    header = ["AdamW", "", "against", *on, f"target, {on[-1]}", ""]
+    names = list(dict.fromkeys(name for r in adamw for name in r["milliseconds"]))
+    times = [
+        [
+            r["tree"],
+            f"{r['threads']}",
+            *(_microseconds(r["milliseconds"].get(name)) for name in names),
+            f"{max(r['difference'].values()):.0e}",
+        ]
+        for r in adamw
+    ]
+    columns = ["AdamW, µs (least)", "threads", *names, "difference"]
+    return "\n\n".join(
+        [
+            _markdown(header, reached),
+            _markdown(columns, times),
+            _rules_table(results),
+            _others(results),
+        ]
+    )
+
+
+def _rules_table(results: list[dict[str, Any]]) -> str:
+    """The rules that torch has no fused kernel for."""
+    bytes_of_adamw = next(
+        r["bytes"] for r in results if (r["rule"], r["tree"]) == ("adamw", targets.LARGE)
+    )
+    rows = []
+    for r in results:
+        if r["rule"] == "adamw":
+            continue
+        times = r["milliseconds"]
+        faster = _ratio(times, targets.DONATED, "torch, foreach")
+        per_byte = (
+            bytes_of_adamw / r["bytes"] / _ratio(times, targets.DONATED, "AdamW, donated")
+        )
+        met = faster >= targets.FOREACH and per_byte <= targets.PER_BYTE
+        rows.append(
+            [
+                r["rule"],
+                f"{r['threads']}",
+                *(
+                    f"{times[name]['median']:.3g}"
+                    for name in (targets.DONATED, targets.PURE, "torch, foreach")
+                ),
+                f"{faster:.2f} ×",
+                f"{per_byte:.2f}",
+                verdict(met),
+                f"{max(r['difference'].values()):.0e}",
+            ]
+        )
+    rows.append(["adan", "", "", "", "", "", "", "not measured", ""])
+    return _markdown(
+        [
+            "rule, 10 M in 10",
+            "threads",
+            "donated, ms",
+            "pure, ms",
+            "torch foreach, ms",
+            f"faster than foreach (≥ {targets.FOREACH:g} ×)",
+            f"time per byte / AdamW's (≤ {targets.PER_BYTE:g})",
+            "",
+            "difference",
+        ],
+        rows,
+    )
+
+
+def unroll_table() -> str:
+    results = measure.load("unroll")
+    if results is None:
+        return "Not measured yet."
+    rows = []
+    for r in results:
+        faster = _ratio(r["milliseconds"], "funcopt", "per tensor")
+        saved = r["saved_bytes"]["funcopt"] / r["saved_bytes"]["per tensor"]
+        wanted = targets.UNROLL[r["tree"]]
+        rows.append(
+            [
+                r["tree"],
+                f"{r['threads']}",
+                *(_span(r["milliseconds"][name]) for name in ("funcopt", "per tensor")),
+                f"{faster:.2f} ×",
+                f"≥ {wanted:g} ×, {verdict(faster >= wanted)}",
+                " / ".join(
+                    _size(r["saved_bytes"][name]) for name in ("funcopt", "per tensor")
+                ),
+                f"{100 * saved:.0f} %",
+                f"≤ {100 * targets.SAVED:g} %, {verdict(saved <= targets.SAVED)}",
+                f"{max(r['difference'].values()):.0e}",
+            ]
+        )
+    table = _markdown(
+        [
+            "5 steps, forward and backward",
+            "threads",
+            "funcopt, ms",
+            "per tensor, ms",
+            "faster",
+            "target",
+            "saved MB",
+            "share",
+            "target",
+            "difference",
+        ],
+        rows,
+    )
+    return f"{table}\n\n{_others(results)}"
+
+
+def ensemble_table() -> str:
+    results = measure.load("ensemble")
+    if results is None:
+        return "Not measured yet."
+    names = ("vmap(update)", "update on stacked trees", "vmap of the plain rule")
+    rows = []
+    for r in results:
+        faster = [_ratio(r["milliseconds"], name, names[-1]) for name in names[:2]]
+        rows.append(
+            [
+                r["tree"],
+                r["rates"],
+                f"{r['threads']}",
+                *(_span(r["milliseconds"][name]) for name in names),
+                *(f"{x:.1f} ×" for x in faster),
+                f"≥ {targets.ENSEMBLE:g} ×, {verdict(faster[0] >= targets.ENSEMBLE)}",
+                f"{max(r['difference'].values()):.0e}",
+            ]
+        )
+    header = ["32 tasks", "learning rate", "threads", *(f"{n}, ms" for n in names)]
+    header += ["vmap(update) faster", "stacked faster", "target, vmap", "difference"]
+    return f"{_markdown(header, rows)}\n\n{_others(results)}"
+
+
+def cold_table() -> str:
+    result = measure.load("cold")
+    if result is None:
+        return "Not measured yet."
+    rows = []
+    for name in result["never built"]:
+        row = [name]
+        for kind, most in targets.COLD.items():
+            times = result[kind][name]
+            row += [f"{_span(times)}", verdict(times["median"] <= most)]
+        rows.append(row)
+    header = ["first step"]
+    for kind, most in targets.COLD.items():
+        header += [f"{kind}, ms", f"≤ {most:g}"]
+    return _markdown(header, rows)
+
+
+def _others(results: list[dict[str, Any]]) -> str:
+    """How quiet the machine was."""
+    most = {n: max(r["others"] for r in results if r["threads"] == n) for n in (1, 2)}
+    return (
+        f"Meanwhile other processes used {most[1]:.2f} of a core (one thread) and "
+        f"{most[2]:.2f} (two)."
+    )
+
+
+def _ratio(times: dict[str, measure.Times], ours: str, rival: str) -> float:
+    """How many times as fast ours is, in medians."""
+    return times[rival]["median"] / times[ours]["median"]
+
+
+def _microseconds(times: measure.Times | None) -> str:
+    if times is None:
+        return ""
+    return f"{1e3 * times['median']:,.4g} ({1e3 * times['min']:,.4g})"
+
+
+def gpu_table() -> str:
+    result = measure.load("gpu")
+    if result is None:
+        return "Not run on a GPU."
+    e = result["environment"]
+    rows = []
+    for line in result["lines"]:
+        if "error" in line:
+            rows.append([line["what"], "", "", f"**not measured**: {line['error']}"])
+            continue
+        value, least, most = line["value"], line.get("least"), line.get("most")
+        met = (least is None or value >= least) and (most is None or value <= most)
+        wanted = f"≥ {least:.3g}" if least else f"≤ {most:.3g}" if most else ""
+        rows.append(
+            [line["what"], f"{value:.3g}", wanted, verdict(met) if wanted else ""]
+        )
+    words = (
+        f"{e['date']}: {e['device']}, {e['device_memory_gib']} GiB; CUDA {e['cuda']}, "
+        f"torch {e['torch']}, Triton {e['triton']}, funcopt {e['funcopt']}."
+    )
+    return f"{words}\n\n{_markdown(['', 'measured', 'target', ''], rows)}"
 
 
 def _cell(result: dict[str, Any] | None) -> str:

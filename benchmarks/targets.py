@@ -1,0 +1,53 @@
+"""What the execution layer is to reach on two cores, and whether it does.
+
+Every target is a ratio of two contenders in one run, ``rival's time / ours``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """One step of AdamW on a tree: at least so many times as fast as the rival."""
+
+    tree: str
+    ours: str
+    rival: str
+    at_least: float
+
+
+DONATED, PURE = "funcopt, donated", "funcopt, pure"
+FUSED = "torch, fused"
+LARGE = "10 M in 10"
+
+STEP = [
+    Target("Omniglot net", DONATED, FUSED, 2.5),
+    Target("small MLP", DONATED, FUSED, 6.0),
+    Target(LARGE, DONATED, FUSED, 1.0),
+    Target("10 M in 2,500", DONATED, FUSED, 1.0),
+    Target("Omniglot net", PURE, FUSED, 1.5),
+    Target("Omniglot net", PURE, "optax, jit", 3.0),
+    Target("Omniglot net", PURE, "TorchOpt", 12.0),
+    Target(LARGE, PURE, FUSED, 1 / 1.6),
+]
+
+#: rules that torch has no fused kernel for, donated: times faster than foreach, and the
+#: most time for each byte moved, AdamW's being 1
+FOREACH, PER_BYTE = 4.0, 1.25
+
+#: differentiable AdamW: times faster than per-tensor autograd, and the share of its bytes
+UNROLL = {"Omniglot net": 10.0, "small MLP": 15.0}
+SAVED = 0.45
+
+#: vmap(update): times faster than vmap of the plain rule
+ENSEMBLE = 12.0
+
+#: most milliseconds of a rule's first step
+COLD = {"never built": 600.0, "from the cache": 20.0}
+
+
+def verdict(met: bool) -> str:
+    """A miss catches the eye."""
+    return "met" if met else "**missed**"
