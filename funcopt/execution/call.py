@@ -118,6 +118,14 @@ class Form:
         return [(number[i], at) for i, at in self.of.places if i in number]
 
     @cached_property
+    def output_rows(self) -> list[list[int]]:
+        """For each output of the program the rows of which a scalar comes out."""
+        return [
+            [at for i, at in self.output_places if i == k] if not stream else []
+            for k, stream in enumerate(self.outputs)
+        ]
+
+    @cached_property
     def input_streams(self) -> list[bool]:
         """For each tensor of the list, whether it is a leaf's."""
         return [self.inputs[i] for i, _ in self.places]
@@ -208,7 +216,12 @@ class Call:
                 tasks=form.tasks,
                 pooled=True,
             )
-        return [self._as_tensor(found[i][at], device) for i, at in form.output_places]
+        outputs: list[Tensor] = []
+        for column, stream, rows in zip(found, form.outputs, form.output_rows):
+            outputs += (
+                column if stream else [self._as_tensor(column[r], device) for r in rows]
+            )
+        return outputs
 
     def _as_tensor(self, value: Any, device: torch.device) -> Tensor:
         if not isinstance(value, Tensor):

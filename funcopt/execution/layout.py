@@ -15,8 +15,9 @@ def alike(columns: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
     column holds gradients, the second parameters.
     """
     tensors = [x for column in columns for x in column]
-    if all(map(Tensor.is_contiguous, tensors)) and not any(map(_is_lazy, tensors)):
-        return list(columns)
+    if all(map(Tensor.is_contiguous, tensors)):
+        if not any(map(Tensor.is_neg, tensors)) and not any(map(_is_zero, tensors)):
+            return list(columns)
     made = [list(column) for column in columns]
     for i, leaf in enumerate(zip(*columns)):
         if all(map(_is_plain, leaf)):
@@ -37,6 +38,9 @@ def _is_plain(x: Tensor) -> bool:
 def _is_lazy(x: Tensor) -> bool:
     """Whether the memory does not hold the values: torch's own zeros and negatives."""
     return x.is_neg() or x._is_zerotensor()
+
+
+_is_zero = Tensor._is_zerotensor
 
 
 def overlap(columns: Sequence[Sequence[Tensor]]) -> bool:

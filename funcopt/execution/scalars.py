@@ -35,22 +35,28 @@ def evaluator(program: Program, sweep: Pass) -> Callable[[list[Any]], None]:
         [f"values[{v}] = {_number(program, v, 'values[{}]')}" for v in sweep.before],
     )
 
+    own = set(sweep.before)
+    given = list(
+        dict.fromkeys(a for v in sweep.before for a in program.op(v).args if a not in own)
+    )
+
     def compute(values: list[Any]) -> None:
-        if not any(isinstance(value, Tensor) for value in values):
+        tensors = [i for i in given if isinstance(values[i], Tensor)]
+        if not tensors:
             try:
                 return on_numbers(values)
             except (ArithmeticError, ValueError):
                 pass  # an infinity or NaN that a where may discard
-        given = list(values)
         for v in sweep.before:
             op = program.op(v)
             if op.name == "const":
                 values[v] = op.literal
             else:
                 values[v] = _TENSORS[op.name](*(_as_tensor(values[a]) for a in op.args))
-        if not any(isinstance(value, Tensor) and value.ndim for value in values):
-            if not any(isinstance(value, Tensor) for value in given):
-                values[:] = [v.item() if isinstance(v, Tensor) else v for v in values]
+        if not tensors:
+            for v in sweep.before:
+                if isinstance(values[v], Tensor):
+                    values[v] = values[v].item()
 
     return compute
 
