@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import torch
 
 from funcopt.execution import levels, trace
+from funcopt.execution.build import BuildError
 from funcopt.execution.executor import Executor
 from funcopt.execution.trace import Function, Program, UntraceableError
 from funcopt.types import RuleFunction, Tensor
@@ -29,7 +30,9 @@ class Rule:
     elementwise: bool = True  #: whether each element goes its own way
     norms: bool = False  #: if not: whether they meet in sums over the leaf alone
     _programs: dict[Any, Program | UntraceableError] = field(default_factory=dict)
-    _executors: dict[Any, Executor] = field(default_factory=dict)
+    _executors: dict[Any, tuple[Program, Executor | BuildError]] = field(
+        default_factory=dict
+    )
     forms: dict[Any, Any] = field(default_factory=dict)  #: what its calls have in common
 
     def kinds(self, values: Mapping[str, Any]) -> Kinds:
@@ -126,14 +129,25 @@ class Rule:
         program: Program,
         stored: torch.dtype,
     ) -> Executor:
-        """The program made ready by ``engine``, once."""
-        key = (engine, id(program), stored)  # an executor keeps its program alive
-        if key not in self._executors:
+        """The program made ready by ``engine``, once.
+
+        Raises:
+            BuildError: it cannot be.
+        """
+        key = engine, id(program), stored  # to compare programs would take long
+        of, found = self._executors.get(key, (None, None))
+        if found is None or of is not program:
             if len(self._executors) >= _MOST:
                 self._executors.clear()
-            with levels.outside():
-                self._executors[key] = engine(program, stored)
-        return self._executors[key]
+            try:
+                with levels.outside():
+                    found = engine(program, stored)
+            except BuildError as error:
+                found = error  # the compiler is not asked twice
+            self._executors[key] = program, found
+        if isinstance(found, BuildError):
+            raise found
+        return found
 
     def _traced(
         self,
