@@ -29,6 +29,7 @@ FLOORS = {
     "funcopt.execution.build": 1.1,
     "funcopt.execution.scalars": 1.1,
     "funcopt.execution.executor": 1.2,
+    "funcopt.execution.sweeping": 1.3,
     "funcopt.execution.self_check": 1.3,
     "funcopt.execution.foreach": 1.5,
     "funcopt.execution.native": 1.5,

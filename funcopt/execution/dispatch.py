@@ -18,10 +18,19 @@ from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.native import Native
 from funcopt.execution.rule import Kinds, Rule
-from funcopt.execution.trace import UntraceableError
+from funcopt.execution.trace import Program, UntraceableError
 from funcopt.types import Tensor
 
-_ENGINES: dict[str, Engine] = {"native": Native, "foreach": Foreach}
+
+def _triton(program: Program, stored: torch.dtype) -> Executor:
+    """Triton is imported when the first tensor on a GPU is stepped."""
+    from funcopt.execution.triton_executor import Triton
+
+    return Triton(program, stored)
+
+
+_ENGINES: dict[str, Engine] = {"native": Native, "triton": _triton, "foreach": Foreach}
+_DEVICES = {"native": "cpu", "triton": "cuda"}  # foreach runs on any
 #: what `execution` and ``execution=`` take
 NAMES = (*_ENGINES, "reference")
 
@@ -39,8 +48,9 @@ def execution(name: str) -> Iterator[None]:
     """Have every update within run by one executor, or raise with its reason.
 
     Args:
-        name: ``"native"`` (C kernels, CPU), ``"foreach"`` (lists of tensors, any device)
-            or ``"reference"`` (the rule on each leaf, the definition of correct).
+        name: ``"native"`` (C kernels, on a CPU), ``"triton"`` (on CUDA), ``"foreach"``
+            (lists of tensors, on any device) or ``"reference"`` (the rule on each leaf,
+            the definition of correct).
 
     Returns:
         A context manager. It holds for this thread, or this asyncio task.
@@ -215,7 +225,8 @@ def choose(
         ExecutionError: the one that is forced refuses; the message says why.
     """
     refused = []
-    for name in (forced,) if forced else NAMES:
+    own = [name for name in NAMES if _DEVICES.get(name, device.type) == device.type]
+    for name in (forced,) if forced else own:
         reason = None if name == "reference" else untouchable
         if name != "reference" and reason is None:
             reason = _refuses(name, rule, kinds, dtype, device, followed, forced)
@@ -236,8 +247,8 @@ def _refuses(
     followed: bool,
     forced: str | None,
 ) -> str | None:
-    if name == "native" and device.type != "cpu":
-        return f"native kernels run on the CPU, not on {device.type}"
+    if device.type != _DEVICES.get(name, device.type):
+        return f"its kernels run on {_DEVICES[name]}, not on {device.type}"
     try:
         program = rule.program(kinds, reference.computed(dtype))
         if followed and not forced:

@@ -1,4 +1,4 @@
-"""What executors of programs have in common: scalars before each sweep, sums after it."""
+"""What every executor of programs is called with."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-from funcopt.execution import scalars
 from funcopt.execution.trace import Program
 from funcopt.types import Tensor
 
@@ -24,11 +23,8 @@ class Executor(ABC):
     def __init__(self, program: Program, stored: torch.dtype) -> None:
         self.program = program
         self.stored = stored
-        first = range(len(program.inputs))
-        self._streams = [i for i in first if program.inputs[i]]
-        self._scalars = [i for i in first if not program.inputs[i]]
-        self._before = [scalars.evaluator(program, sweep) for sweep in program.passes]
 
+    @abstractmethod
     def __call__(
         self,
         streams: Sequence[Column],
@@ -53,28 +49,6 @@ class Executor(ABC):
             pooled: sum over the leaves of a row. Right for derivatives, which are linear
                 in their sums; output scalars then have an entry per row, not per leaf.
         """
-        program, env = self.program, self._environment(rows)
-        columns = dict(zip(self._streams, streams))
-        written = iter(out or ())
-        for k, sweep in enumerate(program.passes):
-            for values in env:
-                self._before[k](values)
-            if not sweep.outputs and not sweep.sums:
-                continue
-            targets = [next(written) for _ in sweep.outputs] if out is not None else None
-            made, sums = self._sweep(k, columns, env, which, targets, tasks)
-            columns.update(zip(sweep.outputs, made))
-            if sums:
-                env, which = _with_sums(env, which, sweep.sums, sums, pooled)
-        return [
-            columns[value]
-            if program.is_stream(value)
-            else [
-                values[value]
-                for values in (env if pooled else map(env.__getitem__, which))
-            ]
-            for value in program.outputs
-        ]
 
     def direct(self, like: Column) -> Direct:
         """The shortest way to run a step of one row on leaves that are like these.
@@ -93,59 +67,6 @@ class Executor(ABC):
             return self(streams, [row], which, out=out)
 
         return run
-
-    @abstractmethod
-    def _sweep(
-        self,
-        k: int,
-        columns: dict[int, Column],
-        env: Sequence[list[Any]],
-        which: Sequence[int],
-        out: Sequence[Column] | None,
-        tasks: int,
-    ) -> tuple[Sequence[Column], Sequence[Column]]:
-        """The outputs and the sums of sweep ``k``, a column each."""
-
-    def _environment(self, rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """For each row a list with a place for every value, the input scalars there."""
-        size = len(self.program.inputs) + len(self.program.ops)
-        env = []
-        for row in rows:
-            values: list[Any] = [None] * size
-            for i, value in zip(self._scalars, row):
-                values[i] = _read(value)
-            env.append(values)
-        return env
-
-
-def _with_sums(
-    env: Sequence[list[Any]],
-    which: Sequence[int],
-    names: Sequence[int],
-    sums: Sequence[Column],
-    pooled: bool,
-) -> tuple[list[list[Any]], Sequence[int]]:
-    """The environments with a sweep's sums in them, one for each leaf unless pooled."""
-    if pooled:
-        env = [list(values) for values in env]
-        for name, column in zip(names, sums):
-            for values in env:
-                values[name] = 0.0
-            for row, value in zip(which, column):
-                env[row][name] = env[row][name] + value
-        return list(env), which
-    each = [list(env[row]) for row in which]
-    for name, column in zip(names, sums):
-        for values, value in zip(each, column):
-            values[name] = value
-    return each, range(len(each))
-
-
-def _read(value: Any) -> Any:
-    """A number where that costs no wait for a device: Python's are ten times as fast."""
-    if isinstance(value, Tensor) and not value.ndim and value.device.type == "cpu":
-        return value.item()
-    return value
 
 
 def empty_like(column: Column) -> list[Tensor]:

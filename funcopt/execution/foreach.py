@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from funcopt.execution.executor import Column, Executor
+from funcopt.execution.executor import Column
+from funcopt.execution.sweeping import Sweeping
 from funcopt.execution.trace import Pass, Program
 from funcopt.types import Tensor
 
@@ -29,7 +30,7 @@ _LISTS = {
 _COMMUTATIVE = {"add", "mul", "maximum", "minimum"}
 
 
-class Foreach(Executor):
+class Foreach(Sweeping):
     """A program as a walk over lists."""
 
     def __init__(self, program: Program, stored: torch.dtype) -> None:

@@ -39,7 +39,7 @@ class Leaves:
         return [self.grads, self.params, *self.state, *hyper]
 
     def rows(self, kinds: Kinds) -> tuple[list[tuple[Any, ...]], list[int]]:
-        """The scalars that it takes, a row for leaves that share them; and whose it is."""
+        """The scalars that it takes, a row for leaves that share them; each leaf's."""
         names, numbers = self.rule.scalars(kinds), self.numbers
         index: dict[Any, int] = {}
         rows: list[tuple[Any, ...]] = []

@@ -12,7 +12,8 @@ import torch
 
 from funcopt.execution import c_source, scalars, self_check
 from funcopt.execution.build import BuildError, library
-from funcopt.execution.executor import Column, Direct, Executor, empty_like
+from funcopt.execution.executor import Column, Direct, empty_like
+from funcopt.execution.sweeping import Sweeping
 from funcopt.execution.trace import Program
 from funcopt.types import Tensor
 
@@ -26,7 +27,7 @@ _address = Tensor.data_ptr
 _PAST_CACHE = 32 << 20
 
 
-class Native(Executor):
+class Native(Sweeping):
     """A program as C, built or fetched from the cache when this object is made.
 
     Raises:

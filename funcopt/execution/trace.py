@@ -323,7 +323,7 @@ class _Recorder(TorchDispatchMode):
         return self._op(name, tuple(numbers), stream, boolean)
 
     def _check_cast(self, old: torch.dtype, new: torch.dtype, stream: bool) -> None:
-        """A leaf is computed in one dtype, and a scalar in float64 whatever it is cast to.
+        """A leaf is computed in one dtype, and a scalar in float64 whatever is cast.
 
         A truth becomes the number 0 or 1, which is how it is kept.
         """

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from funcopt.execution.build import BuildError
-from funcopt.execution.executor import Column
+from funcopt.execution.executor import Column, Executor
 from funcopt.execution.trace import Program
 from funcopt.execution.triton_source import DTYPES, Printer
 from funcopt.execution.triton_tables import BLOCK, Layout, Uploads, layout, words
@@ -26,8 +26,8 @@ _LAYOUTS = 32  # that are remembered; each holds some 60 bytes per block
 FINISHING_WARPS = 8
 
 
-class Triton:
-    """A program as Triton kernels; called as an `Executor` is.
+class Triton(Executor):
+    """A program as Triton kernels.
 
     Scalars may be numbers, or tensors on the leaves' device, which are read there by the
     kernel. Scalars among the outputs are tensors on the device.
@@ -37,8 +37,7 @@ class Triton:
     """
 
     def __init__(self, program: Program, stored: torch.dtype) -> None:
-        self.program = program
-        self.stored = stored
+        super().__init__(program, stored)
         if stored not in DTYPES:
             raise BuildError(f"there are no Triton kernels for {stored}")
         self._printer = printer = Printer(program, stored)
