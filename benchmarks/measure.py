@@ -40,12 +40,15 @@ def interleaved(
     """
     numbers = {name: max(1, round(fill / _seconds(call))) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.freeze()  # what is there now is no garbage: to look through it takes 0.1 s
     for _ in range(repeats):
         for name, call in calls.items():
             gc.collect()
             samples[name].append(1e3 * _seconds(call, numbers[name]))
             if bar is not None:
                 bar.update()
+    gc.unfreeze()
     return {name: summary(values) for name, values in samples.items()}
 
 
