@@ -61,8 +61,14 @@ typedef {stored} S;
 #define BLOCK 4096
 #define SUMS {sums}
 {functions}
-static inline T larger(T a, T b) {{ return a > b || a != a ? a : b; }}
-static inline T smaller(T a, T b) {{ return a < b || a != a ? a : b; }}
+static inline T larger(T a, T b) {{
+    T c = a > b ? a : b;  // in two steps, or gcc sees control flow and no vector
+    return a != a ? a : c;
+}}
+static inline T smaller(T a, T b) {{
+    T c = a < b ? a : b;
+    return a != a ? a : c;
+}}
 static inline T lerp(T a, T b, T w) {{
     int near = FABS(w) < (T)0.5;
     T factor = near ? w : w - 1, base = near ? a : b;

@@ -102,6 +102,37 @@ def scalars_of(vector: Tensor) -> list[Any]:
     float64 tensors. With Python's the bias corrections are doubles, exactly as in
     torch.optim, and cost no op per leaf.
     """
-    if readable(vector) and not is_tracked(vector):
+    if torch.compiler.is_compiling() or is_tracked(vector):
+        return list(vector.to(torch.float64).unbind())
+    if readable(vector):
         return vector.tolist()
-    return list(vector.to(torch.float64).unbind())
+    values = vector.to(torch.float64).unbind()
+    if not _is_batch(vector) or not values:
+        return list(values)
+    # Tasks that are equally old are the rule, and so are leaves: one look tells.
+    table = _physical(vector).reshape(-1, len(values))
+    if bool((table == table[:1]).all()):
+        return table[0].tolist()
+    if bool((table == table[:, :1]).all()):
+        return [values[0]] * len(values)
+    return list(values)
+
+
+def _is_batch(tensor: Tensor) -> bool:
+    """Whether vmap is all that keeps the values from being read."""
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
+def _physical(tensor: Tensor) -> Tensor:
+    """The tensor below every transform, the axes of its batches in front."""
+    if not _functorch.is_functorch_wrapped_tensor(tensor):
+        return tensor
+    inner = _functorch.get_unwrapped(tensor)
+    found = _physical(inner)
+    if not _functorch.is_batchedtensor(tensor):
+        return found
+    return found.movedim(found.ndim - inner.ndim + _functorch.maybe_get_bdim(tensor), 0)
