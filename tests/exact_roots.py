@@ -18,5 +18,6 @@ class ExactRoots(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func in (torch.sqrt, torch.Tensor.sqrt):
-            return torch.from_numpy(numpy.sqrt(numpy.asarray(args[0])))
+            with numpy.errstate(invalid="ignore"):
+                return torch.from_numpy(numpy.sqrt(numpy.asarray(args[0])))
         return func(*args, **(kwargs or {}))
