@@ -59,7 +59,7 @@ def plan(
         >>> p = torch.ones(3, requires_grad=True)
         >>> print(fo.plan(fo.sgd(lr=0.1), {"w": p}))
         sgd: 1 leaf, 3 elements, float32 on cpu: reference
-            not native: torch's own derivative of so short a rule is as fast
+            not native: torch's own derivative of so short a rule is as fast here
             not foreach: a derivative is asked for, which foreach makes no faster
     """
     if grads is None:

@@ -37,8 +37,11 @@ NAMES = (*_ENGINES, "reference")
 _forced: ContextVar[str | None] = ContextVar("execution", default=None)
 _observer: ContextVar["list[Group] | None"] = ContextVar("observer", default=None)
 
-# Of fewer operations torch's own derivative is as fast.
-_WORTH = 4
+# A derivative by kernels costs as much as torch's own of so many operations: in plain
+# autograd, inside torch.func, and on leaves of _MANY elements, where arithmetic is what
+# costs (benchmarks/unroll.py).
+_WORTH, _WORTH_INSIDE, _WORTH_LARGE = 6, 12, 4
+_MANY = 1 << 15
 _MOST_FORMS = 64  # of the calls of one rule
 _PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -185,15 +188,23 @@ def _groups(leaves: Leaves, forced: str | None) -> list[Group]:
     for (dtype, device, kind), which in found.items():
         if transformed and not leaves.rule.elementwise:
             reason = f"{leaves.rule.name} needs each leaf, and each task's, whole"
-        choice = choose(leaves.rule, kind, dtype, device, followed, reason, forced)
+        params = [leaves.params[i] for i in which]
+        least = _least_worth(params) if followed and not forced else 0
+        choice = choose(leaves.rule, kind, dtype, device, least, reason, forced)
         choice = replace(
             choice,
             transformed=transformed,
             derivative=followed and choice.name != "reference",
         )
-        params = [leaves.params[i] for i in which]
         groups.append(Group(leaves.rule, kind, which, params, choice))
     return groups
+
+
+def _least_worth(params: Column) -> int:
+    """How many operations a rule must have for kernels to be the faster derivative."""
+    if sum(p.numel() for p in params) >= _MANY:
+        return _WORTH_LARGE
+    return _WORTH_INSIDE if levels.inside() else _WORTH
 
 
 def _check_donation(leaves: Leaves) -> None:
@@ -215,11 +226,14 @@ def choose(
     kinds: Kinds,
     dtype: torch.dtype,
     device: torch.device,
-    followed: bool,
+    least: int,
     untouchable: str | None,
     forced: str | None,
 ) -> Choice:
     """The first executor that does not refuse.
+
+    ``least`` is how many operations make a derivative by kernels worth while, 0 where
+    none is asked for.
 
     Raises:
         ExecutionError: the one that is forced refuses; the message says why.
@@ -229,7 +243,7 @@ def choose(
     for name in (forced,) if forced else own:
         reason = None if name == "reference" else untouchable
         if name != "reference" and reason is None:
-            reason = _refuses(name, rule, kinds, dtype, device, followed, forced)
+            reason = _refuses(name, rule, kinds, dtype, device, least)
         if reason is None:
             return Choice(name, refused=tuple(refused))
         if forced:
@@ -244,18 +258,16 @@ def _refuses(
     kinds: Kinds,
     dtype: torch.dtype,
     device: torch.device,
-    followed: bool,
-    forced: str | None,
+    least: int,
 ) -> str | None:
     if device.type != _DEVICES.get(name, device.type):
         return f"its kernels run on {_DEVICES[name]}, not on {device.type}"
     try:
         program = rule.program(kinds, reference.computed(dtype))
-        if followed and not forced:
-            if name == "foreach":
-                return "a derivative is asked for, which foreach makes no faster"
-            if sum(op.stream for op in program.ops) < _WORTH:
-                return "torch's own derivative of so short a rule is as fast"
+        if least and name == "foreach":
+            return "a derivative is asked for, which foreach makes no faster"
+        if sum(op.stream for op in program.ops) < least:
+            return "torch's own derivative of so short a rule is as fast here"
         rule.executor(_ENGINES[name], program, dtype)
     except (UntraceableError, BuildError) as error:
         return str(error)

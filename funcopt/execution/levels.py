@@ -24,6 +24,11 @@ def outside() -> Iterator[None]:
             yield
 
 
+def inside() -> bool:
+    """Whether a torch.func transform is running."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
 def differentiating(tensors: Iterable[Any]) -> bool:
     """Whether a derivative may be asked of what is now computed from ``tensors``.
 
@@ -32,7 +37,7 @@ def differentiating(tensors: Iterable[Any]) -> bool:
     tensors requires grad. ``requires_grad`` alone would not do: it is False inside jvp
     and vmap and for dual tensors. What is no tensor is passed over.
     """
-    if _functorch.peek_interpreter_stack() is not None:
+    if inside():
         return True
     if forward_ad._current_level >= 0:
         return True
