@@ -19,10 +19,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from funcopt.execution import triton_executor
 from funcopt.execution.trace import trace, vjp
-from funcopt.execution.triton_source import Printer
-from funcopt.execution.triton_tables import BLOCK
+from funcopt.execution.triton import kernels
+from funcopt.execution.triton.source import Printer
+from funcopt.execution.triton.tables import BLOCK
 from funcopt.optimizers.adamw import rule
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -40,7 +40,7 @@ def adamw(*inputs: Tensor) -> Sequence[Tensor]:
 
 
 def compiled(source: str, warps: int) -> Any:
-    kernel = triton_executor._kernel(source)
+    kernel = kernels._kernel(source)
     signature = {name: KINDS.get(name, "*fp64") for name in kernel.arg_names}
     constants = {name: BLOCK for name, kind in signature.items() if kind == "constexpr"}
     options = {"num_warps": warps, "enable_fp_fusion": False}
@@ -84,7 +84,7 @@ def main() -> None:
             kernel = compiled(printer.sweep(0), printer.warps(0))
             found[f"{what} {stored}"] = described(kernel)
             if what == "vjp":
-                kernel = compiled(printer.finish(0), triton_executor.FINISHING_WARPS)
+                kernel = compiled(printer.finish(0), kernels.FINISHING_WARPS)
                 found[f"sums {stored}"] = described(kernel)
     print(json.dumps(found))
 

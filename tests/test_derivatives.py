@@ -9,11 +9,11 @@ from table import CASES, ENDS, Case
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad
-from trees import assert_close, mixed, random_like, relative, small
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.types import State, Tree
+from trees import assert_close, mixed, random_like, relative, small
 
 FlatFunction = Callable[..., tuple[Tensor, ...]]
 

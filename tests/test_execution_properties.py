@@ -12,11 +12,11 @@ from test_execution import assert_bits
 from test_purity import Snapshot
 from torch import Tensor
 from torch.func import vmap
-from trees import relative
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.types import Tree
+from trees import relative
 
 EXECUTIONS = ["foreach", "native", None]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -25,21 +25,23 @@ FLOORS = {
     "funcopt.execution.trace": 1,
     "funcopt.execution.levels": 1,
     "funcopt.execution.layout": 1,
-    "funcopt.execution.c_source": 1.1,
-    "funcopt.execution.build": 1.1,
+    "funcopt.execution.recycle": 1,
     "funcopt.execution.scalars": 1.1,
-    "funcopt.execution.executor": 1.2,
-    "funcopt.execution.sweeping": 1.3,
-    "funcopt.execution.self_check": 1.3,
-    "funcopt.execution.foreach": 1.5,
-    "funcopt.execution.native": 1.5,
-    "funcopt.execution.triton_math": 1,
-    "funcopt.execution.triton_tables": 1.3,
-    "funcopt.execution.triton_source": 1.4,
-    "funcopt.execution.triton_executor": 1.5,
+    "funcopt.execution.executor": 1.1,
+    "funcopt.execution.sweeping": 1.2,
+    "funcopt.execution.foreach": 1.3,
+    "funcopt.execution.native.source": 1.2,
+    "funcopt.execution.native.build": 1.2,
+    "funcopt.execution.native.self_check": 1.2,
+    "funcopt.execution.native.kernels": 1.3,
+    "funcopt.execution.native": 1.4,
+    "funcopt.execution.triton.arithmetic": 1,
+    "funcopt.execution.triton.tables": 1.2,
+    "funcopt.execution.triton.source": 1.3,
+    "funcopt.execution.triton.kernels": 1.4,
+    "funcopt.execution.triton": 1.5,
     "funcopt.execution.rule": 1.6,
     "funcopt.execution.leaves": 1.7,
-    "funcopt.execution.recycle": 1.1,
     "funcopt.execution.lane": 1.8,
     "funcopt.execution.reference": 2,
     "funcopt.execution.call": 2.1,
@@ -93,7 +95,7 @@ def _targets(node: ast.ImportFrom) -> Iterator[str]:
 def misplaced(module: str, source: str) -> list[str]:
     """What ``module`` may not import."""
     wrong, allowed = [], {"torch", "optree"} | sys.stdlib_module_names
-    if module.startswith("funcopt.execution.triton_"):
+    if module.startswith("funcopt.execution.triton."):
         allowed |= {"triton"}
     for target in imports(source):
         if target.startswith("."):

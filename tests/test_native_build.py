@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import funcopt as fo
-from funcopt.execution import c_source, native
+from funcopt.execution.native import kernels as native
+from funcopt.execution.native import source as c_source
 from funcopt.hyper import Hyper
 
 pytestmark = pytest.mark.skipif(
@@ -58,7 +59,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The compiler runs."""
-    from funcopt.execution import build
+    from funcopt.execution.native import build
 
     runs: list[Any] = []
     original = subprocess.run
@@ -346,7 +347,7 @@ def test_without_torchs_openmp(cache: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_sentence_for_a_folder_without_room(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from funcopt.execution import build
+    from funcopt.execution.native import build
 
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")

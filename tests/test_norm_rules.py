@@ -1,15 +1,15 @@
-"""Rules that see their leaf in norms alone: kernels sweep it once for these, and again."""
+"""Rules that see their leaf in norms alone: kernels sweep it for these, and again."""
 
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from trees import assert_moved, mixed, random_like
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.hyper import Hyper
+from trees import assert_moved, mixed, random_like
 
 
 def lamb_like(

@@ -9,11 +9,11 @@ from table import CASES, ENDS, SMOOTH, Case
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
-from trees import assert_close, assert_moved, mixed, random_like, relative, small
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.types import State, Tree
+from trees import assert_close, assert_moved, mixed, random_like, relative, small
 
 TASKS = 3
 

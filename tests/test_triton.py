@@ -18,12 +18,12 @@ pytest.importorskip("triton", reason="Triton has no release for this system")
 from table import CASES, ENDS, Case  # noqa: E402
 
 import funcopt.optimizer  # noqa: E402
-from funcopt.execution import triton_executor, triton_tables  # noqa: E402
-from funcopt.execution.build import BuildError  # noqa: E402
+from funcopt.execution.executor import BuildError  # noqa: E402
 from funcopt.execution.rule import Kinds, Rule  # noqa: E402
 from funcopt.execution.trace import Program, trace  # noqa: E402
-from funcopt.execution.triton_executor import Triton  # noqa: E402
-from funcopt.execution.triton_tables import PerLeaf  # noqa: E402
+from funcopt.execution.triton import kernels, tables  # noqa: E402
+from funcopt.execution.triton.kernels import Triton  # noqa: E402
+from funcopt.execution.triton.tables import PerLeaf  # noqa: E402
 
 SHAPES = [(3, 5), (0,), (1,), (1030,), ()]
 WHICH = [0, 1, 1, 0, 1]  # the row of scalars of each leaf
@@ -316,8 +316,8 @@ def test_pooled_sums_are_those_of_their_leaves():
 def test_long_leaves_are_walked(monkeypatch: pytest.MonkeyPatch):
     streams, which = leaves((5000,), (2048,), (1,)), [0, 1, 0]
     short = Triton(PROGRAM, torch.float32)(streams, ROWS, which)
-    monkeypatch.setattr(triton_tables, "_PROGRAMS", 2)
-    plan = triton_tables.layout([5000, 2048, 1], which, 2, 0, False)
+    monkeypatch.setattr(tables, "_PROGRAMS", 2)
+    plan = tables.layout([5000, 2048, 1], which, 2, 0, False)
     assert plan.blocks[:, 4:].tolist() == [[0, 3072], [3072, 5000], [0, 2048], [0, 1]]
     walked = Triton(PROGRAM, torch.float32)(streams, ROWS, which)
     for a, b in zip(short[:2], walked[:2]):
@@ -381,11 +381,11 @@ def test_powers_of_streams_and_scalars():
 def test_what_has_no_kernel_is_told(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(BuildError, match="no Triton kernels for torch.complex64"):
         Triton(PROGRAM, torch.complex64)
-    triton_executor._vocabulary.cache_clear()
+    kernels._vocabulary.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(BuildError, match="pip install triton"):
         Triton(trace(lambda x: (x - 41,), [True], torch.float32), torch.float32)
-    triton_executor._vocabulary.cache_clear()
+    kernels._vocabulary.cache_clear()
 
 
 def test_triton_is_imported_with_the_first_kernel_only():

@@ -10,13 +10,12 @@ import torch
 
 from funcopt.errors import ExecutionError
 from funcopt.execution import fused_autograd, layout, levels, reference
-from funcopt.execution.build import BuildError
 from funcopt.execution.call import Call, Engine, Form
-from funcopt.execution.executor import Column, Executor
+from funcopt.execution.executor import BuildError, Column, Executor
 from funcopt.execution.foreach import Foreach
 from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
-from funcopt.execution.native import Native
+from funcopt.execution.native.kernels import Native
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.execution.trace import Program, UntraceableError
 from funcopt.types import Tensor
@@ -24,7 +23,7 @@ from funcopt.types import Tensor
 
 def _triton(program: Program, stored: torch.dtype) -> Executor:
     """Triton is imported when the first tensor on a GPU is stepped."""
-    from funcopt.execution.triton_executor import Triton
+    from funcopt.execution.triton.kernels import Triton
 
     return Triton(program, stored)
 

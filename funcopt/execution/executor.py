@@ -17,6 +17,10 @@ Direct: TypeAlias = Callable[
 ]
 
 
+class BuildError(Exception):
+    """Why a program cannot be made ready, as a sentence."""
+
+
 class Executor(ABC):
     """A program made ready for leaves that are stored in one dtype, on one device."""
 

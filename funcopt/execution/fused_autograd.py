@@ -13,8 +13,8 @@ import torch._C._functorch as _functorch  # pyright: ignore[reportMissingImports
 from torch.autograd import forward_ad
 
 from funcopt.execution import batched, levels
-from funcopt.execution.build import BuildError
 from funcopt.execution.call import Call
+from funcopt.execution.executor import BuildError
 from funcopt.execution.trace import UntraceableError
 from funcopt.types import Tensor
 

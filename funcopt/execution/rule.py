@@ -7,8 +7,7 @@ from typing import Any, TypeAlias
 import torch
 
 from funcopt.execution import levels, trace
-from funcopt.execution.build import BuildError
-from funcopt.execution.executor import Executor
+from funcopt.execution.executor import BuildError, Executor
 from funcopt.execution.trace import Function, Program, UntraceableError
 from funcopt.types import RuleFunction, Tensor
 

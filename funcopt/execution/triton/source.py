@@ -1,6 +1,6 @@
 """A program printed as Triton: one kernel for each sweep, one for sums and scalars.
 
-A kernel is given tables (`triton_tables`) and no numbers, so that nothing is compiled
+A kernel is given tables (`tables`) and no numbers, so that nothing is compiled
 anew when a step, a hyperparameter or a leaf changes. Each block of a sweep computes the
 scalars that it needs in float64: nothing waits for them, and in a replayed CUDA graph
 they follow their tensors.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from funcopt.execution.trace import Op, Pass, Program
-from funcopt.execution.triton_tables import ENTRY
+from funcopt.execution.triton.tables import ENTRY
 
 #: dtypes that are stored → their names in Triton; halves are computed in float32
 DTYPES = {

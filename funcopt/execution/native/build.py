@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from funcopt.execution.executor import BuildError
+
 # No contraction: a fused multiply-add stands only where the source says so. Errors of
 # math functions are not looked at, which leaves roots and comparisons to vectors.
 _FLAGS = (
@@ -28,10 +30,6 @@ _FLAGS = (
 )  # fmt: skip
 _DIGEST = 32  # bytes of a SHA-256
 _SECONDS = 60  # a compiler that takes longer than this hangs
-
-
-class BuildError(Exception):
-    """Why there is no library, as a sentence."""
 
 
 @dataclass

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from funcopt.execution import c_source, scalars, self_check
-from funcopt.execution.build import BuildError, library
-from funcopt.execution.executor import Column, Direct, empty_like
+from funcopt.execution import scalars
+from funcopt.execution.executor import BuildError, Column, Direct, empty_like
+from funcopt.execution.native import self_check, source
+from funcopt.execution.native.build import library
 from funcopt.execution.sweeping import Sweeping
 from funcopt.execution.trace import Program
 from funcopt.types import Tensor
@@ -40,9 +41,9 @@ class Native(Sweeping):
             raise BuildError("native kernels are turned off: FUNCOPT_NATIVE=0")
         if stored not in _DTYPES:
             raise BuildError(f"there are no native kernels for {stored}")
-        self._read = [c_source.inputs(program, sweep) for sweep in program.passes]
-        self._parameters = [c_source.parameters(program, s) for s in program.passes]
-        built = [library(c_source.print_c(program, s, stored)) for s in program.passes]
+        self._read = [source.inputs(program, sweep) for sweep in program.passes]
+        self._parameters = [source.parameters(program, s) for s in program.passes]
+        built = [library(source.print_c(program, s, stored)) for s in program.passes]
         self._kernels = [_kernel(each.loaded) for each in built]
         if any(each.made for each in built):
             try:

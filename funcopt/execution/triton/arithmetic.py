@@ -26,7 +26,7 @@ def aligned(address, KIND: tl.constexpr):
 
 @triton.jit
 def scalar(table, entry, leaf, task):
-    """A scalar by its entry of four words; see `triton_tables.words`."""
+    """A scalar by its entry of four words; see `tables.words`."""
     place, whole = tl.load(entry), tl.load(entry + 1)
     place += tl.load(entry + 2) * leaf + tl.load(entry + 3) * task
     place = tl.where(whole < 2, place, table.to(tl.int64) + place)

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from funcopt.execution.build import BuildError
-from funcopt.execution.executor import Column, Executor
+from funcopt.execution.executor import BuildError, Column, Executor
 from funcopt.execution.trace import Program
-from funcopt.execution.triton_source import DTYPES, Printer
-from funcopt.execution.triton_tables import BLOCK, Layout, Uploads, layout, words
+from funcopt.execution.triton.source import DTYPES, Printer
+from funcopt.execution.triton.tables import BLOCK, Layout, Uploads, layout, words
 from funcopt.types import Tensor
 
 _OLDEST = (3, 2)
@@ -154,6 +153,6 @@ def _vocabulary() -> dict[str, Any]:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < _OLDEST:
         raise BuildError(f"Triton {triton.__version__} is older than 3.2")
-    from funcopt.execution import triton_math
+    from funcopt.execution.triton import arithmetic
 
-    return {**vars(triton_math), "triton": triton, "tl": tl}
+    return {**vars(arithmetic), "triton": triton, "tl": tl}

@@ -2,8 +2,7 @@
 
 import torch
 
-from funcopt.execution.build import BuildError
-from funcopt.execution.executor import Executor
+from funcopt.execution.executor import BuildError, Executor
 from funcopt.types import Tensor
 
 _SIZES = (37, 1, 0)  # more than a vector, less than one, none

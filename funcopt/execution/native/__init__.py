@@ -1,0 +1,1 @@
+"""Kernels for the CPU: a program printed as C, built, cached, and called."""
