@@ -40,10 +40,10 @@ HOLDERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
     "what is detached": (lambda x: x.detach(), lambda v: v),
     "an array": (lambda x: x.numpy(), torch.from_numpy),
     "a slice of an array": (lambda x: x.numpy()[5:], torch.from_numpy),
-    "a capsule": (dlpack.to_dlpack, dlpack.from_dlpack),
+    "a capsule": (Tensor.__dlpack__, dlpack.from_dlpack),
     "the memory": (
         lambda x: x.untyped_storage(),
-        lambda s: torch.empty(0).set_(s, 0, (SIZE,)),
+        lambda s: torch.empty(0).set_(s),
     ),
     "a graph": (graph, values_of_graph),
 }
