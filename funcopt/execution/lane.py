@@ -76,9 +76,9 @@ class Lane:
         values = hyper[0]
         if values is not self._numbers and not self._takes(values):
             return None
-        if hyper.count(values) != len(hyper) or any(
-            column.count(column[0]) != len(column) for column in numbers
-        ):
+        if any(row is not values for row in hyper):
+            return None
+        if any(column.count(column[0]) != len(column) for column in numbers):
             return None
         addresses = [address for column in streams for address in map(_address, column)]
         if donate and addresses != self._apart:

@@ -68,7 +68,6 @@ class Native(Sweeping):
         which, total = array("q", bytes(8 * count)), sum(sizes)
         large = total * len(sweep.outputs) * self.stored.itemsize >= _PAST_CACHE
         fixed = count, 1, sizes.buffer_info()[0], which.buffer_info()[0]
-        alive = sizes, which
         kernel, parallel = self._kernels[0], total >= _PARALLEL
         order = [program.is_stream(v) for v in program.outputs]
 
@@ -77,6 +76,7 @@ class Native(Sweeping):
             addresses: list[int],
             row: list[Any],
             out: Sequence[Column],
+            alive: Any = (sizes, which),  # as long as their addresses are in use
         ) -> Sequence[Column] | None:
             try:
                 numbers = compute(*row)
@@ -111,7 +111,6 @@ class Native(Sweeping):
                 for is_stream in order
             ]
 
-        run.alive = alive  # pyright: ignore[reportFunctionMemberAccess]
         return run
 
     def _sweep(
