@@ -65,10 +65,10 @@ def first_steps() -> dict[str, float]:
     import torch
 
     import steppers
-    import trees
+    import sizes
 
-    shapes = trees.TREES["small MLP"]
-    params, grads = trees.tensors(shapes, seed=1), trees.tensors(shapes, seed=2)
+    shapes = sizes.TREES["small MLP"]
+    params, grads = sizes.tensors(shapes, seed=1), sizes.tensors(shapes, seed=2)
     times = {}
     for name, rule in steppers.RULES.items():
         opt = rule.ours(**rule.options)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import funcopt as fo
 import measure
 import report
-import trees
+import sizes
 
 TASKS = 32
 REPEATS = 31
@@ -49,8 +49,8 @@ def main() -> None:
 def case(tree: str, own: bool, threads: int) -> dict[str, Any]:
     """Times and agreement on one tree; ``own`` gives each task a learning rate."""
     opt = fo.adamw()
-    params = [0.01 * p for p in trees.tensors(trees.TREES[tree], seed=1, tasks=TASKS)]
-    grads = trees.tensors(trees.TREES[tree], seed=2, tasks=TASKS)
+    params = [0.01 * p for p in sizes.tensors(sizes.TREES[tree], seed=1, tasks=TASKS)]
+    grads = sizes.tensors(sizes.TREES[tree], seed=2, tasks=TASKS)
     lr: Any = torch.logspace(-4, -2, TASKS, dtype=torch.float64) if own else 1e-3
     update, plain = (
         torch.func.vmap(

@@ -44,7 +44,8 @@ def environment_line() -> str:
     return (
         f"{e['date']}: {e['processor']}, {e['cores']} cores, {e['memory_gib']} GiB; "
         f"Python {e['python']}, torch {e['torch']}, funcopt {e['funcopt']}, higher "
-        f"{e['higher']}, TorchOpt {e['torchopt']}, optree {e['optree']}."
+        f"{e['higher']}, TorchOpt {e['torchopt']}, optree {e['optree']}, "
+        f"optax {e.get('optax')}, jax {e.get('jax')}."
     )
 
 

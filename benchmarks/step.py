@@ -25,7 +25,7 @@ from tqdm import tqdm
 import measure
 import report
 import steppers
-import trees
+import sizes
 from steppers import RULES, Stepper
 from targets import DONATED, FUSED, LARGE, PURE
 
@@ -60,7 +60,7 @@ def main() -> None:
 def measured(threads: int) -> list[dict[str, Any]]:
     """All cases on so many threads."""
     results = []
-    cases = [("adamw", tree) for tree in trees.TREES]
+    cases = [("adamw", tree) for tree in sizes.TREES]
     cases += [(rule, LARGE) for rule in RULES if rule != "adamw"]
     for rule, tree in tqdm(cases, desc=f"step, {threads} threads"):
         with torch.no_grad():
@@ -72,7 +72,7 @@ def measured(threads: int) -> list[dict[str, Any]]:
                 "threads": threads,
                 "milliseconds": times,
                 "difference": differences,
-                "bytes": RULES[rule].bytes * trees.size(trees.TREES[tree]),
+                "bytes": RULES[rule].bytes * sizes.size(sizes.TREES[tree]),
             }
         )
     return results
@@ -92,9 +92,9 @@ def contenders(rule: str, tree: str) -> list[str]:
 
 def case(rule: str, tree: str) -> tuple[dict[str, measure.Times], dict[str, float]]:
     """Times of every contender, and how far each is from float64."""
-    shapes = trees.TREES[tree]
-    params = [0.01 * p for p in trees.tensors(shapes, seed=1)]
-    grads = trees.tensors(shapes, seed=2)
+    shapes = sizes.TREES[tree]
+    params = [0.01 * p for p in sizes.tensors(shapes, seed=1)]
+    grads = sizes.tensors(shapes, seed=2)
     changes = changed(steppers.exact(rule, params, grads), params)
     assert all((c != 0).double().mean() > 0.99 for c in changes), "parameters stand still"
     made, differences = {}, {}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import funcopt as fo
 import measure
 import report
-import trees
+import sizes
 from targets import UNROLL
 
 STEPS = 5
@@ -119,10 +119,10 @@ def inputs(
     enough for their derivatives to be told from rounding: that of β₂ is the difference
     of two terms in 1 / (1 - β₂), of the moment and of its bias correction.
     """
-    shapes = trees.TREES[tree]
+    shapes = sizes.TREES[tree]
 
     def made(seed: int, asked: bool) -> list[Tensor]:
-        found = trees.tensors(shapes, seed=seed)
+        found = sizes.tensors(shapes, seed=seed)
         return [x.to(dtype).requires_grad_(asked) for x in found]
 
     hyper = {
