@@ -64,8 +64,8 @@ def first_steps() -> dict[str, float]:
     """Milliseconds of each rule's first step, AdamW first."""
     import torch
 
-    import steppers
     import sizes
+    import steppers
 
     shapes = sizes.TREES["small MLP"]
     params, grads = sizes.tensors(shapes, seed=1), sizes.tensors(shapes, seed=2)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import measure
 import report
-import steppers
 import sizes
+import steppers
 from steppers import RULES, Stepper
 from targets import DONATED, FUSED, LARGE, PURE
 
