@@ -98,7 +98,7 @@ def interpreted() -> Iterator[None]:
     """Triton's kernels on the CPU, in the place of foreach."""
     os.environ["TRITON_INTERPRET"] = "1"
     from funcopt.execution import dispatch
-    from funcopt.execution.triton_executor import Triton
+    from funcopt.execution.triton.kernels import Triton
 
     engines: dict[str, Any] = dispatch._ENGINES
     usual = engines["foreach"]

@@ -1,12 +1,17 @@
 """Every test run draws the same numbers, and builds its kernels anew."""
 
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
 
+# Triton reads it where a kernel is defined: before any file that does is collected.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings
+from table import ENDS, Case
 
 with warnings.catch_warnings():
     # torch loads this at the first dual tensor, and warns of its own use of TorchScript
@@ -19,6 +24,16 @@ torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The mixes of flags between a rule's first and its last are for the slow run."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        case = callspec.params.get("case") if callspec else None
+        if isinstance(case, Case) and case not in ENDS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
