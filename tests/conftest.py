@@ -28,11 +28,15 @@ settings.load_profile("repeatable")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The mixes of flags between a rule's first and its last are for the slow run."""
+    """For the slow run: mixes of flags between a rule's first and last, and foreach.
+
+    (The walk over lists is torch's own operations; kernels are what can be wrong.)
+    """
     for item in items:
         callspec = getattr(item, "callspec", None)
         case = callspec.params.get("case") if callspec else None
-        if isinstance(case, Case) and case not in ENDS:
+        between = isinstance(case, Case) and case not in ENDS
+        if between or (callspec and "foreach" in callspec.params.values()):
             item.add_marker(pytest.mark.slow)
 
 

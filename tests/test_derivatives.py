@@ -9,11 +9,11 @@ from table import CASES, ENDS, Case
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad
+from trees import assert_close, mixed, random_like, relative, small
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.types import State, Tree
-from trees import assert_close, mixed, random_like, relative, small
 
 FlatFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -89,6 +89,7 @@ def test_gradcheck_of_a_step(case: Case):
     assert gradcheck(function, point, check_forward_ad=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradgradcheck_of_a_step(case: Case):
     function, point = one_step(case)
@@ -101,6 +102,7 @@ def test_gradcheck_of_three_steps(case: Case):
     assert gradcheck(function, point)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DESCENDING, ids=str)
 def test_gradgradcheck_of_three_steps(case: Case):
     function, point = three_steps(case)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from exact_roots import ExactRoots
 from hypothesis import HealthCheck, given, settings
@@ -12,11 +13,13 @@ from test_execution import assert_bits
 from test_purity import Snapshot
 from torch import Tensor
 from torch.func import vmap
+from trees import relative
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.types import Tree
-from trees import relative
+
+pytestmark = pytest.mark.slow  # each draws a hundred examples
 
 EXECUTIONS = ["foreach", "native", None]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -9,11 +9,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from table import CASES, ENDS, Case, slots_of
 from torch import Tensor
+from trees import assert_same, mixed, random_like
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.types import State, Tree
-from trees import assert_same, mixed, random_like
+
+pytestmark = pytest.mark.slow  # each draws a hundred examples
 
 
 class Pair(NamedTuple):

@@ -9,11 +9,11 @@ from table import CASES, ENDS, SMOOTH, Case
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from trees import assert_close, assert_moved, mixed, random_like, relative, small
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.types import State, Tree
-from trees import assert_close, assert_moved, mixed, random_like, relative, small
 
 TASKS = 3
 
@@ -258,6 +258,7 @@ def check_compiled(case: Case, form: Callable[[Tensor], Any], backend: Any) -> N
 COMPILED = [(ENDS[0], form) for form in HYPER] + [(c, "Schedule") for c in ENDS[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case, form", COMPILED, ids=str)
 def test_compile(case: Case, form: str):
     """One graph, and none more when lr changes or the steps go on."""
