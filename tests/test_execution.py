@@ -16,13 +16,13 @@ from test_purity import Snapshot, assert_no_sharing
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
+from trees import assert_close, assert_moved, mixed, random_like
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.execution.native import kernels as native
 from funcopt.hyper import Hyper
 from funcopt.types import State, Tree
-from trees import assert_close, assert_moved, mixed, random_like
 
 FAST = ["foreach", "native"]
 QUICK = [torch.float32, torch.bfloat16]

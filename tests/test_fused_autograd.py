@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from trees import assert_close, assert_same, mixed, random_like, relative
 
 from funcopt import tree
 from funcopt.execution.call import Call
 from funcopt.types import Tree
-from trees import assert_close, assert_same, mixed, random_like, relative
 
 FAST = ["foreach", "native"]
 # Of the leaf's largest number.

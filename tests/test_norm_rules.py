@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from trees import assert_moved, mixed, random_like
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.hyper import Hyper
-from trees import assert_moved, mixed, random_like
 
 
 def lamb_like(

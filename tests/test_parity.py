@@ -8,11 +8,11 @@ import pytest
 import torch
 from table import CASES, SCALAR, Case, slots_of
 from torch import Tensor
+from trees import assert_same, mixed, random_like
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.types import State, Tree
-from trees import assert_same, mixed, random_like
 
 LONG, STEPS = 50, 20
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}

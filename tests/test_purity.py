@@ -7,11 +7,11 @@ import pytest
 import torch
 from table import CASES, ENDS, Case
 from torch import Tensor
+from trees import mixed, random_like
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.types import Tree
-from trees import mixed, random_like
 
 DTYPES = [torch.float32, torch.bfloat16]  # worked on as they are; as float32
 

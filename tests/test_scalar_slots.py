@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
+from trees import assert_close, assert_same, mixed, random_like
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.hyper import Hyper
 from funcopt.types import State, Tree
-from trees import assert_close, assert_same, mixed, random_like
 
 
 def rule(

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from table import CASES, ENDS, SCALAR, Case, slots_of
+from trees import assert_same, mixed, random_like
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.types import State, Tree
-from trees import assert_same, mixed, random_like
 
 
 def saved_and_loaded(value: Any) -> Any:

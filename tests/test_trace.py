@@ -11,13 +11,13 @@ from table import CASES, ENDS, Case
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from trees import small
 
 import funcopt as fo
 from funcopt.execution import dispatch, scalars
 from funcopt.execution.rule import Rule
 from funcopt.execution.trace import Program, UntraceableError, trace, vjp
 from funcopt.hyper import Hyper
-from trees import small
 
 G_P_LR = (True, True, False)  # two streams and a scalar
 OUTSIDE = torch.ones(3)
