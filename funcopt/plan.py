@@ -45,7 +45,7 @@ def plan(
         update: further arguments of ``opt.update``: hyperparameters, ``execution``.
 
     Returns:
-        A `Plan`; print it.
+        A plan; print it.
 
     Raises:
         ExecutionError: the executor that ``execution`` names cannot run the step.
