@@ -9,7 +9,6 @@ import torch
 
 from funcopt.execution import layout, reference
 from funcopt.execution.executor import Column, Executor
-from funcopt.execution.recycle import Recycler
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.execution.trace import Program
 from funcopt.types import Tensor
@@ -42,7 +41,6 @@ class Form:
     wanted: tuple[bool, ...] = ()  #: the inputs of ``of`` that `vjp` is to give
     of: "Form | None" = None  #: what this is a derivative of
     _derived: dict[Any, "Form"] = field(default_factory=dict)
-    recycler: Recycler = field(default_factory=Recycler)  #: of a step that none follows
 
     def vjp(self, wanted: tuple[bool, ...]) -> "Form":
         """The gradients of the tensors that are ``wanted``, and of those beside them."""
@@ -75,7 +73,7 @@ class Form:
         return self._once(("tasks", tasks), lambda _: self._new(tasks=tasks, of=of))
 
     def _new(self, **changes: Any) -> "Form":
-        return replace(self, _derived={}, recycler=Recycler(), **changes)
+        return replace(self, _derived={}, **changes)
 
     def _once(self, key: Any, make: Callable[[Any], "Form"]) -> "Form":
         if key not in self._derived:
@@ -205,16 +203,17 @@ class Call:
         """See `Form.with_tasks`."""
         return replace(self, form=self.form.with_tasks(tasks))
 
-    def execute(
-        self, tensors: Sequence[Tensor], recycler: Recycler | None = None
-    ) -> list[Tensor]:
-        """The outputs, by the engine. Nothing is recorded for a derivative."""
+    def execute(self, tensors: Sequence[Tensor], recycle: bool = False) -> list[Tensor]:
+        """The outputs, by the engine. Nothing is recorded for a derivative.
+
+        ``recycle`` old buffers only where no graph will hold the new ones.
+        """
         form = self.form
         streams = [tensors[column] for column in form.columns]
         device = streams[0][0].device
         out = None
-        if recycler is not None:
-            out = recycler.columns(streams[1], sum(form.outputs))
+        if recycle:
+            out = form.rule.recycler.columns(streams[1], sum(form.outputs))
         with torch.no_grad():
             found = form.executor(
                 layout.alike(streams),

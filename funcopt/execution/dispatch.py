@@ -38,7 +38,7 @@ _observer: ContextVar["list[Group] | None"] = ContextVar("observer", default=Non
 
 # A derivative by kernels costs as much as torch's own of so many operations: in plain
 # autograd, inside torch.func, and on leaves of _MANY elements, where arithmetic is what
-# costs (benchmarks/unroll.py).
+# costs. Measured on meta-steps of the sinusoid network, looped and vmapped.
 _WORTH, _WORTH_INSIDE, _WORTH_LARGE = 6, 12, 4
 _MANY = 1 << 15
 _MOST_FORMS = 64  # of the calls of one rule
@@ -168,6 +168,8 @@ def _lane(leaves: Leaves, group: Group, vectors: Sequence[Tensor]) -> Lane | Non
     columns = [leaves.grads, leaves.params, *leaves.state]
     alike = all(a is b for a, b in zip(columns, layout.alike(columns)))
     if not alike or "stream" in group.kinds or not all(map(levels.readable, vectors)):
+        return None
+    if len(leaves.rows(group.kinds)[0]) > 1:
         return None
     return Lane(group.kinds, _executor(leaves.rule, group), leaves, vectors)
 

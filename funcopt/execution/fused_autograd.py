@@ -28,7 +28,7 @@ def run(call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             _ = call.form.executor
         except (UntraceableError, BuildError):  # of a derivative: the step was tried
             return call.plain(*tensors)
-        return call.execute(tensors, call.form.recycler if call.form.of is None else None)
+        return call.execute(tensors, recycle=call.form.of is None)
     if call.form.what in ("second_vjp", "jvp"):  # third order
         return call.plain(*tensors)
     nested = _functorch.peek_interpreter_stack() is not None

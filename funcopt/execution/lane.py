@@ -9,7 +9,6 @@ from torch.autograd import forward_ad
 from funcopt.execution import layout
 from funcopt.execution.executor import Column, Executor
 from funcopt.execution.leaves import Leaves
-from funcopt.execution.recycle import Recycler
 from funcopt.execution.rule import Kinds
 from funcopt.types import Tensor
 
@@ -48,7 +47,6 @@ class Lane:
             *tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides
         )
         self._needs_no_grad = any(x.requires_grad for x in tensors)
-        self._recycler = Recycler()
         self._numbers: dict[str, Any] | None = None  # values that were looked at before
         self._apart: list[int] = []  # addresses of which no two tensors overlap
 
@@ -88,7 +86,7 @@ class Lane:
         out = (
             streams[1:]
             if donate
-            else self._recycler.columns(streams[1], len(streams) - 1)
+            else self._rule.recycler.columns(streams[1], len(streams) - 1)
         )
         row = [column[0] for column in numbers]
         row += map(values.__getitem__, self._names)

@@ -8,6 +8,7 @@ import torch
 
 from funcopt.execution import levels, trace
 from funcopt.execution.executor import BuildError, Executor
+from funcopt.execution.recycle import Recycler
 from funcopt.execution.trace import Function, Program, UntraceableError
 from funcopt.types import RuleFunction, Tensor
 
@@ -33,6 +34,7 @@ class Rule:
         default_factory=dict
     )
     forms: dict[Any, Any] = field(default_factory=dict)  #: what its calls have in common
+    recycler: Recycler = field(default_factory=Recycler)  #: of its steps' results
 
     def kinds(self, values: Mapping[str, Any]) -> Kinds:
         """What each hyperparameter is, of those of one leaf."""
