@@ -25,7 +25,7 @@ from tqdm import tqdm
 import funcopt as fo
 import measure
 import report
-from funcopt.execution import dispatch
+from funcopt.execution import choice, dispatch
 
 OPTIMIZERS = {
     "sgd": fo.sgd(lr=0.1),
@@ -94,7 +94,7 @@ def scan(opt: fo.Optimizer) -> dict[str, dict[str, float]]:
     tensors = [*given.grads, *given.params, *chain(*given.state), state["step"]]
     assert len(tensors) == 73 and lane.admits(tensors)
     return {
-        "anew": microseconds(lambda: dispatch._groups(given, None)),
+        "anew": microseconds(lambda: choice.groups(given)),
         "like the last": microseconds(lambda: lane.admits(tensors)),
     }
 

@@ -11,7 +11,7 @@ from funcopt.errors import (
     StructureError,
     UnknownHyperparameterError,
 )
-from funcopt.execution.dispatch import execution
+from funcopt.execution.choice import execution
 from funcopt.hyper import Schedule
 from funcopt.optimizer import Optimizer, elementwise, per_tensor
 from funcopt.optimizers import (

@@ -1,33 +1,18 @@
 """Optimizer: a rule on one leaf becomes two pure functions on trees."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, final
 
-import torch
-
-from funcopt import tree
-from funcopt.checks import check_leaves, check_params, check_state
-from funcopt.errors import HyperparameterError
-from funcopt.execution import dispatch, levels
-from funcopt.execution.lane import Lane
-from funcopt.execution.leaves import Leaves
-from funcopt.execution.rule import Rule
-from funcopt.hyper import Hyper, Hypers
+from funcopt.hyper import Hyper
+from funcopt.stepper import Stepper
 from funcopt.types import (
-    HyperMapping,
     HyperValue,
     InitFunction,
     RuleFunction,
     SlotStart,
-    State,
-    Tensor,
-    Tree,
     UpdateFunction,
 )
-
-_MOST_LANES = 64  # structures of params that one optimizer remembers
 
 
 @final
@@ -187,191 +172,6 @@ def _from_rule(
     elementwise: bool = True,
     norms: bool = False,
 ) -> Optimizer:
-    hypers = Hypers(hyper, name)
-    keys = ("step", *slots)
-    scalar = {slot: not callable(first) for slot, first in slots.items()}
-    trees_of = [slot for slot in slots if not scalar[slot]]
-    lanes: dict[tree.Structure, Lane] = {}
-    made = Rule(
-        rule,
-        name,
-        tuple(scalar.values()),
-        tuple(hypers.arguments),
-        elementwise,
-        norms,
-    )
-    vectors = {"step": torch.int64} | {s: torch.float64 for s in slots if scalar[s]}
-
-    def init(params: Tree) -> State:
-        leaves, structure = tree.flatten(params)
-        check_params(leaves, structure)
-        state: State = {"step": _filled(leaves, 0, torch.int64)}
-        for slot, first in slots.items():
-            if callable(first):
-                values = [None if p is None else first(p.detach()) for p in leaves]
-                state[slot] = tree.unflatten(structure, values)
-            else:
-                state[slot] = _filled(leaves, first, torch.float64)
-        return state
-
-    def again(
-        lane: Lane,
-        structure: tree.Structure,
-        grads: Tree,
-        state: State,
-        params: Tree,
-        p: list[Any],
-        donate: bool,
-        overrides: HyperMapping,
-    ) -> tuple[Tree, State] | None:
-        """A step like an earlier one, by the way that one took; None if it is not."""
-        try:
-            streams = [structure.flatten_up_to(grads), p]
-            streams += [structure.flatten_up_to(state[slot]) for slot in trees_of]
-            held = [state[key] for key in vectors]
-        except (KeyError, TypeError, ValueError):
-            return None  # where the words for it are found
-        if len(state) != len(keys) or not lane.admits([*chain(*streams), *held]):
-            return None
-        steps, *numbers = [vector.tolist() for vector in held]
-        steps = [step + 1 for step in steps]
-        values = hypers.per_leaf(overrides, structure, p, steps)
-        columns = lane.run(streams, [*numbers, steps], values, donate)
-        if columns is None:
-            return None
-        if donate:
-            state["step"].add_(1)
-        else:
-            params = tree.unflatten(structure, columns[0])
-            new_state: State = {"step": state["step"] + 1}
-        for slot, column in zip(slots, columns[1:]):
-            if donate and scalar[slot]:
-                state[slot].copy_(torch.tensor(column, dtype=torch.float64))
-            elif not donate:
-                new_state[slot] = (
-                    torch.tensor(column, dtype=torch.float64)
-                    if scalar[slot]
-                    else tree.unflatten(structure, column)
-                )
-        return params, state if donate else new_state
-
-    def update(
-        grads: Tree,
-        state: State,
-        params: Tree,
-        *,
-        donate: bool = False,
-        execution: str | None = None,
-        **overrides: HyperValue,
-    ) -> tuple[Tree, State]:
-        p, structure = tree.flatten(params)
-        compiling = torch.compiler.is_compiling()
-        known = None if compiling or execution else lanes.get(structure)
-        if known is not None and dispatch.is_free():
-            done = again(known, structure, grads, state, params, p, donate, overrides)
-            if done is not None:
-                return done
-        g = tree.flatten_like(structure, grads, "grads")
-        check_state(state, keys, vectors, structure, name)
-        trees = {
-            slot: tree.flatten_like(structure, state[slot], f"state['{slot}']")
-            for slot in trees_of
-        }
-        live = _live(g, p)
-        check_leaves(g, p, trees, live, structure)
-        old = {
-            slot: levels.scalars_of(state[slot]) if scalar[slot] else trees[slot]
-            for slot in slots
-        }
-        steps = _next_steps(state["step"], live)
-        numbers = levels.scalars_of(steps)
-        values = hypers.per_leaf(overrides, structure, p, numbers)
-        leaves = Leaves(
-            made,
-            _pick(g, live),
-            _pick(p, live),
-            [_pick(column, live) for column in old.values()],
-            _pick(numbers, live),
-            _pick(values, live),
-        )
-        columns, lane = dispatch.step(
-            leaves, execution, donate, [state[key] for key in vectors]
-        )
-        if lane is not None and live is None and len(lanes) < _MOST_LANES:
-            lanes[structure] = lane
-        new_params, *columns = _merge((p, *old.values()), columns, live)
-        new_state: State = {"step": steps}
-        for slot, column in zip(slots, columns):
-            new_state[slot] = (
-                _vector(column, state[slot], f"{name}'s '{slot}'", structure)
-                if scalar[slot]
-                else tree.unflatten(structure, column)
-            )
-        if donate:
-            for key in vectors:
-                state[key].copy_(new_state[key])
-            return params, state
-        return tree.unflatten(structure, new_params), new_state
-
+    stepper = Stepper(rule, name, slots, hyper, elementwise, norms)
     public = {key: declared.value for key, declared in hyper.items()}
-    return Optimizer(init, update, name, public)
-
-
-def _live(grads: Sequence[Any], params: Sequence[Any]) -> list[int] | None:
-    """Which leaves have a gradient; None says all."""
-    if all(g is not None for g in grads) and all(p is not None for p in params):
-        return None
-    return [i for i, g in enumerate(grads) if g is not None]
-
-
-def _pick(column: Sequence[Any], live: list[int] | None) -> Sequence[Any]:
-    return column if live is None else [column[i] for i in live]
-
-
-def _merge(
-    columns: Sequence[Sequence[Any]],
-    new: Sequence[Sequence[Any]],
-    live: list[int] | None,
-) -> Sequence[Sequence[Any]]:
-    """The columns with the live leaves' new values in them."""
-    if live is None:
-        return new
-    merged = [list(column) for column in columns]
-    for column, values in zip(merged, new):
-        for i, value in zip(live, values):
-            column[i] = value
-    return merged
-
-
-def _filled(leaves: Sequence[Any], value: float, dtype: torch.dtype) -> Tensor:
-    """A vector with ``value`` for each leaf."""
-    devices = {p.device for p in leaves if p is not None}
-    device = devices.pop() if len(devices) == 1 else torch.device("cpu")
-    return torch.full((len(leaves),), value, dtype=dtype, device=device)
-
-
-def _vector(
-    column: Sequence[Any], old: Tensor, what: str, structure: tree.Structure
-) -> Tensor:
-    """The numbers of a scalar slot, floats or 0-d tensors, as the next ``old``."""
-    like = {"dtype": torch.float64, "device": old.device}
-    if all(isinstance(x, float) for x in column):
-        return torch.tensor(column, **like)
-    for i, x in enumerate(column):
-        if isinstance(x, Tensor) and x.ndim:
-            raise HyperparameterError(
-                f"{what} is one number per leaf, but at '{tree.paths(structure)[i]}' it "
-                f"would have shape {tuple(x.shape)}: the hyperparameters that it is made "
-                "of must be floats or 0-d tensors"
-            )
-    return torch.stack([torch.as_tensor(x, **like) for x in column])
-
-
-def _next_steps(steps: Tensor, live: list[int] | None) -> Tensor:
-    """Steps count per leaf: a leaf without a gradient does not step."""
-    if live is None:
-        return steps + 1
-    mask = [0] * steps.shape[0]
-    for i in live:
-        mask[i] = 1
-    return steps + torch.tensor(mask, device=steps.device)
+    return Optimizer(stepper.init, stepper.update, name, public)

@@ -7,8 +7,8 @@ from typing import Any, final
 import torch
 
 from funcopt import tree
-from funcopt.execution import dispatch
-from funcopt.execution.dispatch import Group
+from funcopt.execution import choice
+from funcopt.execution.choice import Group
 from funcopt.optimizer import Optimizer
 from funcopt.types import Tensor, Tree
 
@@ -65,7 +65,7 @@ def plan(
     if grads is None:
         grads = tree.map(torch.zeros_like, params)
     state = opt.init(params) if state is None else state
-    with dispatch.observed() as groups:
+    with choice.observed() as groups:
         opt.update(grads, state, params, **update)
     return Plan(groups)
 
@@ -76,8 +76,8 @@ def _lines(group: Group) -> str:
     count = sum(p.numel() for p in params)
     first = params[0]
     what = f"{first.dtype} on {first.device}".removeprefix("torch.")
-    choice = group.choice
-    how = f"{choice.name}, with its derivative" if choice.derivative else choice.name
+    chosen = group.choice
+    how = f"{chosen.name}, with its derivative" if chosen.derivative else chosen.name
     lines = [f"{group.rule.name}: {leaves}, {count:,} elements, {what}: {how}"]
-    lines += [f"    not {name}: {reason}" for name, reason in choice.refused]
+    lines += [f"    not {name}: {reason}" for name, reason in chosen.refused]
     return "\n".join(lines)

@@ -14,9 +14,10 @@ from torch.func import grad, jvp, vmap
 from trees import small
 
 import funcopt as fo
-from funcopt.execution import dispatch, scalars
+from funcopt.execution import choice, scalars
+from funcopt.execution.program import Program
 from funcopt.execution.rule import Rule
-from funcopt.execution.trace import Program, UntraceableError, trace, vjp
+from funcopt.execution.trace import UntraceableError, trace, vjp
 from funcopt.hyper import Hyper
 
 G_P_LR = (True, True, False)  # two streams and a scalar
@@ -33,7 +34,7 @@ def names(program: Program) -> list[str]:
 
 def rule_of(opt: fo.Optimizer) -> Rule:
     params = small()
-    with dispatch.observed() as groups:
+    with choice.observed() as groups:
         opt.update(params, opt.init(params), params)
     return groups[0].rule
 
@@ -128,7 +129,7 @@ def test_what_is_refused_still_runs(name: str):
         except Exception as error:
             return type(error)
 
-    expected, found = result(dispatch.execution("reference")), result(nullcontext())
+    expected, found = result(choice.execution("reference")), result(nullcontext())
     if isinstance(expected, Tensor):
         assert torch.equal(found, expected)
     else:
@@ -143,7 +144,7 @@ def test_a_rule_that_needs_its_leaf_whole_is_refused():
     p = torch.ones(3)
     for name in ("native", "foreach"):
         with (
-            dispatch.execution(name),
+            choice.execution(name),
             pytest.raises(RuntimeError, match=f"'{name}' .* whole needs each leaf whole"),
         ):
             opt.update(p, opt.init(p), p)

@@ -19,8 +19,9 @@ from table import CASES, ENDS, Case  # noqa: E402
 
 import funcopt.optimizer  # noqa: E402
 from funcopt.execution.executor import BuildError  # noqa: E402
+from funcopt.execution.program import Program  # noqa: E402
 from funcopt.execution.rule import Kinds, Rule  # noqa: E402
-from funcopt.execution.trace import Program, trace  # noqa: E402
+from funcopt.execution.trace import trace  # noqa: E402
 from funcopt.execution.triton import kernels, tables  # noqa: E402
 from funcopt.execution.triton.kernels import Triton  # noqa: E402
 from funcopt.execution.triton.tables import PerLeaf  # noqa: E402

@@ -1,181 +1,14 @@
-"""A call of a rule, or of a derivative of it, on the leaves of one group."""
+"""A call of a rule, or of a derivative of it: by kernels, or by torch's operations."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from funcopt.execution import layout, reference
-from funcopt.execution.executor import Column, Executor
-from funcopt.execution.rule import Kinds, Rule
-from funcopt.execution.trace import Program
+from funcopt.execution.form import Form, scalars_in
 from funcopt.types import Tensor
-
-#: makes a program ready for a dtype that leaves are stored in
-Engine: TypeAlias = Callable[[Program, torch.dtype], Executor]
-
-_MOST = 64  # forms kept that follow from one
-
-
-@dataclass(frozen=True, eq=False)
-class Form:
-    """What calls have in common that differ in their numbers alone: worked out once.
-
-    A call is of one flat list of tensors, which follows the inputs of the program: for a
-    stream the tensors of all leaves, for a scalar those of the rows where it is a tensor.
-    Its outputs are such a list, too. Derivatives have forms of their own: `vjp` takes
-    this form's tensors and a cotangent for each output, `jvp` this form's tensors and as
-    many tangents.
-    """
-
-    rule: Rule
-    kinds: Kinds
-    engine: Engine
-    stored: torch.dtype  #: what leaves are kept in
-    which: tuple[int, ...]  #: the row of each leaf
-    given: tuple[tuple[bool, ...], ...]  #: of each row, which scalars are tensors
-    tasks: int = 0  #: how many tasks a leaf's leading axis holds, if scalars are theirs
-    what: str = "step"
-    wanted: tuple[bool, ...] = ()  #: the inputs of ``of`` that `vjp` is to give
-    of: "Form | None" = None  #: what this is a derivative of
-    _derived: dict[Any, "Form"] = field(default_factory=dict)
-
-    def vjp(self, wanted: tuple[bool, ...]) -> "Form":
-        """The gradients of the tensors that are ``wanted``, and of those beside them."""
-        return self._once(wanted, self._vjp)
-
-    def _vjp(self, wanted: tuple[bool, ...]) -> "Form":
-        asked = [False] * len(self.inputs)
-        for (i, _), w in zip(self.places, wanted):
-            asked[i] |= w
-        more = (True,) * _scalars(self.outputs)
-        return self._new(
-            what="second_vjp" if self.of else "vjp",
-            given=tuple((*row, *more) for row in self.given),
-            wanted=tuple(asked),
-            of=self,
-        )
-
-    def jvp(self) -> "Form":
-        """The tangents of the outputs."""
-        return self._once(
-            "jvp",
-            lambda what: self._new(
-                what=what, given=tuple(row + row for row in self.given), of=self
-            ),
-        )
-
-    def with_tasks(self, tasks: int) -> "Form":
-        """The same on leaves whose leading axis is the task."""
-        of = self.of and self.of.with_tasks(tasks)
-        return self._once(("tasks", tasks), lambda _: self._new(tasks=tasks, of=of))
-
-    def _new(self, **changes: Any) -> "Form":
-        return replace(self, _derived={}, **changes)
-
-    def _once(self, key: Any, make: Callable[[Any], "Form"]) -> "Form":
-        if key not in self._derived:
-            if len(self._derived) >= _MOST:
-                self._derived.clear()
-            self._derived[key] = make(key)
-        return self._derived[key]
-
-    @property
-    def sums(self) -> bool:
-        """Whether scalars come out that are summed over leaves."""
-        return self.what in ("vjp", "second_vjp")
-
-    @cached_property
-    def inputs(self) -> tuple[bool, ...]:
-        """For each input of the program, whether it is a stream."""
-        if self.of is None:
-            return self.rule.inputs(self.kinds)
-        return (*self.of.inputs, *(self.of.outputs if self.sums else self.of.inputs))
-
-    @cached_property
-    def outputs(self) -> tuple[bool, ...]:
-        """For each output of the program, whether it is a stream."""
-        if not self.sums:
-            return self.rule.outputs
-        assert self.of is not None
-        return tuple(s for s, w in zip(self.of.inputs, self.wanted) if w)
-
-    @cached_property
-    def places(self) -> list[tuple[int, int]]:
-        """For each tensor of the list, its input and its leaf or row."""
-        return list(_places(self.inputs, len(self.which), self.given))
-
-    @cached_property
-    def output_places(self) -> list[tuple[int, int]]:
-        """For each tensor that comes out, the program's output and its leaf or row."""
-        if not self.sums:
-            every = tuple((True,) * _scalars(self.outputs) for _ in self.given)
-            return list(_places(self.outputs, len(self.which), every))
-        assert self.of is not None
-        number = {i: k for k, i in enumerate(i for i, w in enumerate(self.wanted) if w)}
-        return [(number[i], at) for i, at in self.of.places if i in number]
-
-    @cached_property
-    def output_rows(self) -> list[list[int]]:
-        """For each output of the program the rows of which a scalar comes out."""
-        return [
-            [at for i, at in self.output_places if i == k] if not stream else []
-            for k, stream in enumerate(self.outputs)
-        ]
-
-    @cached_property
-    def input_streams(self) -> list[bool]:
-        """For each tensor of the list, whether it is a leaf's."""
-        return [self.inputs[i] for i, _ in self.places]
-
-    @cached_property
-    def output_streams(self) -> list[bool]:
-        return [self.outputs[i] for i, _ in self.output_places]
-
-    @cached_property
-    def columns(self) -> list[slice]:
-        """Where in the list the tensors of each input stream are."""
-        starts = [k for k, (i, at) in enumerate(self.places) if self.inputs[i] and not at]
-        return [slice(start, start + len(self.which)) for start in starts]
-
-    @cached_property
-    def scalars(self) -> list[tuple[int, int, int]]:
-        """Of each scalar in the list: its place there, its row, its place in the row."""
-        position = _positions(self.inputs)
-        return [
-            (k, row, position[i])
-            for k, (i, row) in enumerate(self.places)
-            if not self.inputs[i]
-        ]
-
-    @cached_property
-    def program(self) -> Program:
-        rule, dtype = self.rule, reference.computed(self.stored)
-        if self.of is None:
-            return rule.program(self.kinds, dtype)
-        if self.what == "jvp":
-            return rule.jvp(self.kinds, dtype)
-        if self.what == "vjp":
-            return rule.vjp(self.kinds, dtype, self.wanted)
-        return rule.second_vjp(self.kinds, dtype, self.of.wanted, self.wanted)
-
-    @cached_property
-    def executor(self) -> Executor:
-        """Raises UntraceableError or BuildError: there is none."""
-        return self.rule.executor(self.engine, self.program, self.stored)
-
-    def gather(self, outputs: Sequence[Tensor]) -> list[Column]:
-        """The outputs of a step as columns: something for each leaf."""
-        columns: list[list[Any]] = [[None] * len(self.which) for _ in self.outputs]
-        for x, (i, at) in zip(outputs, self.output_places):
-            if self.outputs[i]:
-                columns[i][at] = x
-            else:
-                rows = zip(columns[i], self.which)
-                columns[i] = [x if row == at else old for old, row in rows]
-        return list(columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +21,7 @@ class Call:
     def vjp(self, wanted: Sequence[bool]) -> "Call":
         """See `Form.vjp`."""
         form = self.form.vjp(tuple(wanted))
-        more = (None,) * _scalars(self.form.outputs)
+        more = (None,) * scalars_in(self.form.outputs)
         return Call(form, tuple(row + more for row in self.rows))
 
     def jvp(self) -> "Call":
@@ -244,7 +77,7 @@ class Call:
         if form.of is None:
             return self._step(tensors)
         # The first scalars of each row are those of what this is a derivative of.
-        of = Call(form.of, tuple(row[: _scalars(form.of.inputs)] for row in self.rows))
+        of = Call(form.of, tuple(row[: scalars_in(form.of.inputs)] for row in self.rows))
         count = len(form.of.places)
         given, more = tensors[:count], tensors[count:]
         if form.what == "jvp":
@@ -294,27 +127,3 @@ class Call:
 
 def _float64(value: float, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device=device)
-
-
-def _positions(streams: Sequence[bool]) -> list[int]:
-    """For each input, how many scalars stand before it."""
-    positions, count = [], 0
-    for stream in streams:
-        positions.append(count)
-        count += not stream
-    return positions
-
-
-def _places(
-    streams: Sequence[bool], leaves: int, given: Sequence[Sequence[bool]]
-) -> Iterator[tuple[int, int]]:
-    for i, (stream, k) in enumerate(zip(streams, _positions(streams))):
-        if stream:
-            yield from ((i, leaf) for leaf in range(leaves))
-        else:
-            yield from ((i, r) for r, row in enumerate(given) if row[k])
-
-
-def _scalars(streams: Sequence[bool]) -> int:
-    """How many are scalars."""
-    return sum(not stream for stream in streams)

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from funcopt.execution.trace import Program
+from funcopt.execution.program import Program
 from funcopt.types import Tensor
 
 #: a tensor, or a number, for each leaf

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from funcopt.execution.executor import Column
+from funcopt.execution.program import Pass, Program
 from funcopt.execution.sweeping import Sweeping
-from funcopt.execution.trace import Pass, Program
 from funcopt.types import Tensor
 
 _LEAF: dict[str, Callable[..., Tensor]] = {

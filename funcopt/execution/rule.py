@@ -8,8 +8,9 @@ import torch
 
 from funcopt.execution import levels, trace
 from funcopt.execution.executor import BuildError, Executor
+from funcopt.execution.program import Function, Program
 from funcopt.execution.recycle import Recycler
-from funcopt.execution.trace import Function, Program, UntraceableError
+from funcopt.execution.trace import UntraceableError
 from funcopt.types import RuleFunction, Tensor
 
 #: of each hyperparameter: "zero" (the number 0, which may leave a term out), "scalar" or

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from funcopt.execution.trace import Pass, Program
+from funcopt.execution.program import Pass, Program
 from funcopt.types import Tensor
 
 #: on Python's numbers; an error where IEEE has an infinity or NaN

@@ -8,7 +8,7 @@ import torch
 
 from funcopt.execution import scalars
 from funcopt.execution.executor import Column, Executor
-from funcopt.execution.trace import Program
+from funcopt.execution.program import Program
 from funcopt.types import Tensor
 
 

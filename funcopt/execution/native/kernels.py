@@ -14,8 +14,8 @@ from funcopt.execution import scalars
 from funcopt.execution.executor import BuildError, Column, Direct, empty_like
 from funcopt.execution.native import self_check, source
 from funcopt.execution.native.build import library
+from funcopt.execution.program import Program
 from funcopt.execution.sweeping import Sweeping
-from funcopt.execution.trace import Program
 from funcopt.types import Tensor
 
 # Fewer elements are done sooner than a second thread wakes up.

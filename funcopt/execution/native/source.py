@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from funcopt.execution.trace import Pass, Program
+from funcopt.execution.program import Pass, Program
 
 #: how a dtype is stored, and what makes the computed type of it and back
 _STORAGE = {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from funcopt.execution.executor import BuildError, Column, Executor
-from funcopt.execution.trace import Program
+from funcopt.execution.program import Program
 from funcopt.execution.triton.source import DTYPES, Printer
 from funcopt.execution.triton.tables import BLOCK, Layout, Uploads, layout, words
 from funcopt.types import Tensor

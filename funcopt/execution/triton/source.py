@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from funcopt.execution.trace import Op, Pass, Program
+from funcopt.execution.program import Op, Pass, Program
 from funcopt.execution.triton.tables import ENTRY
 
 #: dtypes that are stored → their names in Triton; halves are computed in float32

@@ -1,0 +1,223 @@
+"""``init`` and ``update`` of one rule: trees become lists of leaves, and trees again."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+
+from funcopt import tree
+from funcopt.checks import check_leaves, check_params, check_state
+from funcopt.errors import HyperparameterError
+from funcopt.execution import choice, dispatch, levels
+from funcopt.execution.lane import Lane
+from funcopt.execution.leaves import Leaves
+from funcopt.execution.rule import Rule
+from funcopt.hyper import Hyper, Hypers
+from funcopt.types import HyperValue, RuleFunction, SlotStart, State, Tensor, Tree
+
+_MOST_LANES = 64  # structures of params that one optimizer remembers
+
+
+class Stepper:
+    """A rule, its slots and hyperparameters, and the lanes that earlier steps made."""
+
+    def __init__(
+        self,
+        rule: RuleFunction,
+        name: str,
+        slots: Mapping[str, SlotStart],
+        hyper: Mapping[str, Hyper],
+        elementwise: bool,
+        norms: bool,
+    ) -> None:
+        self.slots = dict(slots)
+        self.scalar = {slot: not callable(first) for slot, first in slots.items()}
+        self.trees = [slot for slot in slots if not self.scalar[slot]]
+        #: what the state holds for all leaves at once, one vector each
+        self.vectors = {"step": torch.int64} | {
+            slot: torch.float64 for slot in slots if self.scalar[slot]
+        }
+        self.hypers = Hypers(hyper, name)
+        self.rule = Rule(
+            rule,
+            name,
+            tuple(self.scalar.values()),
+            tuple(self.hypers.arguments),
+            elementwise,
+            norms,
+        )
+        self.lanes: dict[tree.Structure, Lane] = {}
+
+    def init(self, params: Tree) -> State:
+        """The state before the first step; see `Optimizer`."""
+        leaves, structure = tree.flatten(params)
+        check_params(leaves, structure)
+        state: State = {"step": _filled(leaves, 0, torch.int64)}
+        for slot, first in self.slots.items():
+            if callable(first):
+                values = [None if p is None else first(p.detach()) for p in leaves]
+                state[slot] = tree.unflatten(structure, values)
+            else:
+                state[slot] = _filled(leaves, first, torch.float64)
+        return state
+
+    def update(
+        self,
+        grads: Tree,
+        state: State,
+        params: Tree,
+        *,
+        donate: bool = False,
+        execution: str | None = None,
+        **overrides: HyperValue,
+    ) -> tuple[Tree, State]:
+        """One step; see `Optimizer`."""
+        p, structure = tree.flatten(params)
+        if not torch.compiler.is_compiling() and not execution and choice.is_free():
+            lane = self.lanes.get(structure)
+            if lane is not None:
+                done = self._again(lane, structure, grads, state, p, donate, overrides)
+                if done is not None:
+                    return self._result(structure, params, state, *done, donate)
+        g = tree.flatten_like(structure, grads, "grads")
+        check_state(state, ("step", *self.slots), self.vectors, structure, self.rule.name)
+        trees = {
+            slot: tree.flatten_like(structure, state[slot], f"state['{slot}']")
+            for slot in self.trees
+        }
+        live = _live(g, p)
+        check_leaves(g, p, trees, live, structure)
+        old = {
+            slot: levels.scalars_of(state[slot]) if self.scalar[slot] else trees[slot]
+            for slot in self.slots
+        }
+        steps = _next_steps(state["step"], live)
+        numbers = levels.scalars_of(steps)
+        values = self.hypers.per_leaf(overrides, structure, p, numbers)
+        leaves = Leaves(
+            self.rule,
+            _pick(g, live),
+            _pick(p, live),
+            [_pick(column, live) for column in old.values()],
+            _pick(numbers, live),
+            _pick(values, live),
+        )
+        held = [state[key] for key in self.vectors]
+        columns, lane = dispatch.step(leaves, execution, donate, held)
+        if lane is not None and live is None:
+            if len(self.lanes) >= _MOST_LANES:
+                self.lanes.clear()
+            self.lanes[structure] = lane
+        columns = _merge((p, *old.values()), columns, live)
+        return self._result(structure, params, state, columns, steps, donate)
+
+    def _again(
+        self,
+        lane: Lane,
+        structure: tree.Structure,
+        grads: Tree,
+        state: State,
+        p: list[Any],
+        donate: bool,
+        overrides: Mapping[str, HyperValue],
+    ) -> tuple[Sequence[Any], Tensor] | None:
+        """The columns and steps of a step like an earlier one; None if it is not."""
+        try:
+            streams = [structure.flatten_up_to(grads), p]
+            streams += [structure.flatten_up_to(state[slot]) for slot in self.trees]
+            held = [state[key] for key in self.vectors]
+        except (KeyError, TypeError, ValueError):
+            return None  # where the words for it are found
+        if len(state) != 1 + len(self.slots):
+            return None
+        if not lane.admits([*chain(*streams), *held]):
+            return None
+        steps = held[0] + 1
+        numbers = [*(vector.tolist() for vector in held[1:]), steps.tolist()]
+        values = self.hypers.per_leaf(overrides, structure, p, numbers[-1])
+        columns = lane.run(streams, numbers, values, donate)
+        return None if columns is None else (columns, steps)
+
+    def _result(
+        self,
+        structure: tree.Structure,
+        params: Tree,
+        state: State,
+        columns: Sequence[Any],
+        steps: Tensor,
+        donate: bool,
+    ) -> tuple[Tree, State]:
+        """The columns as trees and vectors; with ``donate`` the old trees hold them."""
+        new = {"step": steps}
+        for slot, column in zip(self.slots, columns[1:]):
+            if self.scalar[slot]:
+                what = f"{self.rule.name}'s '{slot}'"
+                new[slot] = _vector(column, state[slot], what, structure)
+            elif not donate:
+                new[slot] = tree.unflatten(structure, column)
+        if donate:
+            for key, vector in new.items():
+                state[key].copy_(vector)
+            return params, state
+        return tree.unflatten(structure, columns[0]), new
+
+
+def _live(grads: Sequence[Any], params: Sequence[Any]) -> list[int] | None:
+    """Which leaves have a gradient; None says all."""
+    if all(g is not None for g in grads) and all(p is not None for p in params):
+        return None
+    return [i for i, g in enumerate(grads) if g is not None]
+
+
+def _pick(column: Sequence[Any], live: list[int] | None) -> Sequence[Any]:
+    return column if live is None else [column[i] for i in live]
+
+
+def _merge(
+    columns: Sequence[Sequence[Any]],
+    new: Sequence[Sequence[Any]],
+    live: list[int] | None,
+) -> Sequence[Sequence[Any]]:
+    """The columns with the live leaves' new values in them."""
+    if live is None:
+        return new
+    merged = [list(column) for column in columns]
+    for column, values in zip(merged, new):
+        for i, value in zip(live, values):
+            column[i] = value
+    return merged
+
+
+def _filled(leaves: Sequence[Any], value: float, dtype: torch.dtype) -> Tensor:
+    """A vector with ``value`` for each leaf."""
+    devices = {p.device for p in leaves if p is not None}
+    device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+    return torch.full((len(leaves),), value, dtype=dtype, device=device)
+
+
+def _vector(
+    column: Sequence[Any], old: Tensor, what: str, structure: tree.Structure
+) -> Tensor:
+    """The numbers of a scalar slot, floats or 0-d tensors, as the next ``old``."""
+    like = {"dtype": torch.float64, "device": old.device}
+    if all(isinstance(x, float) for x in column):
+        return torch.tensor(column, **like)
+    for i, x in enumerate(column):
+        if isinstance(x, Tensor) and x.ndim:
+            raise HyperparameterError(
+                f"{what} is one number per leaf, but at '{tree.paths(structure)[i]}' it "
+                f"would have shape {tuple(x.shape)}: the hyperparameters that it is made "
+                "of must be floats or 0-d tensors"
+            )
+    return torch.stack([torch.as_tensor(x, **like) for x in column])
+
+
+def _next_steps(steps: Tensor, live: list[int] | None) -> Tensor:
+    """Steps count per leaf: a leaf without a gradient does not step."""
+    if live is None:
+        return steps + 1
+    mask = [0] * steps.shape[0]
+    for i in live:
+        mask[i] = 1
+    return steps + torch.tensor(mask, device=steps.device)
