@@ -9,6 +9,8 @@ import torch
 from oracles import Lion
 
 import funcopt as fo
+from funcopt.execution import choice
+from funcopt.execution.rule import Rule
 from funcopt.types import State
 
 Flags = Mapping[str, Any]
@@ -85,6 +87,14 @@ SCALAR = {"eta", "mu", "mu_product"}
 def slots_of(state: State) -> list[str]:
     """The slots that are trees like params."""
     return [name for name in state if name != "step" and name not in SCALAR]
+
+
+def rule_of(optimizer: fo.Optimizer) -> Rule:
+    """The rule by which it makes its steps."""
+    params = [torch.ones(1)]
+    with choice.observed() as groups:
+        optimizer.update(params, optimizer.init(params), params)
+    return groups[0].rule
 
 
 def _mixes(**choices: tuple[Any, ...]) -> list[Flags]:

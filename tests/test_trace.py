@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from table import CASES, ENDS, Case
+from table import CASES, ENDS, Case, rule_of
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
@@ -30,13 +30,6 @@ def program_of(function: Callable[..., Any], inputs: Sequence[bool] = G_P_LR) ->
 
 def names(program: Program) -> list[str]:
     return [op.name for op in program.ops]
-
-
-def rule_of(opt: fo.Optimizer) -> Rule:
-    params = small()
-    with choice.observed() as groups:
-        opt.update(params, opt.init(params), params)
-    return groups[0].rule
 
 
 def kinds_of(case: Case) -> tuple[str, ...]:

@@ -15,9 +15,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # is read where a kernel is defined
 np = pytest.importorskip("numpy")
 pytest.importorskip("triton", reason="Triton has no release for this system")
 
-from table import CASES, ENDS, Case  # noqa: E402
+from table import CASES, ENDS, Case, rule_of  # noqa: E402
 
-import funcopt.optimizer  # noqa: E402
 from funcopt.execution.executor import BuildError  # noqa: E402
 from funcopt.execution.program import Program  # noqa: E402
 from funcopt.execution.rule import Kinds, Rule  # noqa: E402
@@ -54,20 +53,14 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def rule_of(case: Case) -> tuple[Rule, dict[str, Any]]:
+def rule_and_values(case: Case) -> tuple[Rule, dict[str, Any]]:
     """A case's rule, and the values of its hyperparameters."""
-    made = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            funcopt.optimizer,
-            "Rule",
-            lambda *a, **k: made.append(Rule(*a, **k)) or made[0],
-        )
-        optimizer = case.optimizer(**case.floats())
+    optimizer = case.optimizer(**case.floats())
+    rule = rule_of(optimizer)
     values = []
     for value in optimizer.hyper.values():
         values += value if isinstance(value, tuple) else [value]
-    return made[0], dict(zip(made[0].hyper, values))
+    return rule, dict(zip(rule.hyper, values))
 
 
 def computed(stored: torch.dtype) -> torch.dtype:
@@ -152,7 +145,7 @@ def assert_as_defined(program: Program, streams: Any, rows: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_is_bit_equal_to_the_rule(case: Case):
-    rule, values = rule_of(case)
+    rule, values = rule_and_values(case)
     kinds = rule.kinds(values)
     program = rule.program(kinds, torch.float32)
     assert_as_defined(program, *arguments(rule, values, kinds, torch.float32))
@@ -171,7 +164,7 @@ def test_a_step_is_bit_equal_to_the_rule(case: Case):
     ],
 )  # fmt: skip
 def test_a_step_and_its_derivatives(case: Case, dtype: torch.dtype):
-    rule, values = rule_of(case)
+    rule, values = rule_and_values(case)
     kinds = rule.kinds(values)
     streams, rows = arguments(rule, values, kinds, dtype)
     assert_as_defined(rule.program(kinds, dtype), streams, rows)
