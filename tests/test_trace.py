@@ -11,7 +11,6 @@ from table import CASES, ENDS, Case, rule_of
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
-from trees import small
 
 import funcopt as fo
 from funcopt.execution import choice, scalars
