@@ -11,7 +11,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 from hypothesis import settings
-from table import ENDS, Case
+from row import Case
+from table import ENDS
 
 with warnings.catch_warnings():
     # torch loads this at the first dual tensor, and warns of its own use of TorchScript

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from exact_roots import ExactRoots
-from table import CASES, ENDS, Case, slots_of
+from row import Case
+from table import CASES, ENDS, slots_of
 from test_purity import Snapshot, assert_no_sharing
 from torch import Tensor
 from torch.func import grad, vmap

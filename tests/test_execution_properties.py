@@ -8,7 +8,8 @@ import torch
 from exact_roots import ExactRoots
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from table import CASES, Case
+from row import Case
+from table import CASES
 from test_execution import assert_bits
 from test_purity import Snapshot
 from torch import Tensor

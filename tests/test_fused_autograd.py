@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from table import CASES, ENDS, Case, slots_of
+from row import Case
+from table import CASES, ENDS, slots_of
 from test_derivatives import warm_state
 from torch import Tensor
 from torch.autograd import forward_ad

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from table import CASES, SCALAR, Case, slots_of
+from row import Case
+from table import CASES, SCALAR, TWINS, slots_of
 from torch import Tensor
 from trees import assert_same, mixed, random_like
 
@@ -97,7 +98,7 @@ def gradients(params: Tree, step: int) -> Tree:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", TWINS, ids=str)
 def test_trajectory(case: Case, dtype: torch.dtype):
     run = race(case, mixed(dtype))
     for step in range(LONG):
@@ -107,7 +108,7 @@ def test_trajectory(case: Case, dtype: torch.dtype):
     assert run.state["step"].tolist() == [LONG] * 5
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", TWINS, ids=str)
 def test_trajectory_the_other_way(case: Case):
     """Uphill for downhill: the mixes of flags that the table leaves out."""
     flags = {**case.flags, "maximize": not case.flags["maximize"]}
@@ -118,7 +119,7 @@ def test_trajectory_the_other_way(case: Case):
     run.assert_moved()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", TWINS, ids=str)
 def test_leaves_without_a_gradient_stay(case: Case):
     run, counts = race(case, mixed()), [0] * 5
     for step in range(STEPS):
@@ -141,7 +142,7 @@ def test_leaves_without_a_gradient_stay(case: Case):
     assert run.state["step"].tolist() == counts
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", TWINS, ids=str)
 def test_no_gradient_at_all(case: Case):
     run = race(case, mixed())
     nothing = tree.map(lambda _: None, run.params)
@@ -161,7 +162,7 @@ def scaled(value: Any, factor: float, least: Any) -> Any:
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.0])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", TWINS, ids=str)
 def test_groups(case: Case, factor: float):
     """Two groups that differ in every float; a zero switches terms off in one only."""
     values = case.floats()
@@ -182,7 +183,7 @@ def test_groups(case: Case, factor: float):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", TWINS, ids=str)
 def test_hyperparameters_as_tensors(case: Case, dtype: torch.dtype):
     run = race(case, mixed(dtype), **case.floats())
     for step in range(STEPS):
@@ -192,7 +193,7 @@ def test_hyperparameters_as_tensors(case: Case, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", TWINS, ids=str)
 def test_zero_gradients(case: Case, dtype: torch.dtype):
     """The safe root changes no number: where nothing but zeros came in, not one bit."""
     run = race(case, mixed(dtype))
@@ -208,7 +209,7 @@ def test_zero_gradients(case: Case, dtype: torch.dtype):
                 assert torch.equal(ours[off], theirs[off])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", TWINS, ids=str)
 def test_gradients_whose_square_underflows(case: Case):
     """A zero under the root and none above it: eps alone divides."""
     run = race(case, [torch.zeros(()) for _ in range(8)])
@@ -220,7 +221,7 @@ def test_gradients_whose_square_underflows(case: Case):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", TWINS, ids=str)
 def test_half_precision(case: Case, dtype: torch.dtype):
     """torch rounds after every operation of a step, funcopt once at its end."""
     run, tolerance = race(case, mixed(dtype)), case.row.ulps * torch.finfo(dtype).eps

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from table import CASES, ENDS, Case, slots_of
+from row import Case
+from table import CASES, ENDS, slots_of
 from torch import Tensor
 from trees import assert_same, mixed, random_like
 

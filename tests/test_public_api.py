@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from table import ROWS, Row
+from row import Row
+from table import ROWS
 
 import funcopt as fo
 from funcopt import optimizers
@@ -110,7 +111,7 @@ def test_a_result_documents_its_fields():
 
 
 def in_torch(row: Row) -> bool:
-    return row.twin.__module__.startswith("torch.optim")
+    return row.twin is not None and row.twin.__module__.startswith("torch.optim")
 
 
 def by_name(row: Row) -> str:
@@ -124,6 +125,7 @@ def test_every_optimizer_has_a_row():
 @pytest.mark.parametrize("row", [row for row in ROWS if in_torch(row)], ids=by_name)
 def test_a_factory_takes_what_torch_optim_takes(row: Row):
     ours, theirs = row.factory, row.twin
+    assert theirs is not None
     execution = {"params", "foreach", "fused", "capturable", "differentiable"}
     wanted = {
         name: parameter.default

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from table import CASES, ENDS, Case
+from row import Case
+from table import CASES, ENDS
 from torch import Tensor
 from trees import mixed, random_like
 

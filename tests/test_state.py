@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from table import CASES, ENDS, SCALAR, Case, slots_of
+from row import Case
+from table import CASES, ENDS, SCALAR, TWINS, slots_of
 from trees import assert_same, mixed, random_like
 
 import funcopt as fo
@@ -53,7 +54,7 @@ def test_save_load_continue(case: Case, make: Any, dtype: torch.dtype):
     assert_same(steps(make(case), loaded, range(3, 6)), expected)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", TWINS, ids=str)
 def test_names_are_those_of_torch(case: Case):
     """But for the step, which sgd counts too, and for a buffer that is not there."""
     opt, leaf = case.optimizer(), torch.ones(2)

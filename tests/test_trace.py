@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from table import CASES, ENDS, Case, rule_of
+from row import Case
+from table import CASES, ENDS, rule_of
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap

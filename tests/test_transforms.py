@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from table import CASES, ENDS, SMOOTH, Case
+from row import Case
+from table import CASES, ENDS, SMOOTH
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap

@@ -15,7 +15,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # is read where a kernel is defined
 np = pytest.importorskip("numpy")
 pytest.importorskip("triton", reason="Triton has no release for this system")
 
-from table import CASES, ENDS, Case, rule_of  # noqa: E402
+from row import Case  # noqa: E402
+from table import CASES, ENDS, rule_of  # noqa: E402
 
 from funcopt.execution.executor import BuildError  # noqa: E402
 from funcopt.execution.program import Program  # noqa: E402

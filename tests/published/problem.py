@@ -1,0 +1,34 @@
+"""Where the published trajectories start, and the gradients that they follow."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Shape = tuple[int, ...]
+Arrays = list[np.ndarray]
+
+#: the leaves, where an optimizer takes any
+SHAPES: Sequence[Shape] = ((3, 2), (4,), ())
+#: the steps after which parameters are kept
+KEPT = (1, 2, 3, 5, 8, 13, 21, 34, 50)
+
+
+def start(shapes: Sequence[Shape] = SHAPES) -> Arrays:
+    """The first parameters, float64: of both signs, none near zero."""
+    return [np.copysign(1.0 + 0.3 * wave, wave) for wave in _waves(shapes, 0)]
+
+
+def gradient(step: int, shapes: Sequence[Shape] = SHAPES) -> Arrays:
+    """Of the update number ``step``, from 1: smaller and of other signs as they go on."""
+    size = 1.0 if step <= 10 else 0.05
+    return [size * (wave + 0.2) for wave in _waves(shapes, step)]
+
+
+def _waves(shapes: Sequence[Shape], step: int) -> Arrays:
+    first, waves = 0, []
+    for shape in shapes:
+        count = int(np.prod(shape))
+        place = np.arange(first, first + count, dtype=np.float64).reshape(shape)
+        waves.append(np.cos(1.7 * place * place + 0.37 * step * (1 + place)))
+        first += 31
+    return waves

@@ -1,0 +1,95 @@
+"""What the tests need to know of an optimizer, and mixes of its flags."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+
+import funcopt as fo
+
+Flags = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the tests need to know of one optimizer."""
+
+    factory: Callable[..., fo.Optimizer]
+    combinations: list[Flags]  #: keyword arguments; every valid mix of flags
+    floats: Mapping[str, Any]  #: hyperparameters to differentiate, and values for that
+    #: the same rule in torch.optim, or like one of its classes, with the same arguments;
+    #: what has none has trajectories in tests/published
+    twin: Callable[..., torch.optim.Optimizer] | None = None
+    least: Flags = field(default_factory=dict)  #: below which a float makes no sense
+    idle: tuple[str, ...] = ()  #: floats that parameters may not depend on at first
+    ulps: int = 2  #: of a half-precision step that torch rounds differently
+    warm: int = 2  #: steps after which the rule does all that it ever does
+    moves: bool = True  #: whether a step moves every number that has a gradient
+    smooth: bool = True  #: whether the step depends smoothly on the gradient
+
+    @property
+    def name(self) -> str:
+        return self.factory.__name__
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row with one combination of its flags."""
+
+    row: Row
+    flags: Flags
+
+    def __str__(self) -> str:
+        words = [
+            k if v is True else f"{k}={v}" for k, v in self.flags.items() if v not in (0,)
+        ]
+        return "-".join([self.row.name, *words])
+
+    def optimizer(self, **hyper: Any) -> fo.Optimizer:
+        return self.row.factory(**{"lr": self.row.floats["lr"], **self.flags, **hyper})
+
+    def twin(self, params: Any, **hyper: Any) -> torch.optim.Optimizer:
+        hyper = {"lr": self.row.floats["lr"], **self.flags, **hyper}
+        assert self.row.twin is not None
+        return self.row.twin(params, foreach=False, **hyper)
+
+    def drives(self, path: str) -> bool:
+        """Whether some steps surely depend on the input ``path``.
+
+        Uphill nothing is sure: gradients grow, and adamax has no use for beta2.
+        """
+        name = path.removeprefix("hyper.").split(".")[0]
+        return name not in self.row.idle and not self.flags.get("maximize")
+
+    def floats(self) -> dict[str, Any]:
+        """The float hyperparameters that this combination has, with their values."""
+        known = self.optimizer().hyper
+        values = {**self.row.floats, **self.flags}
+        return {name: values[name] for name in self.row.floats if name in known}
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+        """The same values as 0-d tensors."""
+        return {
+            name: tuple(torch.tensor(v, dtype=dtype) for v in value)
+            if isinstance(value, tuple)
+            else torch.tensor(value, dtype=dtype)
+            for name, value in self.floats().items()
+        }
+
+
+def mixes(**choices: tuple[Any, ...]) -> list[Flags]:
+    return [dict(zip(choices, values)) for values in product(*choices.values())]
+
+
+def half(**choices: tuple[Any, Any]) -> list[Flags]:
+    """Half of all mixes with maximize, in which any two flags meet in every way."""
+    return [
+        {"maximize": sum(v == choices[k][1] for k, v in flags.items()) % 2 == 1, **flags}
+        for flags in mixes(**choices)
+    ]
+
+
+OFF_ON = (False, True)
+DECAY = (0.0, 0.1)

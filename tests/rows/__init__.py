@@ -1,0 +1,1 @@
+"""The rows of the table of optimizers, a file for each kind."""
