@@ -5,14 +5,21 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from funcopt.hyper import Hyper
+from funcopt.spec import Spec, Totals
 from funcopt.stepper import Stepper
 from funcopt.types import (
     HyperValue,
     InitFunction,
     RuleFunction,
     SlotStart,
+    State,
+    Tree,
     UpdateFunction,
 )
+
+
+def _themselves(state: State, params: Tree) -> Tree:
+    return params
 
 
 @final
@@ -35,6 +42,10 @@ class Optimizer:
         update: the second function.
         name: what the optimizer is called in messages.
         hyper: the hyperparameters that ``update`` takes, with the values they have.
+        spec: the rule it steps by, if it is one.
+        eval_params: ``eval_params(state, params)``: what to evaluate a model with, a
+            tree like params. An average where the optimizer keeps one (`ema`,
+            `lookahead`, `schedule_free_sgd`, `asgd`), else params themselves.
 
     Raises:
         StructureError: a tree that does not fit params, a leaf of another shape.
@@ -61,6 +72,8 @@ class Optimizer:
     update: UpdateFunction
     name: str = "optimizer"
     hyper: Mapping[str, HyperValue] = field(default_factory=dict)
+    spec: Spec | None = None
+    eval_params: Callable[[State, Tree], Tree] = _themselves
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         yield self.init
@@ -77,6 +90,7 @@ def elementwise(
     name: str,
     slots: Mapping[str, SlotStart],
     hyper: Mapping[str, Hyper],
+    totals: Totals | None = None,
 ) -> Optimizer:
     """An Optimizer from a rule that treats every element of a leaf alike.
 
@@ -92,6 +106,9 @@ def elementwise(
             a scalar slot: one number per leaf, kept as a float64 vector, which the rule
             gets and returns as a float or a 0-d float64 tensor.
         hyper: the hyperparameters, under their public names.
+        totals: sums over the whole tree that the rule needs, by the names under which
+            it gets them (0-d float64 tensors): functions of the rule's own arguments
+            that give a 0-d sum over their leaf. They cost a sweep of what they read.
 
     Returns:
         The optimizer.
@@ -115,7 +132,7 @@ def elementwise(
         >>> opt.update(p, opt.init(p), p)[0]
         tensor([ 0.9000, -0.9000])
     """
-    return _from_rule(rule, name, slots, hyper)
+    return from_spec(Spec(rule, name, slots, hyper, totals=(totals,) if totals else ()))
 
 
 def per_tensor(
@@ -161,17 +178,12 @@ def per_tensor(
         >>> opt.update(p, opt.init(p), p)[0]
         tensor([2.4000, 3.2000])
     """
-    return _from_rule(rule, name, slots, hyper, elementwise=False, norms=norms)
+    return from_spec(Spec(rule, name, slots, hyper, elementwise=False, norms=norms))
 
 
-def _from_rule(
-    rule: RuleFunction,
-    name: str,
-    slots: Mapping[str, SlotStart],
-    hyper: Mapping[str, Hyper],
-    elementwise: bool = True,
-    norms: bool = False,
-) -> Optimizer:
-    stepper = Stepper(rule, name, slots, hyper, elementwise, norms)
-    public = {key: declared.value for key, declared in hyper.items()}
-    return Optimizer(stepper.init, stepper.update, name, public)
+def from_spec(spec: Spec) -> Optimizer:
+    """The Optimizer that steps by one rule."""
+    stepper = Stepper(spec)
+    public = {key: declared.value for key, declared in spec.hyper.items()}
+    evaluated = stepper.eval_params if spec.evaluated else _themselves
+    return Optimizer(stepper.init, stepper.update, spec.name, public, spec, evaluated)

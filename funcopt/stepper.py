@@ -1,6 +1,7 @@
 """``init`` and ``update`` of one rule: trees become lists of leaves, and trees again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -13,8 +14,9 @@ from funcopt.execution import choice, dispatch, levels
 from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
-from funcopt.hyper import Hyper, Hypers
-from funcopt.types import HyperValue, RuleFunction, SlotStart, State, Tensor, Tree
+from funcopt.hyper import Hypers
+from funcopt.spec import Spec
+from funcopt.types import HyperValue, RuleFunction, State, Tensor, Tree
 
 _MOST_LANES = 64  # structures of params that one optimizer remembers
 
@@ -22,30 +24,28 @@ _MOST_LANES = 64  # structures of params that one optimizer remembers
 class Stepper:
     """A rule, its slots and hyperparameters, and the lanes that earlier steps made."""
 
-    def __init__(
-        self,
-        rule: RuleFunction,
-        name: str,
-        slots: Mapping[str, SlotStart],
-        hyper: Mapping[str, Hyper],
-        elementwise: bool,
-        norms: bool,
-    ) -> None:
-        self.slots = dict(slots)
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.slots = slots = dict(spec.slots)
         self.scalar = {slot: not callable(first) for slot, first in slots.items()}
         self.trees = [slot for slot in slots if not self.scalar[slot]]
         #: what the state holds for all leaves at once, one vector each
         self.vectors = {"step": torch.int64} | {
             slot: torch.float64 for slot in slots if self.scalar[slot]
         }
-        self.hypers = Hypers(hyper, name)
+        self.hypers = Hypers(spec.hyper, spec.name)
+        scalar, arguments = tuple(self.scalar.values()), tuple(self.hypers.arguments)
+        self.measures: list[tuple[Sequence[str], Rule]] = []
+        for totals in spec.totals:
+            name = f"{spec.name}'s {', '.join(totals)}"
+            measure = _together([*totals.values()])
+            rule = Rule(
+                measure, name, scalar, arguments, False, spec.norms_only, len(totals)
+            )
+            self.measures.append(([*totals], rule))
+            arguments = (*arguments, *totals)
         self.rule = Rule(
-            rule,
-            name,
-            tuple(self.scalar.values()),
-            tuple(self.hypers.arguments),
-            elementwise,
-            norms,
+            spec.rule, spec.name, scalar, arguments, spec.elementwise, spec.norms
         )
         self.lanes: dict[tree.Structure, Lane] = {}
 
@@ -103,14 +103,36 @@ class Stepper:
             _pick(numbers, live),
             _pick(values, live),
         )
+        for names, measure in self.measures:
+            leaves = _with_totals(leaves, names, measure, execution)
         held = [state[key] for key in self.vectors]
         columns, lane = dispatch.step(leaves, execution, donate, held)
-        if lane is not None and live is None:
+        if lane is not None and live is None and not self.measures:
             if len(self.lanes) >= _MOST_LANES:
                 self.lanes.clear()
             self.lanes[structure] = lane
         columns = _merge((p, *old.values()), columns, live)
         return self._result(structure, params, state, columns, steps, donate)
+
+    def eval_params(self, state: State, params: Tree) -> Tree:
+        """What to evaluate with; see `Optimizer`. No derivative is lost."""
+        p, structure = tree.flatten(params)
+        check_state(state, ("step", *self.slots), self.vectors, structure, self.spec.name)
+        columns = [
+            levels.scalars_of(state[slot])
+            if self.scalar[slot]
+            else tree.flatten_like(structure, state[slot], f"state['{slot}']")
+            for slot in self.slots
+        ]
+        steps = levels.scalars_of(state["step"])
+        values = self.hypers.per_leaf({}, structure, p, steps)
+        evaluated = self.spec.evaluated
+        assert evaluated is not None
+        new = [
+            None if x is None else evaluated(x, *slots, step=t, **hyper)
+            for x, t, hyper, *slots in zip(p, steps, values, *columns)
+        ]
+        return tree.unflatten(structure, new)
 
     def _again(
         self,
@@ -161,6 +183,34 @@ class Stepper:
                 state[key].copy_(vector)
             return params, state
         return tree.unflatten(structure, columns[0]), new
+
+
+def _together(functions: Sequence[Callable[..., Any]]) -> RuleFunction:
+    """What is measured of a leaf: the functions' sums, in one sweep."""
+
+    def measure(*inputs: Any, **hyper: Any) -> tuple[Any, ...]:
+        return tuple(function(*inputs, **hyper) for function in functions)
+
+    return measure
+
+
+def _with_totals(
+    leaves: Leaves, names: Sequence[str], measure: Rule, execution: str | None
+) -> Leaves:
+    """The leaves with each sum over all of them among their hyperparameters."""
+    sums, _ = dispatch.step(replace(leaves, rule=measure), execution)
+    totals = dict(zip(names, map(_total, sums)))
+    spread = {id(row): {**row, **totals} for row in leaves.hyper}
+    return replace(leaves, hyper=[spread[id(row)] for row in leaves.hyper])
+
+
+def _total(sums: Sequence[Any]) -> Tensor:
+    """A 0-d float64 tensor, that the totals of a step are never taken for constants."""
+    if all(isinstance(x, float) for x in sums):
+        return torch.tensor(sum(sums), dtype=torch.float64)
+    device = next(x.device for x in sums if isinstance(x, Tensor))
+    scalars = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in sums]
+    return torch.stack(scalars).sum()
 
 
 def _live(grads: Sequence[Any], params: Sequence[Any]) -> list[int] | None:

@@ -92,7 +92,9 @@ class Call:
     def _step(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         form, rows = self.form, self._rows(tensors)
         streams = [tensors[column] for column in form.columns]
-        on_leaf = reference.on_leaf(form.rule.flat(form.kinds), form.inputs)
+        on_leaf = reference.on_leaf(
+            form.rule.flat(form.kinds), form.inputs, form.rule.outputs
+        )
 
         def function(*inputs: Any) -> tuple[Tensor, ...]:
             # Tensors alone: vmap takes no number, which a scalar slot may be.

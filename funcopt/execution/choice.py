@@ -145,6 +145,7 @@ def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
     for (dtype, device, kind), which in found.items():
         if transformed and not leaves.rule.elementwise:
             reason = f"{leaves.rule.name} needs each leaf, and each task's, whole"
+            forced = None if leaves.rule.sums else forced  # it is the step that is forced
         params = [leaves.params[i] for i in which]
         least = _least_worth(params) if followed and not forced else 0
         choice = _choose(leaves.rule, kind, dtype, device, least, reason, forced)

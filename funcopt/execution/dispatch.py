@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from funcopt.errors import ExecutionError
-from funcopt.execution import choice, fused_autograd, layout, levels, reference
+from funcopt.execution import choice, donation, fused_autograd, layout, levels, reference
 from funcopt.execution.call import Call
 from funcopt.execution.choice import ENGINES, Group
 from funcopt.execution.executor import Column, Executor
@@ -40,7 +39,7 @@ def step(
         return (_written_over(leaves, plain) if donate else plain), None
     groups = choice.groups(leaves, name)
     if donate:
-        _check_donation(leaves)
+        donation.check(leaves.grads, [leaves.params, *leaves.state], leaves.tensors())
     if len(groups) == 1 and len(groups[0].which) == len(leaves.params):
         lane = _lane(leaves, groups[0], vectors) if choice.is_free() else None
         return _run(leaves, groups[0], donate), lane
@@ -64,20 +63,6 @@ def _lane(leaves: Leaves, group: Group, vectors: Sequence[Tensor]) -> Lane | Non
     if len(leaves.rows(group.kinds)[0]) > 1:
         return None
     return Lane(group.kinds, _executor(leaves.rule, group), leaves, vectors)
-
-
-def _check_donation(leaves: Leaves) -> None:
-    if levels.differentiating(leaves.tensors()):
-        raise ExecutionError(
-            "donate=True would write over what a derivative still needs: call update "
-            "under torch.no_grad(), outside of torch.func transforms, or without donate"
-        )
-    columns = [leaves.params, *leaves.state]
-    if layout.overlap([leaves.grads, *columns]) or layout.folded(columns):
-        raise ExecutionError(
-            "donate=True: gradients, parameters and state must not share memory, and no "
-            "element of a donated tensor may stand for several (clone() what is a view)"
-        )
 
 
 def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:

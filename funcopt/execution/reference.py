@@ -19,16 +19,18 @@ def step(
     steps: Sequence[Any],
     hyper: Sequence[dict[str, Any]],
 ) -> list[Sequence[Any]]:
-    """The columns ``p, *slots``: what the rule makes of each leaf.
+    """The columns ``p, *slots``, or of sums: what the rule makes of each leaf.
 
     ``slots[s][i]`` is slot s of leaf i, ``steps[i]`` its update number (from 1; an int,
     or a 0-d float64 tensor), ``hyper[i]`` the rule's keyword arguments.
     """
-    function, inputs = rule.function, (True, *rule.outputs)
+    function, inputs = rule.function, (True, True, *(not s for s in rule.scalar))
     rows = [
         function(g, p, *state, step=t, **values)
         if p.ndim and p.dtype not in _HALF
-        else _promoted(function, inputs, (g, p, *state), {"step": t, **values})
+        else _promoted(
+            function, inputs, rule.outputs, (g, p, *state), {"step": t, **values}
+        )
         for g, p, t, values, *state in zip(grads, params, steps, hyper, *slots)
     ]
     return list(zip(*rows))
@@ -39,11 +41,13 @@ def computed(stored: torch.dtype) -> torch.dtype:
     return torch.float32 if stored in _HALF else stored
 
 
-def on_leaf(function: Callable[..., Any], inputs: Sequence[bool]) -> Callable[..., Any]:
-    """A function of a leaf's tensors (where ``inputs``) and scalars, for any leaf."""
+def on_leaf(
+    function: Callable[..., Any], inputs: Sequence[bool], outputs: Sequence[bool]
+) -> Callable[..., Any]:
+    """A function of a leaf's tensors (True) and scalars, for a leaf of any kind."""
 
     def promoted(*given: Any) -> Sequence[Any]:
-        return _promoted(function, inputs, given, {})
+        return _promoted(function, inputs, outputs, given, {})
 
     return promoted
 
@@ -51,6 +55,7 @@ def on_leaf(function: Callable[..., Any], inputs: Sequence[bool]) -> Callable[..
 def _promoted(
     function: Callable[..., Any],
     inputs: Sequence[bool],
+    outputs: Sequence[bool],
     given: Sequence[Any],
     hyper: dict[str, Any],
 ) -> tuple[Any, ...]:
@@ -65,5 +70,5 @@ def _promoted(
     wide = [
         x.to(dtype).reshape(shape) if stream else x for x, stream in zip(given, inputs)
     ]
-    out = zip(function(*wide, **hyper), inputs[1:])
+    out = zip(function(*wide, **hyper), outputs)
     return tuple(x.to(p.dtype).reshape(p.shape) if stream else x for x, stream in out)

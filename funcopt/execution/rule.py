@@ -22,7 +22,10 @@ _MOST = 256  # programs kept for one rule: kinds × dtypes × derivatives
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """One leaf's arithmetic: ``(g, p, *slots, step=, **hyper) -> (p, *slots)``."""
+    """One leaf's arithmetic: ``(g, p, *slots, step=, **hyper) -> (p, *slots)``.
+
+    Or what is measured of the leaf before a step: sums over it, in place of these.
+    """
 
     function: RuleFunction
     name: str
@@ -30,6 +33,7 @@ class Rule:
     hyper: tuple[str, ...] = ()  #: the names of the hyperparameters
     elementwise: bool = True  #: whether each element goes its own way
     norms: bool = False  #: if not: whether they meet in sums over the leaf alone
+    sums: int = 0  #: how many sums over the leaf it gives, and then nothing else
     _programs: dict[Any, Program | UntraceableError] = field(default_factory=dict)
     _executors: dict[Any, tuple[Program, Executor | BuildError]] = field(
         default_factory=dict
@@ -57,7 +61,9 @@ class Rule:
 
     @property
     def outputs(self) -> tuple[bool, ...]:
-        """Of ``p, *slots``, which are streams."""
+        """Of ``p, *slots``, which are streams; a sum is none."""
+        if self.sums:
+            return (False,) * self.sums
         return (True, *(not scalar for scalar in self.scalar))
 
     def flat(self, kinds: Kinds) -> Function:

@@ -5,6 +5,7 @@ from typing import Any
 
 from funcopt import select, tree
 from funcopt.errors import HyperparameterError, StructureError
+from funcopt.execution import donation
 from funcopt.hyper import unknown
 from funcopt.optimizer import Optimizer
 from funcopt.types import HyperValue, State, Tree
@@ -79,6 +80,8 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
                 f"partition keeps a state for each of {sorted(optimizers)}; this one is "
                 "another optimizer's; use opt.init(params)"
             )
+        if donate:  # all or nothing: a part may not step before another refuses
+            donation.check_trees(gradients, leaves, state)
         merged, new_state = list(leaves), {}
         for label, mine in split(structure).items():
             opt = optimizers[label]

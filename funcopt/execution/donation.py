@@ -1,0 +1,53 @@
+"""``donate=True``: what may be written over, and the writing where no kernel does it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from funcopt import tree
+from funcopt.errors import ExecutionError
+from funcopt.execution import layout, levels
+from funcopt.types import Tensor, Tree
+
+
+def check(
+    grads: Sequence[Tensor],
+    columns: Sequence[Sequence[Tensor]],
+    others: Iterable[Any] = (),
+) -> None:
+    """Whether the ``columns`` of tensors may be written over in a step.
+
+    ``others`` are what else the step is a function of.
+
+    Raises:
+        ExecutionError: a derivative may be asked for, or tensors share memory.
+    """
+    written = [x for column in columns for x in column]
+    if levels.differentiating([*grads, *written, *others]):
+        raise ExecutionError(
+            "donate=True would write over what a derivative still needs: call update "
+            "under torch.no_grad(), outside of torch.func transforms, or without donate"
+        )
+    if layout.overlap([grads, *columns]) or layout.folded(columns):
+        raise ExecutionError(
+            "donate=True: gradients, parameters and state must not share memory, and no "
+            "element of a donated tensor may stand for several (clone() what is a view)"
+        )
+
+
+def check_trees(grads: Tree, *donated: Tree) -> None:
+    """As `check`, of what tensors there are in whole trees."""
+    g, *columns = [
+        [x for x in tree.leaves(t) if isinstance(x, Tensor)] for t in (grads, *donated)
+    ]
+    check(g, columns)
+
+
+def write_over(old: Tree, new: Tree) -> Tree:
+    """``old``, its tensors holding the values of those of ``new``."""
+    with torch.no_grad():
+        for target, value in zip(tree.leaves(old), tree.leaves(new), strict=True):
+            if target is not value:
+                target.copy_(value)
+    return old

@@ -1,0 +1,47 @@
+"""A rule with all that is declared of it: what a step is made by."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from funcopt.hyper import Hyper
+from funcopt.types import RuleFunction, SlotStart, Tensor
+
+#: sums over a leaf, by name; each is added up over all leaves before the rule is called
+Totals: TypeAlias = Mapping[str, Callable[..., Tensor]]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A rule, its name, state and hyperparameters, and what it asks of its leaf.
+
+    ``totals`` are sums over the whole tree, which the rule gets as keywords: functions
+    of the rule's own arguments that give a 0-d sum over their leaf. Those of a later
+    mapping get the totals of earlier ones.
+
+    ``evaluated`` gives what to evaluate a model with, where that is not the parameter:
+    ``(p, *slots, step=, **hyper)`` → p.
+    """
+
+    rule: RuleFunction
+    name: str
+    slots: Mapping[str, SlotStart]
+    hyper: Mapping[str, Hyper]
+    elementwise: bool = True  #: whether each element goes its own way
+    norms: bool = False  #: if not: whether they meet in sums over the leaf alone
+    totals: Sequence[Totals] = ()
+    evaluated: Callable[..., Any] | None = None
+
+    @property
+    def norms_only(self) -> bool:
+        """Whether elements of a leaf meet in sums over it, or nowhere."""
+        return self.elementwise or self.norms
+
+    @property
+    def arguments(self) -> list[str]:
+        """The rule's keywords but for the step and the totals."""
+        return [
+            argument
+            for name, hyper in self.hyper.items()
+            for argument in hyper.parts or (name,)
+        ]
