@@ -25,6 +25,11 @@ class Row:
     least: Flags = field(default_factory=dict)  #: below which a float makes no sense
     idle: tuple[str, ...] = ()  #: floats that parameters may not depend on at first
     ulps: int = 2  #: of a half-precision step that torch rounds differently
+    #: how far a native step may be from the reference with torch's root, in units in the
+    #: last place of the larger of the parameter before and after; see docs/execution.md
+    roots: int = 0
+    #: the same for torch's power of a beta with elements; None where there is none
+    powers: int | None = None
     warm: int = 2  #: steps after which the rule does all that it ever does
     moves: bool = True  #: whether a step moves every number that has a gradient
     smooth: bool = True  #: whether the step depends smoothly on the gradient

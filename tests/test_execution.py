@@ -136,12 +136,6 @@ def test_bit_equal_to_the_reference(name: str, case: Case, dtype: torch.dtype):
     check(case, name, ragged(dtype), assert_moved if is_wide(dtype) else some_moved)
 
 
-# How far one native step is from the reference with torch's own root, in units in the
-# last place of the larger of the parameter before and after. See docs/execution.md.
-ROOTS = {"adam": 2, "adamw": 2, "nadam": 2, "radam": 2, "adagrad": 2, "rmsprop": 3}
-ROOTS |= {"adadelta": 4}
-
-
 def units_apart(found: Tensor, expected: Tensor, before: Tensor) -> float:
     size = torch.maximum(expected.abs(), before.abs()).double()
     unit = torch.finfo(found.dtype).eps * 2.0 ** size.log2().floor()
@@ -157,16 +151,12 @@ def test_torchs_root_is_a_few_bits_away(case: Case, dtype: torch.dtype):
         found, _ = opt.update(grads, state, p, execution="native")
         before, (p, state) = p, opt.update(grads, state, p, execution="reference")
         some_moved(p, before)
-        assert units_apart(found, p, before) <= ROOTS.get(case.row.name, 0)
-
-
-# A power of a leaf-shaped beta: the C library's against torch's.
-POWERS = {"adam": 1, "adamw": 1, "adamax": 1, "radam": 3}
+        assert units_apart(found, p, before) <= case.row.roots
 
 
 @pytest.mark.parametrize("case, dtype", costly([torch.float32, torch.float64]))
 def test_powers_are_a_few_bits_away(case: Case, dtype: torch.dtype):
-    if case.row.name not in POWERS:
+    if case.row.powers is None:
         pytest.skip("no power of a hyperparameter with elements")
     p, g = random_like([torch.empty(2000, dtype=dtype)] * 2, seed=1)
     betas = 0.85 + random_like(p, 3).abs() / 15, 0.9 + random_like(p, 4).abs() / 16
@@ -177,7 +167,7 @@ def test_powers_are_a_few_bits_away(case: Case, dtype: torch.dtype):
         expected, _ = opt.update(g, state, p, execution="reference")
     found, _ = opt.update(g, state, p, execution="native")
     assert_moved(found, p)
-    assert units_apart(found, expected, p) <= POWERS[case.row.name]
+    assert units_apart(found, expected, p) <= case.row.powers
 
 
 ODD = [0.0, -0.0, 1e-45, -1e-40, 1e-30, 1e-20, 1e20, -1e30, 3e38]

@@ -1,4 +1,4 @@
-"""Formulas that several rules share: averages, decay, roots with a finite derivative."""
+"""Formulas that several rules share: averages, decay, steps, roots with a derivative."""
 
 from numbers import Real
 from typing import Any
@@ -31,6 +31,32 @@ def coupled_decay(g: Tensor, p: Tensor, weight_decay: Number) -> Tensor:
 def decoupled_decay(p: Tensor, lr: Number, weight_decay: Number) -> Tensor:
     """The parameter shrunk past the gradient: (1 - γλ)·p (Loshchilov, Hutter, 2019)."""
     return p if is_zero(weight_decay) else p * (1 - lr * weight_decay)
+
+
+def decayed(
+    g: Tensor, p: Tensor, lr: Number, weight_decay: Number, decoupled: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradient and parameter, one of them with the decay in it."""
+    if decoupled:
+        return g, decoupled_decay(p, lr, weight_decay)
+    return coupled_decay(g, p, weight_decay), p
+
+
+def adam_step(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Any,
+    lr: Number,
+    beta1: Number,
+    beta2: Number,
+    eps: Number,
+) -> Tensor:
+    """γ·m̂/(√v̂ + ε), with m̂ = m/(1 - β₁ᵗ) and v̂ = v/(1 - β₂ᵗ) (Kingma, Ba, 2015)."""
+    # Both corrections in the scalars, which costs no division of a leaf's elements
+    # (the end of their section 2, with an eps that makes it the same step).
+    correction = (1 - beta2**step) ** 0.5
+    step_size = lr * correction / (1 - beta1**step)
+    return step_size * (exp_avg / (root(exp_avg_sq) + eps * correction))
 
 
 def root(x: Tensor) -> Tensor:

@@ -7,12 +7,7 @@ import torch
 
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import (
-    Number,
-    average,
-    decoupled_decay,
-    root,
-)
+from funcopt.optimizers._parts import Number, adam_step, average, decoupled_decay
 from funcopt.types import HyperValue, Tensor
 
 
@@ -36,11 +31,7 @@ def rule(
     exp_avg_sq = average(exp_avg_sq, g * g, beta2)
     max_exp_avg_sq = tuple(torch.maximum(x, exp_avg_sq) for x in max_exp_avg_sq)
     (second,) = max_exp_avg_sq or (exp_avg_sq,)
-    # Both bias corrections in the scalars, which costs no division of a leaf's elements
-    # (Kingma, Ba, 2015, the end of section 2, with an eps that makes it the same step).
-    correction = (1 - beta2**step) ** 0.5
-    step_size = lr * correction / (1 - beta1**step)
-    p = p - step_size * (exp_avg / (root(second) + eps * correction))
+    p = p - adam_step(exp_avg, second, step, lr, beta1, beta2, eps)
     return p, exp_avg, exp_avg_sq, *max_exp_avg_sq
 
 

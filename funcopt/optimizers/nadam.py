@@ -7,13 +7,7 @@ import torch
 
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import (
-    Number,
-    average,
-    coupled_decay,
-    decoupled_decay,
-    root,
-)
+from funcopt.optimizers._parts import Number, average, decayed, root
 from funcopt.types import HyperValue, Tensor
 
 
@@ -35,10 +29,7 @@ def rule(
     decoupled_weight_decay: bool,
 ) -> tuple[Any, ...]:
     g = -g if maximize else g
-    if decoupled_weight_decay:
-        p = decoupled_decay(p, lr, weight_decay)
-    else:
-        g = coupled_decay(g, p, weight_decay)
+    g, p = decayed(g, p, lr, weight_decay, decoupled_weight_decay)
     mu = beta1 * (1 - 0.5 * 0.96 ** (step * momentum_decay))
     mu_next = beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * momentum_decay))
     mu_product = mu_product * mu

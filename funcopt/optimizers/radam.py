@@ -7,14 +7,7 @@ import torch
 
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import (
-    Number,
-    average,
-    coupled_decay,
-    decoupled_decay,
-    root,
-    where,
-)
+from funcopt.optimizers._parts import Number, average, decayed, root, where
 from funcopt.types import HyperValue, Tensor
 
 
@@ -34,10 +27,7 @@ def rule(
     decoupled_weight_decay: bool,
 ) -> tuple[Tensor, ...]:
     g = -g if maximize else g
-    if decoupled_weight_decay:
-        p = decoupled_decay(p, lr, weight_decay)
-    else:
-        g = coupled_decay(g, p, weight_decay)
+    g, p = decayed(g, p, lr, weight_decay, decoupled_weight_decay)
     exp_avg = average(exp_avg, g, beta1)
     exp_avg_sq = average(exp_avg_sq, g * g, beta2)
     bias_correction2 = 1 - beta2**step

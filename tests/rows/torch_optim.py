@@ -27,18 +27,23 @@ ROWS = [
         fo.adam,
         half(weight_decay=DECAY, amsgrad=OFF_ON, decoupled_weight_decay=OFF_ON),
         {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1},
+        roots=2,
+        powers=1,
         twin=torch.optim.Adam,
     ),
     Row(
         fo.adamw,
         mixes(maximize=OFF_ON, weight_decay=DECAY, amsgrad=OFF_ON),
         {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1},
+        roots=2,
+        powers=1,
         twin=torch.optim.AdamW,
     ),
     Row(
         fo.adamax,
         mixes(maximize=OFF_ON, weight_decay=DECAY),
         {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1},
+        powers=1,
         twin=torch.optim.Adamax,
     ),
     Row(
@@ -47,6 +52,7 @@ ROWS = [
             weight_decay=DECAY, lr_decay=(0.0, 0.1), initial_accumulator_value=(0.0, 0.1)
         ),
         {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "eps": 0.01},
+        roots=2,
         twin=torch.optim.Adagrad,
     ),
     Row(
@@ -55,6 +61,7 @@ ROWS = [
         {"lr": 0.3, "rho": 0.8, "eps": 0.1, "weight_decay": 0.1},
         least={"eps": 1e-6},  # without it there is no first step
         ulps=3,  # torch rounds delta five times, and squares it
+        roots=4,
         twin=torch.optim.Adadelta,
     ),
     Row(
@@ -62,6 +69,7 @@ ROWS = [
         half(weight_decay=DECAY, momentum=(0.0, 0.9), centered=OFF_ON),
         {"lr": 0.01, "alpha": 0.9, "eps": 0.01, "weight_decay": 0.1, "momentum": 0.9},
         least={"alpha": 0.5},  # at 0 the centered mean square is 0
+        roots=3,
         twin=torch.optim.RMSprop,
     ),
     Row(
@@ -69,6 +77,8 @@ ROWS = [
         half(weight_decay=DECAY, decoupled_weight_decay=OFF_ON),
         {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1},
         warm=5,  # the sixth step is the first that is rectified
+        roots=2,
+        powers=3,
         twin=torch.optim.RAdam,
     ),
     Row(
@@ -81,6 +91,7 @@ ROWS = [
             "weight_decay": 0.1,
             "momentum_decay": 0.5,
         },
+        roots=2,
         twin=torch.optim.NAdam,
     ),
     Row(
