@@ -27,6 +27,8 @@ from funcopt.optimizers import (
     rmsprop,
     rprop,
     sgd,
+    signsgd,
+    signum,
 )
 from funcopt.plan import plan
 from funcopt.select import by_name
@@ -69,5 +71,7 @@ __all__ = [
     "rmsprop",
     "rprop",
     "sgd",
+    "signsgd",
+    "signum",
     "unroll",
 ]

@@ -2,14 +2,14 @@
 
 import torch
 from row import Case
-from rows import adaptive, torch_optim
+from rows import adaptive, sign, torch_optim
 
 import funcopt as fo
 from funcopt.execution import choice
 from funcopt.execution.rule import Rule
 from funcopt.types import State
 
-ROWS = [*torch_optim.ROWS, *adaptive.ROWS]
+ROWS = [*torch_optim.ROWS, *adaptive.ROWS, *sign.ROWS]
 
 #: every row with every combination of its flags
 CASES = [Case(row, flags) for row in ROWS for flags in row.combinations]

@@ -12,6 +12,7 @@ from funcopt.optimizers.radam import radam
 from funcopt.optimizers.rmsprop import rmsprop
 from funcopt.optimizers.rprop import rprop
 from funcopt.optimizers.sgd import sgd
+from funcopt.optimizers.signsgd import signsgd, signum
 
 __all__ = [
     "adadelta",
@@ -26,4 +27,6 @@ __all__ = [
     "rmsprop",
     "rprop",
     "sgd",
+    "signsgd",
+    "signum",
 ]
