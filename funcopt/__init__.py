@@ -1,6 +1,6 @@
 """funcopt: functional, differentiable optimizers for PyTorch."""
 
-from funcopt import meta
+from funcopt import meta, optimizers, projections, transforms
 from funcopt.errors import (
     ExecutionError,
     FuncoptError,
@@ -14,25 +14,10 @@ from funcopt.errors import (
 from funcopt.execution.choice import execution
 from funcopt.hyper import Schedule
 from funcopt.optimizer import Optimizer, elementwise, per_tensor
-from funcopt.optimizers import (
-    adadelta,
-    adagrad,
-    adam,
-    adamax,
-    adamw,
-    asgd,
-    lion,
-    nadam,
-    radam,
-    rmsprop,
-    rprop,
-    sgd,
-    signsgd,
-    signum,
-)
+from funcopt.optimizers import *
 from funcopt.plan import plan
 from funcopt.select import by_name
-from funcopt.transforms import freeze, from_param_groups, partition
+from funcopt.transforms import *
 from funcopt.tree import detach
 from funcopt.unroll import Unrolled, per_step, unroll
 
@@ -48,30 +33,16 @@ __all__ = [
     "StructureError",
     "UnknownHyperparameterError",
     "Unrolled",
-    "adadelta",
-    "adagrad",
-    "adam",
-    "adamax",
-    "adamw",
-    "asgd",
     "by_name",
     "detach",
     "elementwise",
     "execution",
-    "freeze",
-    "from_param_groups",
-    "lion",
     "meta",
-    "nadam",
-    "partition",
     "per_step",
     "per_tensor",
     "plan",
-    "radam",
-    "rmsprop",
-    "rprop",
-    "sgd",
-    "signsgd",
-    "signum",
+    "projections",
     "unroll",
 ]
+__all__ += optimizers.__all__
+__all__ += transforms.__all__

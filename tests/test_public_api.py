@@ -14,8 +14,10 @@ from table import ROWS
 import funcopt as fo
 from funcopt import optimizers
 
-NAMES = {name: getattr(fo, name) for name in fo.__all__ if name != "meta"}
-NAMES |= {f"meta.{name}": getattr(fo.meta, name) for name in fo.meta.__all__}
+MODULES = {n: getattr(fo, n) for n in fo.__all__ if inspect.ismodule(getattr(fo, n))}
+NAMES = {name: getattr(fo, name) for name in fo.__all__ if name not in MODULES}
+for prefix, module in MODULES.items():
+    NAMES |= {f"{prefix}.{name}": getattr(module, name) for name in module.__all__}
 ERRORS = {n: x for n, x in NAMES.items() if n.endswith("Error")}
 RECORDS = {
     "Unrolled": fo.Unrolled
@@ -42,11 +44,13 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 
 
 def test_the_names_are_sorted_and_there():
-    for module in (fo, fo.meta):
+    assert len(fo.__all__) == len(set(fo.__all__))
+    for module in (fo.optimizers, fo.transforms, *MODULES.values()):
         assert list(module.__all__) == sorted(set(module.__all__))
-        public = {name for name in vars(module) if not name.startswith("_")}
-        submodules = {n for n in public if inspect.ismodule(getattr(module, n))}
-        assert public - submodules == set(module.__all__) - {"meta"}
+    for package in (fo, fo.meta):
+        public = {name for name in vars(package) if not name.startswith("_")}
+        submodules = {n for n in public if inspect.ismodule(getattr(package, n))}
+        assert public - submodules == set(package.__all__) - MODULES.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)

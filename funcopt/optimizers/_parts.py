@@ -70,6 +70,11 @@ def root(x: Tensor) -> Tensor:
     return torch.sqrt(x.clamp(min=torch.finfo(x.dtype).tiny))
 
 
+def count(x: Tensor) -> Tensor:
+    """How many elements a leaf has, as a sum that is traced with the rule."""
+    return torch.ones_like(x).sum()
+
+
 def where(condition: Any, a: Number, b: Number) -> Number:
     """``a`` where ``condition`` holds, else ``b``, both computed; one may be a float.
 

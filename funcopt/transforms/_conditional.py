@@ -1,0 +1,35 @@
+"""Steps that are made or left out, by what the numbers say."""
+
+from collections.abc import Callable
+
+import torch
+
+from funcopt import tree
+from funcopt.execution import levels
+from funcopt.types import Tensor, Tree
+
+
+def choose(
+    condition: Tensor,
+    then: Callable[[], Tree],
+    otherwise: Callable[[], Tree],
+    guarded: Callable[[], Tree] | None = None,
+) -> Tree:
+    """``then()`` or ``otherwise()``, and only that, where the condition can be read.
+
+    It cannot under vmap, where tasks differ, nor without a wait on an accelerator: then
+    both are computed, and each tensor is chosen. ``guarded`` stands for ``then`` there,
+    if what is not chosen might not be finite.
+    """
+    if levels.readable(condition):
+        return then() if bool(condition) else otherwise()
+    return tree.map(
+        lambda x, y: torch.where(condition, x, y), (guarded or then)(), otherwise()
+    )
+
+
+def counter(params: Tree) -> Tensor:
+    """A 0-d int64 zero where the parameters are."""
+    devices = {p.device for p in tree.leaves(params) if p is not None}
+    device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+    return torch.zeros((), dtype=torch.int64, device=device)

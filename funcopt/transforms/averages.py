@@ -1,0 +1,168 @@
+"""Parameter stages that keep an average of the iterates beside them."""
+
+from typing import Any
+
+import torch
+
+from funcopt.errors import HyperparameterError
+from funcopt.hyper import Hyper
+from funcopt.optimizers._parts import Number, average, towards, where
+from funcopt.spec import Spec
+from funcopt.transforms.stage import ParameterStage
+from funcopt.types import HyperValue, Tensor
+
+
+def ema(decay: HyperValue, *, debias: bool = True) -> ParameterStage:
+    r"""Keep an exponential moving average of the parameters.
+
+    .. math::
+        \text{ema}_t = \text{decay} \cdot \text{ema}_{t-1} + (1 - \text{decay}) \, p_t,
+        \qquad \hat p_t = \text{ema}_t / (1 - \text{decay}^t)
+
+    Args:
+        decay: in [0, 1).
+        debias: start from nothing and divide by 1 - decayᵗ; else from the first
+            parameters.
+
+    Returns:
+        A parameter stage for `chain`; state ``ema``, of each parameter's shape and
+        dtype. The parameters themselves are left as they are; ``eval_params`` gives the
+        average.
+
+    Raises:
+        HyperparameterError: a number out of its range.
+
+    Source:
+        Tarvainen, Valpola, "Mean teachers are better role models", 2017; debiased as the
+        moments of Kingma, Ba, "Adam", 2015, section 3.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.chain(fo.sgd(lr=1.0), fo.ema(0.5))
+        >>> p, state = torch.zeros(1), opt.init(torch.zeros(1))
+        >>> for _ in range(2):
+        ...     p, state = opt.update(torch.ones(1), state, p)
+        >>> p, opt.eval_params(state, p)        # (1/4 · -1 + 1/2 · -2) / (3/4)
+        (tensor([-2.]), tensor([-1.6667]))
+    """
+
+    def rule(
+        new: Tensor, old: Tensor, ema: Tensor, *, step: Any, decay: Number
+    ) -> tuple[Tensor, ...]:
+        return new, average(ema, new, decay)
+
+    def evaluated(p: Tensor, ema: Tensor, *, step: Any, decay: Number) -> Tensor:
+        if not debias:
+            return ema
+        weight = where(step > 0, 1 - decay**step, 1.0)
+        return where(step > 0, ema / weight, p)
+
+    first = torch.zeros_like if debias else torch.clone
+    return ParameterStage(
+        Spec(
+            rule, "ema", {"ema": first}, {"decay": Hyper(decay, below=1.0)},
+            evaluated=evaluated,
+        )
+    )  # fmt: skip
+
+
+def polyak(start: HyperValue = 0.0) -> ParameterStage:
+    r"""Keep the mean of the parameters since a step.
+
+    .. math::
+        \text{average}_t = \text{average}_{t-1}
+            + \frac{p_t - \text{average}_{t-1}}{\max(1, t - \text{start})}
+
+    Args:
+        start: the number of steps after which iterates are averaged, ≥ 0.
+
+    Returns:
+        A parameter stage for `chain`; state ``average``, of each parameter's shape and
+        dtype. The parameters themselves are left as they are; ``eval_params`` gives the
+        average.
+
+    Raises:
+        HyperparameterError: a number out of its range.
+
+    Source:
+        Polyak, Juditsky, "Acceleration of stochastic approximation by averaging", 1992.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.chain(fo.sgd(lr=1.0), fo.polyak())
+        >>> p, state = torch.zeros(1), opt.init(torch.zeros(1))
+        >>> for _ in range(2):
+        ...     p, state = opt.update(torch.ones(1), state, p)
+        >>> p, opt.eval_params(state, p)
+        (tensor([-2.]), tensor([-1.5000]))
+    """
+
+    def rule(
+        new: Tensor, old: Tensor, mean: Tensor, *, step: Any, start: Number
+    ) -> tuple[Tensor, ...]:
+        since = step - start
+        return new, towards(mean, new, 1 / where(since > 1, since, 1.0))
+
+    def evaluated(p: Tensor, mean: Tensor, *, step: Any, start: Number) -> Tensor:
+        return mean
+
+    return ParameterStage(
+        Spec(
+            rule, "polyak", {"average": torch.clone}, {"start": Hyper(start)},
+            evaluated=evaluated,
+        )
+    )  # fmt: skip
+
+
+def lookahead(k: int = 5, alpha: HyperValue = 0.5) -> ParameterStage:
+    r"""Every k steps, go back part of the way, and start again from there.
+
+    .. math::
+        \text{slow} \leftarrow \text{slow} + \alpha \, (p - \text{slow}), \quad
+        p \leftarrow \text{slow} \qquad \text{after every } k \text{ steps}
+
+    Args:
+        k: steps between, ≥ 1.
+        alpha: the part of the way that is kept, in [0, 1].
+
+    Returns:
+        A parameter stage for `chain`; state ``slow``, of each parameter's shape and
+        dtype, and ``since`` (float64, one entry per leaf): steps since the last time.
+        ``eval_params`` gives ``slow``. The optimizer's own state is left as it is.
+
+    Raises:
+        HyperparameterError: a number out of its range.
+
+    Source:
+        Zhang, Lucas, Hinton, Ba, "Lookahead optimizer: k steps forward, 1 step back",
+        2019, algorithm 1.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.chain(fo.sgd(lr=1.0), fo.lookahead(k=2))
+        >>> p, state = torch.zeros(1), opt.init(torch.zeros(1))
+        >>> for _ in range(2):
+        ...     p, state = opt.update(torch.ones(1), state, p)
+        >>> p
+        tensor([-1.])
+    """
+    if not isinstance(k, int) or k < 1:
+        raise HyperparameterError(f"lookahead takes k ≥ 1 steps, got {k!r}")
+
+    def rule(
+        new: Tensor, old: Tensor, slow: Tensor, since: Number, *, step: Any, alpha: Number
+    ) -> tuple[Any, ...]:
+        since = since + 1
+        due = since >= k
+        slow = where(due, towards(slow, new, alpha), slow)
+        return where(due, slow, new), slow, where(due, 0.0, since)
+
+    def evaluated(p: Tensor, slow: Tensor, since: Number, **_: Any) -> Tensor:
+        return slow
+
+    return ParameterStage(
+        Spec(
+            rule, "lookahead", {"slow": torch.clone, "since": 0.0},
+            {"alpha": Hyper(alpha, most=1.0)}, evaluated=evaluated,
+        )
+    )  # fmt: skip

@@ -1,0 +1,156 @@
+"""One Optimizer from an optimizer and what is done before and after it."""
+
+from typing import Any
+
+from funcopt import tree
+from funcopt.errors import HyperparameterTypeError, StructureError
+from funcopt.execution import donation
+from funcopt.hyper import unknown
+from funcopt.optimizer import Optimizer, from_spec
+from funcopt.transforms.stage import GradientStage, ParameterStage, Stage, joined
+from funcopt.types import HyperValue, State, Tree
+
+
+def chain(*links: Stage | Optimizer) -> Optimizer:
+    """Stages for gradients, one optimizer, stages for parameters: one Optimizer.
+
+    .. math::
+        g' = s_k(\\dots s_1(g)), \\qquad p' = r_m(\\dots r_1(\\text{step}(g', p)))
+
+    A stage sees the whole tree, not one group of it: `clip_by_global_norm` before a
+    `partition` clips by the norm of all gradients.
+
+    Args:
+        links: gradient stages (`clip_by_global_norm`, `clip_by_value`,
+            `clip_by_block_rms`, `zero_nans`, `normalize`, `centralize`, `add_noise`,
+            `add_decayed_weights`), the optimizer, parameter stages (`project`, `ema`,
+            `polyak`, `lookahead`, `trust_region`), in the order in which they act.
+
+    Returns:
+        An Optimizer with the hyperparameters of all its links; where a stage's name for
+        one is taken, the stage's own stands before it. An optimizer with a rule becomes
+        one rule with its stages, which runs and is differentiated as any other, and has
+        one flat state. Others (a `partition`) keep theirs under ``"optimizer"``, the
+        stages under ``"gradient_stages"`` and ``"parameter_stages"``.
+
+    Raises:
+        HyperparameterTypeError: a link that is none, no optimizer or two, a gradient
+            stage after it or a parameter stage before it.
+
+    Source:
+        The idea is optax's ``chain`` (DeepMind, 2020), with the order checked.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.chain(fo.clip_by_global_norm(1.0), fo.sgd(lr=1.0), fo.ema(0.5))
+        >>> p = torch.zeros(2)
+        >>> p, state = opt.update(torch.tensor([3.0, 4.0]), opt.init(p), p)
+        >>> p, opt.eval_params(state, p)
+        (tensor([-0.6000, -0.8000]), tensor([-0.6000, -0.8000]))
+    """
+    before, opt, after = _sorted(links)
+    name = f"chain({', '.join(_name(link) for link in links)})"
+    if opt.spec:
+        return from_spec(joined(before, opt.spec, after, name))
+    return _in_turn(before, opt, after, name)
+
+
+def _sorted(links: Any) -> tuple[list[Any], Optimizer, list[Any]]:
+    """The specs before the optimizer, the optimizer, those after it."""
+    found = [i for i, link in enumerate(links) if isinstance(link, Optimizer)]
+    if len(found) != 1:
+        raise HyperparameterTypeError(
+            f"chain takes exactly one optimizer, got {len(found)}; for different leaves "
+            "use fo.partition"
+        )
+    (at,) = found
+    kinds = [GradientStage] * at + [Optimizer] + [ParameterStage] * (len(links) - at - 1)
+    for i, (link, kind) in enumerate(zip(links, kinds)):
+        if isinstance(link, kind):
+            continue
+        if isinstance(link, Stage):
+            side = "before" if isinstance(link, GradientStage) else "after"
+            raise HyperparameterTypeError(
+                f"chain: {link!r} acts {side} the optimizer, so it must stand there"
+            )
+        raise HyperparameterTypeError(
+            f"chain: link {i} is {link!r}, no stage; a stage is made by calling its "
+            "function, as in fo.clip_by_global_norm(1.0)"
+        )
+    return [s.spec for s in links[:at]], links[at], [s.spec for s in links[at + 1 :]]
+
+
+def _name(link: Any) -> str:
+    return link.name if isinstance(link, Optimizer) else link.spec.name
+
+
+def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> Optimizer:
+    """The links one by one, for an optimizer that is more than one rule."""
+    links = {"optimizer": opt}
+    hyper: dict[str, HyperValue] = dict(opt.hyper)
+    for key, specs, sides in (
+        ("gradient_stages", before, (before, [])),
+        ("parameter_stages", after, ([], after)),
+    ):
+        if specs:
+            links[key] = from_spec(joined(sides[0], None, sides[1], name, hyper))
+            hyper |= links[key].hyper
+
+    def init(params: Tree) -> State:
+        return {key: link.init(params) for key, link in links.items()}
+
+    def update(
+        grads: Tree,
+        state: State,
+        params: Tree,
+        *,
+        donate: bool = False,
+        execution: str | None = None,
+        **overrides: HyperValue,
+    ) -> tuple[Tree, State]:
+        for key in overrides:
+            if key not in hyper:
+                raise unknown(key, hyper, name)
+        if not isinstance(state, dict) or state.keys() != links.keys():
+            raise StructureError(
+                f"{name} keeps a state for each of {sorted(links)}; this one is another "
+                "optimizer's; use opt.init(params)"
+            )
+        if donate:
+            donation.check_trees(grads, state, params)
+        new_state: State = {}
+
+        def run(key: str, values: Tree, old: Tree) -> Tree:
+            """A link's step, of the leaves that have a gradient."""
+            if key not in links:
+                return values
+            given = {k: v for k, v in overrides.items() if k in links[key].hyper}
+            made, new_state[key] = links[key].update(
+                values, state[key], old, execution=execution, **given
+            )
+            return made
+
+        new = run("gradient_stages", grads, params)
+        new = run("optimizer", _where_given(new, grads, params), params)
+        new = run("parameter_stages", _where_given(new, grads, params), params)
+        new_state = {key: new_state[key] for key in links}
+        if donate:
+            return donation.write_over(params, new), donation.write_over(state, new_state)
+        return new, new_state
+
+    def eval_params(state: State, params: Tree) -> Tree:
+        stages = links.get("parameter_stages")
+        if stages and stages.spec and stages.spec.evaluated:
+            return stages.eval_params(state["parameter_stages"], params)
+        return opt.eval_params(state["optimizer"], params)
+
+    return Optimizer(init, update, name, hyper, eval_params=eval_params)
+
+
+def _where_given(values: Tree, grads: Tree, params: Tree) -> Tree:
+    """``values`` with ``None`` where there is no gradient: that leaf does not step."""
+    leaves, structure = tree.flatten(values)
+    given = tree.flatten_like(tree.flatten(params)[1], grads, "grads")
+    return tree.unflatten(
+        structure, [x if g is not None else None for x, g in zip(leaves, given)]
+    )

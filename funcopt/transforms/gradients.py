@@ -1,0 +1,116 @@
+"""Gradient stages that change what a gradient says, whatever its size."""
+
+from typing import Any
+
+import torch
+
+from funcopt.hyper import Hyper
+from funcopt.optimizers._parts import Number, coupled_decay
+from funcopt.spec import Spec
+from funcopt.transforms.stage import GradientStage
+from funcopt.types import HyperValue, Tensor
+
+
+def zero_nans() -> GradientStage:
+    r"""Put 0 for every element of a gradient that is not a number.
+
+    .. math:: g' = 0 \text{ where } g \text{ is NaN, else } g
+
+    Infinities stay; `skip_nonfinite` leaves out the whole step for either.
+
+    Args:
+        (none)
+
+    Returns:
+        A gradient stage for `chain`; no state.
+
+    Raises:
+        Nothing of its own.
+
+    Source:
+        optax's ``zero_nans`` (DeepMind, 2020).
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.chain(fo.zero_nans(), fo.sgd(lr=1.0))
+        >>> p = torch.zeros(2)
+        >>> opt.update(torch.tensor([float("nan"), 1.0]), opt.init(p), p)[0]
+        tensor([ 0., -1.])
+    """
+
+    def rule(g: Tensor, p: Tensor, *, step: Any) -> tuple[Tensor, ...]:
+        return (torch.where(g == g, g, 0.0),)
+
+    return GradientStage(Spec(rule, "zero_nans", slots={}, hyper={}))
+
+
+def centralize() -> GradientStage:
+    r"""Take from each output's weights the mean of their gradient.
+
+    .. math:: g'_{i\cdot} = g_{i\cdot} - \operatorname{mean}_j(g_{ij})
+
+    For a leaf of two axes or more the mean is over all but the first; others stay.
+
+    Args:
+        (none)
+
+    Returns:
+        A gradient stage for `chain`; no state. The rule it becomes part of needs each
+        leaf whole.
+
+    Raises:
+        Nothing of its own.
+
+    Source:
+        Yong, Huang, Hua, Zhang, "Gradient centralization: a new optimization technique
+        for deep neural networks", 2020, equation 1.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.chain(fo.centralize(), fo.sgd(lr=1.0))
+        >>> p = torch.zeros(1, 2)
+        >>> opt.update(torch.tensor([[1.0, 3.0]]), opt.init(p), p)[0]
+        tensor([[ 1., -1.]])
+    """
+
+    def rule(g: Tensor, p: Tensor, *, step: Any) -> tuple[Tensor, ...]:
+        if g.ndim < 2 or not g.numel():
+            return (g,)
+        return (g - g.mean(tuple(range(1, g.ndim)), keepdim=True),)
+
+    return GradientStage(Spec(rule, "centralize", slots={}, hyper={}, elementwise=False))
+
+
+def add_decayed_weights(weight_decay: HyperValue) -> GradientStage:
+    r"""Add the gradient of an L2 penalty.
+
+    .. math:: g' = g + \text{weight\_decay} \cdot p
+
+    Args:
+        weight_decay: factor of the penalty, ≥ 0.
+
+    Returns:
+        A gradient stage for `chain`; no state. Its place tells whether the penalty is
+        clipped with the rest.
+
+    Raises:
+        HyperparameterError: a number out of its range.
+
+    Source:
+        optax's ``add_decayed_weights`` (DeepMind, 2020).
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.chain(fo.add_decayed_weights(0.5), fo.sgd(lr=1.0))
+        >>> p = torch.ones(2)
+        >>> opt.update(torch.zeros(2), opt.init(p), p)[0]
+        tensor([0.5000, 0.5000])
+    """
+
+    def rule(
+        g: Tensor, p: Tensor, *, step: Any, weight_decay: Number
+    ) -> tuple[Tensor, ...]:
+        return (coupled_decay(g, p, weight_decay),)
+
+    hyper = {"weight_decay": Hyper(weight_decay)}
+    return GradientStage(Spec(rule, "add_decayed_weights", slots={}, hyper=hyper))

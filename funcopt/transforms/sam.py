@@ -1,0 +1,109 @@
+"""Steps by the gradient at the worst point nearby."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from funcopt import tree
+from funcopt.errors import HyperparameterTypeError
+from funcopt.hyper import Hyper
+from funcopt.optimizer import Optimizer, from_spec
+from funcopt.optimizers._parts import Number, root
+from funcopt.spec import Spec
+from funcopt.types import HyperValue, State, Tensor, Tree
+
+
+def sam(opt: Optimizer, rho: HyperValue = 0.05, *, adaptive: bool = False) -> Optimizer:
+    r"""Sharpness-aware minimisation.
+
+    .. math::
+        \epsilon = \rho \, g / \lVert g \rVert_2, \qquad
+        p_t = \text{step}(\nabla f(p_{t-1} + \epsilon), p_{t-1})
+
+    The norm is that of all leaves together. Adaptive:
+    :math:`\epsilon = \rho \, p^2 g / \lVert |p| g \rVert_2`.
+
+    Args:
+        opt: the Optimizer that makes the step.
+        rho: how far away, ≥ 0.
+        adaptive: in proportion to each parameter.
+
+    Returns:
+        An Optimizer with the state of ``opt``. Its ``update`` takes a keyword more:
+        ``loss_fn(params) -> 0-d loss``, whose gradient it takes once more, at
+        p + ε; ``grads`` are those at p.
+
+    Raises:
+        HyperparameterError: a number out of its range.
+        HyperparameterTypeError: by ``update``, without a ``loss_fn``.
+
+    Note:
+        A derivative through the step runs through ε, too: it is exact, and takes second
+        derivatives of the loss.
+
+    Source:
+        Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-aware minimization for efficiently
+        improving generalization", 2021, algorithm 1; Kwon, Kim, Park, Choi, "ASAM",
+        2021 (adaptive).
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.sam(fo.sgd(lr=0.1), rho=0.5)
+        >>> loss_fn = lambda p: (p**2).sum()
+        >>> p = torch.tensor([3.0, 4.0])
+        >>> opt.update(2 * p, opt.init(p), p, loss_fn=loss_fn)[0]
+        tensor([2.3400, 3.1200])
+    """
+
+    # The climb is a step of its own, uphill, by a rule that knows the common norm.
+    def rule(
+        g: Tensor, p: Tensor, *, step: Any, rho: Number, norm_sq: Tensor
+    ) -> tuple[Tensor, ...]:
+        scale = rho * torch.where(norm_sq > 0, 1 / root(norm_sq), 0.0)
+        return (p + (p * p * g if adaptive else g) * scale,)
+
+    def norm_sq(g: Tensor, p: Tensor, **_: Any) -> Tensor:
+        return (p * p * g * g if adaptive else g * g).sum()
+
+    climb = from_spec(
+        Spec(rule, "sam", {}, {"rho": Hyper(rho)}, totals=[{"norm_sq": norm_sq}])
+    )
+
+    def update(
+        grads: Tree,
+        state: State,
+        params: Tree,
+        *,
+        loss_fn: Callable[[Tree], Tensor] | None = None,
+        rho: HyperValue | None = None,
+        **given: Any,
+    ) -> tuple[Tree, State]:
+        if not callable(loss_fn):
+            raise HyperparameterTypeError(
+                "sam takes the gradient a second time: call update(grads, state, params, "
+                f"loss_fn=a function of params that gives the loss), not {loss_fn!r}"
+            )
+        far = {} if rho is None else {"rho": rho}
+        above, _ = climb.update(grads, climb.init(params), params, **far)
+        steep = _gradient(loss_fn, above, grads)
+        return opt.update(steep, state, params, **given)
+
+    hyper = {**opt.hyper, "rho": rho}
+    return Optimizer(
+        opt.init, update, f"sam({opt.name})", hyper, eval_params=opt.eval_params
+    )
+
+
+def _gradient(loss_fn: Callable[[Tree], Tensor], params: Tree, like: Tree) -> Tree:
+    """Of the leaves that have one in ``like``."""
+    leaves, structure = tree.flatten(params)
+    given = [g is not None for g in tree.flatten_like(structure, like, "grads")]
+
+    def loss(moving: list[Tensor]) -> Tensor:
+        rest = iter(moving)
+        merged = [next(rest) if move else x for x, move in zip(leaves, given)]
+        return loss_fn(tree.unflatten(structure, merged))
+
+    found = iter(torch.func.grad(loss)([x for x, move in zip(leaves, given) if move]))
+    return tree.unflatten(structure, [next(found) if move else None for move in given])

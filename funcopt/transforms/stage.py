@@ -1,0 +1,149 @@
+"""Stages of a chain, and how they and an optimizer's rule become one rule."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from funcopt.hyper import Hyper
+from funcopt.spec import Spec
+from funcopt.types import SlotStart, Tensor
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A link of a `chain` beside the optimizer."""
+
+    spec: Spec
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{n}={h.value!r}" for n, h in self.spec.hyper.items())
+        return f"{self.spec.name}({values})"
+
+
+@final
+class GradientStage(Stage):
+    """What is done to gradients before the optimizer has them.
+
+    The rule is ``(g, p, *slots, step=, **hyper) -> (g, *slots)``.
+    """
+
+
+@final
+class ParameterStage(Stage):
+    """What is done to the parameters that come out of the optimizer.
+
+    The rule is ``(new, old, *slots, step=, **hyper) -> (new, *slots)``.
+    """
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A rule among others: where its slots and arguments stand in the joint rule's."""
+
+    spec: Spec
+    slots: Sequence[str]
+    arguments: Mapping[str, str]  #: its own name of each → the joint one
+
+    def call(self, function: Any, first: Sequence[Any], held: Any, given: Any) -> Any:
+        """``function`` of ``first``, of the slots that are held and the arguments."""
+        own = {a: given[joint] for a, joint in self.arguments.items() if joint in given}
+        slots = map(held.__getitem__, self.slots)
+        return function(*first, *slots, step=given["step"], **own)
+
+    def step(self, x: Tensor, p: Tensor, held: dict[str, Any], given: Any) -> Tensor:
+        """What its rule makes of ``x``; its new slots are held in place of the old."""
+        x, *new = self.call(self.spec.rule, (x, p), held, given)
+        held.update(zip(self.slots, new))
+        return x
+
+
+class _Names:
+    """The slots and hyperparameters of several rules, under one name each."""
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        self.slots: dict[str, SlotStart] = {}
+        self.hyper: dict[str, Hyper] = {}
+        self._taken = {"step", *taken}
+
+    def part(self, spec: Spec) -> _Part:
+        """The rule with the names that are left for it."""
+        slots = {self._free(slot, spec): first for slot, first in spec.slots.items()}
+        self.slots |= slots
+        arguments: dict[str, str] = {}
+        for name, hyper in spec.hyper.items():
+            parts = {part: self._free(part, spec) for part in hyper.parts}
+            public = self._free(name, spec)
+            self.hyper[public] = replace(hyper, parts=tuple(parts.values()))
+            arguments |= parts or {name: public}
+        for totals in spec.totals:
+            arguments |= {total: self._free(total, spec) for total in totals}
+        return _Part(spec, tuple(slots), arguments)
+
+    def _free(self, name: str, spec: Spec) -> str:
+        """``name``, or with its owner's before it, numbered if need be."""
+        found, k = name, 1
+        while found in self._taken:
+            owner = spec.name if k == 1 else f"{spec.name}_{k}"
+            found, k = f"{owner}_{name}", k + 1
+        self._taken.add(found)
+        return found
+
+
+def joined(
+    before: Sequence[Spec],
+    rule: Spec | None,
+    after: Sequence[Spec],
+    name: str,
+    taken: Iterable[str] = (),
+) -> Spec:
+    """One rule that is all of them in turn: one kernel, one derivative, one state.
+
+    The optimizer's slots and hyperparameters keep their names. So do a stage's, but for
+    those that are taken, before which the stage's own name is put.
+    """
+    middle = [rule] if rule else []
+    names = _Names(taken)
+    own = [names.part(spec) for spec in middle]  # which chooses its names first
+    first, last = [[names.part(spec) for spec in specs] for specs in (before, after)]
+    parts = [*first, *own, *last]
+
+    def through(
+        some: Sequence[_Part], g: Tensor, p: Tensor, held: Any, given: Any
+    ) -> Any:
+        x = g
+        for part in some:
+            x = part.step(x, p, held, given)
+        return x
+
+    def all_in_turn(g: Tensor, p: Tensor, *state: Any, **given: Any) -> tuple[Any, ...]:
+        held = dict(zip(names.slots, state))
+        return through(parts, g, p, held, given), *held.values()
+
+    def measured(k: int, total: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def measure(g: Tensor, p: Tensor, *state: Any, **given: Any) -> Tensor:
+            held = dict(zip(names.slots, state))
+            x = through(parts[:k], g, p, held, given)
+            return parts[k].call(total, (x, p), held, given)
+
+        return measure
+
+    def evaluated(p: Tensor, *state: Any, **given: Any) -> Tensor:
+        held = dict(zip(names.slots, state))
+        part = [part for part in parts if part.spec.evaluated][-1]
+        return part.call(part.spec.evaluated, (p,), held, given)
+
+    specs = [part.spec for part in parts]
+    return Spec(
+        all_in_turn,
+        name,
+        names.slots,
+        names.hyper,
+        elementwise=all(spec.elementwise for spec in specs),
+        norms=all(spec.norms_only for spec in specs),
+        totals=[
+            {part.arguments[key]: measured(k, total) for key, total in totals.items()}
+            for k, part in enumerate(parts)
+            for totals in part.spec.totals
+        ],
+        evaluated=evaluated if any(spec.evaluated for spec in specs) else None,
+    )
