@@ -1,13 +1,15 @@
 """What the tests need to know of an optimizer, and mixes of its flags."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 import torch
+from trees import MIXED, SMALL, Shape, mixed, small
 
 import funcopt as fo
+from funcopt.types import Tree
 
 Flags = Mapping[str, Any]
 
@@ -33,6 +35,9 @@ class Row:
     warm: int = 2  #: steps after which the rule does all that it ever does
     moves: bool = True  #: whether a step moves every number that has a gradient
     smooth: bool = True  #: whether the step depends smoothly on the gradient
+    shapes: Sequence[Shape] = MIXED  #: of leaves that the rule takes
+    few: Sequence[Shape] = SMALL  #: the same, of few numbers
+    elementwise: bool = True  #: whether kernels give the reference's very bits
 
     @property
     def name(self) -> str:
@@ -54,6 +59,14 @@ class Case:
 
     def optimizer(self, **hyper: Any) -> fo.Optimizer:
         return self.row.factory(**{"lr": self.row.floats["lr"], **self.flags, **hyper})
+
+    def mixed(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tree:
+        """A tree of leaves of all the shapes that the rule takes."""
+        return mixed(dtype, seed, self.row.shapes)
+
+    def small(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tree:
+        """A tree for what costs an evaluation per number."""
+        return small(dtype, seed, self.row.few)
 
     def twin(self, params: Any, **hyper: Any) -> torch.optim.Optimizer:
         hyper = {"lr": self.row.floats["lr"], **self.flags, **hyper}

@@ -2,14 +2,14 @@
 
 import torch
 from row import Case
-from rows import adaptive, sign, torch_optim
+from rows import adaptive, layerwise, sign, torch_optim
 
 import funcopt as fo
 from funcopt.execution import choice
 from funcopt.execution.rule import Rule
 from funcopt.types import State
 
-ROWS = [*torch_optim.ROWS, *adaptive.ROWS, *sign.ROWS]
+ROWS = [*torch_optim.ROWS, *adaptive.ROWS, *layerwise.ROWS, *sign.ROWS]
 
 #: every row with every combination of its flags
 CASES = [Case(row, flags) for row in ROWS for flags in row.combinations]
@@ -17,11 +17,16 @@ CASES = [Case(row, flags) for row in ROWS for flags in row.combinations]
 SMOOTH = [case for case in CASES if case.row.smooth]
 #: every row with none of its flags, and with the last combination, for what is costly
 ENDS = [Case(row, row.combinations[i]) for row in ROWS for i in (0, -1)]
+#: those of kernels, of which every element goes its own way
+ELEMENTWISE = [case for case in CASES if case.row.elementwise]
+ELEMENTWISE_ENDS = [case for case in ENDS if case.row.elementwise]
+#: those of rules that see their leaf in norms alone
+NORMS = [case for case in CASES if case.row in layerwise.ROWS]
 #: those with a twin to race with
 TWINS = [case for case in CASES if case.row.twin]
 
 #: slots that hold a number per leaf
-SCALAR = {"eta", "mu", "mu_product"}
+SCALAR = {"eta", "mu", "mu_product", "exp_avg_norm_sq"}
 
 
 def slots_of(state: State) -> list[str]:

@@ -10,7 +10,7 @@ from table import CASES, ENDS
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad
-from trees import assert_close, mixed, random_like, relative, small
+from trees import assert_close, mixed, random_like, relative
 
 import funcopt as fo
 from funcopt import tree
@@ -50,7 +50,7 @@ def flat(function: Callable[[Any], Any], argument: Any) -> tuple[FlatFunction, A
 
 def one_step(case: Case) -> tuple[FlatFunction, Any]:
     """A step as a function of gradients, slots, parameters and hyperparameters."""
-    opt, params = case.optimizer(), small(seed=1)
+    opt, params = case.optimizer(), case.small(seed=1)
     state = warm_state(case, params)
     step = state.pop("step")
 
@@ -67,7 +67,7 @@ def one_step(case: Case) -> tuple[FlatFunction, Any]:
 
 def three_steps(case: Case) -> tuple[FlatFunction, Any]:
     """Three steps as a function of parameters, slots, hyperparameters and the data."""
-    opt, params = case.optimizer(), small(seed=1)
+    opt, params = case.optimizer(), case.small(seed=1)
     state = warm_state(case, params)
     step = state.pop("step")
 
@@ -113,7 +113,7 @@ def test_gradgradcheck_of_three_steps(case: Case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_central_differences(case: Case):
     """A second oracle, past autograd's own checker: one direction at a time."""
-    opt, start, data = case.optimizer(), mixed(seed=1), mixed(seed=2)
+    opt, start, data = case.optimizer(), case.mixed(seed=1), case.mixed(seed=2)
     point = {"params": start, "hyper": case.tensors(), "data": data}
 
     def outer(x: Tree) -> Tensor:
@@ -137,7 +137,7 @@ ROUNDING = {torch.float64: 1e-15, torch.float32: 0.0}
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_a_float_and_a_0d_tensor_are_the_same_number(case: Case, dtype: torch.dtype):
-    opt, params = case.optimizer(), mixed(dtype)
+    opt, params = case.optimizer(), case.mixed(dtype)
     grads, state = random_like(params, seed=2), warm_state(case, params)
     expected = opt.update(grads, state, params, **case.floats())
     given = opt.update(grads, state, params, **case.tensors())
@@ -167,8 +167,8 @@ def point_with_eps(case: Case, eps: float) -> dict[str, Any]:
 def test_finite_at_a_dead_unit(case: Case, start: str, dtype: torch.dtype):
     """Zero gradients and a zero state, also with zero parameters."""
     opt, steps = case.optimizer(), case.row.warm + 1
-    target = mixed(dtype, seed=1)
-    params = mixed(dtype, seed=2)
+    target = case.mixed(dtype, seed=1)
+    params = case.mixed(dtype, seed=2)
     if start == "zeros":
         params = tree.map(torch.zeros_like, params)
     alive = tree.map(lambda x: (torch.arange(x.numel()) > 0).view(x.shape), params)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from exact_roots import ExactRoots
 from row import Case
-from table import CASES, ENDS, slots_of
+from table import ELEMENTWISE, ELEMENTWISE_ENDS, slots_of
 from test_purity import Snapshot, assert_no_sharing
 from torch import Tensor
 from torch.func import grad, vmap
@@ -112,12 +112,12 @@ def is_wide(dtype: torch.dtype) -> bool:
 
 
 #: every rule once, with flags
-ONCE = ENDS[1::2]
+ONCE = ELEMENTWISE_ENDS[1::2]
 
 
 def costly(dtypes: Sequence[torch.dtype]) -> list[Any]:
     """Every case: the ends in two dtypes now, the rest with the slow."""
-    ends = {str(case) for case in ENDS}
+    ends = {str(case) for case in ELEMENTWISE_ENDS}
     return [
         pytest.param(
             case,
@@ -126,7 +126,7 @@ def costly(dtypes: Sequence[torch.dtype]) -> list[Any]:
             marks=[] if dtype in QUICK and str(case) in ends else pytest.mark.slow,
         )
         for dtype in dtypes
-        for case in CASES
+        for case in ELEMENTWISE
     ]
 
 
@@ -266,7 +266,9 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "empty with strides": lambda: dense(4, 0, 3).transpose(0, 2),
 }
 # One rule of each kind: no state, state, a number per leaf, comparisons.
-FEW = [c for c in ENDS if c.row.name in ("sgd", "adamw", "nadam", "rprop")][::2]
+FEW = [c for c in ELEMENTWISE_ENDS if c.row.name in ("sgd", "adamw", "nadam", "rprop")][
+    ::2
+]
 
 
 def same_layout(p: Tensor, seed: int) -> Tensor:
@@ -325,7 +327,7 @@ def test_a_zero_without_memory():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("case", ELEMENTWISE_ENDS, ids=str)
 @pytest.mark.parametrize("name", FAST)
 def test_state_in_another_layout(name: str, case: Case):
     """As after loading it: contiguous state for a transposed parameter."""
@@ -340,7 +342,7 @@ def test_state_in_another_layout(name: str, case: Case):
 @pytest.mark.parametrize("name", FAST)
 def test_a_dense_layout_is_kept(name: str, layout: str):
     params = LAYOUTS[layout]()
-    new, state = steps(Case(ENDS[4].row, {}), name, params)
+    new, state = steps(Case(ELEMENTWISE_ENDS[4].row, {}), name, params)
     assert new.stride() == params.stride()
     for slot in slots_of(state):
         assert state[slot].stride() == params.stride()
@@ -356,7 +358,7 @@ def test_unaligned(name: str, dtype: torch.dtype, offset: int):
         room = torch.zeros(x.numel() + by, dtype=x.dtype)
         return room[by:].copy_(x)
 
-    adamw = next(c for c in ENDS if c.row.name == "adamw")
+    adamw = next(c for c in ELEMENTWISE_ENDS if c.row.name == "adamw")
     params = shifted(random_like(torch.empty(99, dtype=dtype), 1), offset)
     state = adamw.optimizer().init(params)
     for k, slot in enumerate(slots_of(state)):
@@ -375,7 +377,7 @@ def test_dtypes_in_one_tree(name: str, case: Case):
     check(case, name, {str(dtype): ragged(dtype) for dtype in DTYPES}, moved=some_moved)
 
 
-@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("case", ELEMENTWISE_ENDS, ids=str)
 @pytest.mark.parametrize("name", FAST)
 def test_nothing_at_all(name: str, case: Case):
     opt = case.optimizer()
@@ -387,7 +389,7 @@ def test_nothing_at_all(name: str, case: Case):
 
 @pytest.mark.parametrize("name", FAST)
 def test_ten_thousand_leaves(name: str):
-    adamw = next(c for c in ENDS if c.row.name == "adamw")
+    adamw = next(c for c in ELEMENTWISE_ENDS if c.row.name == "adamw")
     params = {f"{i}": x for i, x in enumerate(dense(10_000, 3).unbind())}
     whole = random_like(torch.empty(10_000, 3), 2)
     grads = {f"{i}": x for i, x in enumerate(whole.unbind())}
@@ -402,7 +404,7 @@ def test_ten_thousand_leaves(name: str):
         assert torch.allclose(torch.stack(list(found.values())), expected, rtol=3e-7)
 
 
-@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("case", ELEMENTWISE_ENDS, ids=str)
 @pytest.mark.parametrize("name", FAST)
 def test_leaves_that_rest(name: str, case: Case):
     """Leaves join in step after step: their counts differ."""
@@ -419,7 +421,7 @@ def test_leaves_that_rest(name: str, case: Case):
     assert_bits(found, expected)
 
 
-@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("case", ELEMENTWISE_ENDS, ids=str)
 @pytest.mark.parametrize("name", FAST)
 def test_steps_that_differ(name: str, case: Case):
     params, state = steps(case, "reference", ragged())
@@ -516,7 +518,9 @@ def test_every_hyperparameter_of_every_kind(name: str, case: Case, kind: str):
 @pytest.mark.parametrize("name", FAST)
 def test_a_zero_among_others_leaves_the_term_out_there_alone(name: str):
     """Where the decay is the number 0, an infinite parameter makes no NaN."""
-    case = next(c for c in CASES if c.row.name == "adamw" and c.flags["weight_decay"])
+    case = next(
+        c for c in ELEMENTWISE if c.row.name == "adamw" and c.flags["weight_decay"]
+    )
     params = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1.0, 3.0])}
     check(case, name, params, weight_decay={"a": 0.0, "b": 0.1})
     check(case, name, params, weight_decay={"a": number(0.0), "b": 0.0})
@@ -568,7 +572,7 @@ def test_donation_writes_the_same_numbers(name: str | None, case: Case):
 @pytest.mark.parametrize("layout", ["transposed", "every second", "rows with gaps"])
 @pytest.mark.parametrize("name", EVERY)
 def test_donation_in_any_layout(name: str | None, layout: str):
-    case = next(c for c in ENDS if c.row.name == "adamw")
+    case = next(c for c in ELEMENTWISE_ENDS if c.row.name == "adamw")
     opt, params = case.optimizer(), LAYOUTS[layout]()
     state, grads = opt.init(params), contiguous(params, 3)
     expected = opt.update(grads, state, params, execution=name)
@@ -701,7 +705,7 @@ def test_the_argument_beats_the_context_and_contexts_nest():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_do_not_change_a_bit(threads: int):
-    case = next(c for c in ENDS if c.row.name == "adamw")
+    case = next(c for c in ELEMENTWISE_ENDS if c.row.name == "adamw")
     params = {"big": dense(70_001), "small": dense(5), "also": dense(33, 1000)}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -816,7 +820,7 @@ def test_transforms_after_equal_steps():
 def test_masked_guards_change_nothing(monkeypatch: pytest.MonkeyPatch):
     from funcopt.execution import lane
 
-    case = next(c for c in ENDS if c.row.name == "adamw")
+    case = next(c for c in ELEMENTWISE_ENDS if c.row.name == "adamw")
     monkeypatch.setattr(lane, "_TensorGuards", None)
     check(case, "native", ragged())
     with used(fo.adamw(lr=0.1), dense(5)) as update:

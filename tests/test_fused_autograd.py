@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from row import Case
-from table import CASES, ENDS, slots_of
+from table import ELEMENTWISE, ELEMENTWISE_ENDS, slots_of
 from test_derivatives import warm_state
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -31,11 +31,11 @@ def tolerance_of(case: Case, dtype: torch.dtype) -> float:
 
 def row_of(name: str) -> Case:
     """The optimizer with the most of its flags."""
-    return next(case for case in reversed(ENDS) if case.row.name == name)
+    return next(case for case in reversed(ELEMENTWISE_ENDS) if case.row.name == name)
 
 
 #: every rule once, with flags
-ONCE = ENDS[1::2]
+ONCE = ELEMENTWISE_ENDS[1::2]
 # One of each kind: bias corrections, a condition on the step, numbers per leaf, plain.
 FEW = [row_of(name) for name in ("adamw", "radam", "nadam", "sgd")]
 
@@ -129,7 +129,7 @@ def assert_gradients(found: Any, oracle: Any, tolerance: float) -> None:
 
 
 def costly(dtypes: Any) -> list[Any]:
-    ends = {str(case) for case in ENDS}
+    ends = {str(case) for case in ELEMENTWISE_ENDS}
     return [
         pytest.param(
             case,
@@ -140,7 +140,7 @@ def costly(dtypes: Any) -> list[Any]:
             else pytest.mark.slow,
         )
         for dtype in dtypes
-        for case in CASES
+        for case in ELEMENTWISE
     ]
 
 

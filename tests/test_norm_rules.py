@@ -4,12 +4,17 @@ from typing import Any
 
 import pytest
 import torch
+from row import Case
+from table import NORMS
 from torch import Tensor
 from trees import assert_moved, mixed, random_like
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.hyper import Hyper
+
+#: up to the order in which a norm's squares are added
+TOLERANCES = [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
 
 
 def lamb_like(
@@ -34,11 +39,7 @@ def optimizer(norms: bool = True) -> fo.Optimizer:
 
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("name", ["native", "foreach"])
-@pytest.mark.parametrize(
-    "dtype, tolerance",
-    [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES, ids=str)
 def test_each_leaf_has_its_own_norms(
     name: str, dtype: torch.dtype, tolerance: float, donate: bool
 ):
@@ -53,6 +54,31 @@ def test_each_leaf_has_its_own_norms(
         for x, y in zip(tree.leaves((found, b)), tree.leaves((expected, a))):
             assert torch.allclose(x.double(), y.double(), rtol=tolerance, atol=tolerance)
     assert_moved(found, mixed(dtype))
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("name", ["native", "foreach"])
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", NORMS, ids=str)
+def test_every_rule_of_norms_has_kernels(
+    case: Case, dtype: torch.dtype, tolerance: float, name: str, donate: bool
+):
+    opt, expected = case.optimizer(), mixed(dtype)
+    found = tree.map(torch.clone, expected)
+    a, b = opt.init(expected), opt.init(found)
+    assert "native" in str(fo.plan(opt, expected)).partition("\n")[0]
+    for seed in range(3):
+        grads = random_like(expected, seed)
+        expected, a = opt.update(grads, a, expected, execution="reference")
+        found, b = opt.update(grads, b, found, execution=name, donate=donate)
+        for x, y in zip(tree.leaves((found, b)), tree.leaves((expected, a))):
+            assert torch.allclose(x.double(), y.double(), rtol=tolerance, atol=tolerance)
+    some_moved = [bool((a != b).any()) for a, b in pairs(found, mixed(dtype))]
+    assert all(some_moved)
+
+
+def pairs(a: Any, b: Any) -> list[tuple[Tensor, Tensor]]:
+    return [(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b)) if x.numel()]
 
 
 def test_a_sum_over_many_blocks_is_exact():
@@ -87,3 +113,17 @@ def test_a_derivative_and_a_batch_are_the_references():
 def test_what_is_not_declared_is_not_traced():
     text = str(fo.plan(optimizer(norms=False), torch.ones(3)))
     assert "reference" in text and "needs each leaf whole" in text
+
+
+def test_where_there_is_no_ratio_the_step_is_plain():
+    """At a zero parameter, and for a zero gradient."""
+    zero, g = torch.zeros(2), torch.tensor([3.0, -4.0])
+    lamb, lars = fo.lamb(lr=0.1, eps=0.0, weight_decay=0.0), fo.lars(lr=0.1)
+    for name in ("reference", "native"):
+        new, _ = lamb.update(g, lamb.init(zero), zero, execution=name)
+        assert torch.allclose(new, torch.tensor([-0.1, 0.1]))
+        new, _ = lars.update(g, lars.init(zero), zero, execution=name)
+        assert torch.allclose(new, -0.1 * g)
+        for opt in (lamb, lars):
+            new, _ = opt.update(zero, opt.init(g), g, execution=name)
+            assert torch.equal(new, g)

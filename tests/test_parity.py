@@ -9,7 +9,7 @@ import torch
 from row import Case
 from table import CASES, SCALAR, TWINS, slots_of
 from torch import Tensor
-from trees import assert_same, mixed, random_like
+from trees import assert_same, random_like
 
 import funcopt as fo
 from funcopt import tree
@@ -100,7 +100,7 @@ def gradients(params: Tree, step: int) -> Tree:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_trajectory(case: Case, dtype: torch.dtype):
-    run = race(case, mixed(dtype))
+    run = race(case, case.mixed(dtype))
     for step in range(LONG):
         run.step(gradients(run.params, step))
         run.assert_level(TOLERANCE[dtype])
@@ -112,7 +112,7 @@ def test_trajectory(case: Case, dtype: torch.dtype):
 def test_trajectory_the_other_way(case: Case):
     """Uphill for downhill: the mixes of flags that the table leaves out."""
     flags = {**case.flags, "maximize": not case.flags["maximize"]}
-    run = race(Case(case.row, flags), mixed())
+    run = race(Case(case.row, flags), case.mixed())
     for step in range(LONG):
         run.step(gradients(run.params, step))
         run.assert_level(TOLERANCE[torch.float64])
@@ -121,7 +121,7 @@ def test_trajectory_the_other_way(case: Case):
 
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_leaves_without_a_gradient_stay(case: Case):
-    run, counts = race(case, mixed()), [0] * 5
+    run, counts = race(case, case.mixed()), [0] * 5
     for step in range(STEPS):
         leaves, structure = tree.flatten(gradients(run.params, step))
         gaps = [None if (i + step) % 3 == 0 else g for i, g in enumerate(leaves)]
@@ -144,7 +144,7 @@ def test_leaves_without_a_gradient_stay(case: Case):
 
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_no_gradient_at_all(case: Case):
-    run = race(case, mixed())
+    run = race(case, case.mixed())
     nothing = tree.map(lambda _: None, run.params)
     run.step(nothing)
     assert run.state["step"].tolist() == [0] * 5
@@ -171,7 +171,7 @@ def test_groups(case: Case, factor: float):
         for name, value in values.items()
     }
     others["lr"] = 0.5 * values["lr"]
-    members = [list(mixed(seed=seed)["layers"][0].values()) for seed in (1, 2)]
+    members = [list(case.mixed(seed=seed)["layers"][0].values()) for seed in (1, 2)]
     groups = [{"params": p, **v} for p, v in zip(members, (values, others))]
     copies = [{**g, "params": [p.clone() for p in g["params"]]} for g in groups]
     params, hyper = fo.from_param_groups(groups, **case.flags)
@@ -185,7 +185,7 @@ def test_groups(case: Case, factor: float):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_hyperparameters_as_tensors(case: Case, dtype: torch.dtype):
-    run = race(case, mixed(dtype), **case.floats())
+    run = race(case, case.mixed(dtype), **case.floats())
     for step in range(STEPS):
         run.step(gradients(run.params, step), **case.tensors())
         run.assert_level(TOLERANCE[dtype])
@@ -196,7 +196,7 @@ def test_hyperparameters_as_tensors(case: Case, dtype: torch.dtype):
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_zero_gradients(case: Case, dtype: torch.dtype):
     """The safe root changes no number: where nothing but zeros came in, not one bit."""
-    run = race(case, mixed(dtype))
+    run = race(case, case.mixed(dtype))
     dead = tree.map(lambda p: torch.arange(p.numel()).view(p.shape) % 2 == 0, run.params)
     for step in range(STEPS):
         grads = gradients(run.params, step)
@@ -224,7 +224,7 @@ def test_gradients_whose_square_underflows(case: Case):
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_half_precision(case: Case, dtype: torch.dtype):
     """torch rounds after every operation of a step, funcopt once at its end."""
-    run, tolerance = race(case, mixed(dtype)), case.row.ulps * torch.finfo(dtype).eps
+    run, tolerance = race(case, case.mixed(dtype)), case.row.ulps * torch.finfo(dtype).eps
     for step in range(STEPS):
         run.step(gradients(run.params, step))
         run.assert_level(tolerance, floor=1e-5)
@@ -237,7 +237,7 @@ def test_half_precision(case: Case, dtype: torch.dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_half_precision_is_a_float32_step_rounded_once(case: Case, dtype: torch.dtype):
     """Zero gradients too: in float16 eps would be nothing, and 0/0 the step."""
-    opt, params = case.optimizer(), mixed(dtype)
+    opt, params = case.optimizer(), case.mixed(dtype)
     state, start = opt.init(params), params
     dead = tree.map(lambda p: torch.arange(p.numel()).view(p.shape) % 2 == 1, params)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from row import Case
 from table import CASES, ENDS, slots_of
 from torch import Tensor
-from trees import assert_same, mixed, random_like
+from trees import assert_same, random_like
 
 import funcopt as fo
 from funcopt import tree
@@ -216,7 +216,7 @@ def test_elementwise(case: Case, dtype: torch.dtype, shape: tuple[int, ...], see
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_tied_leaves_are_two_places(case: Case):
     """The same tensor twice: two states, equal values; unequal rates part them."""
-    shared = mixed()
+    shared = case.mixed()
     params, grads = {"a": shared, "b": shared}, random_like(shared, seed=1)
     opt = case.optimizer()
     state = opt.init(params)

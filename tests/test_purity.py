@@ -8,7 +8,7 @@ import torch
 from row import Case
 from table import CASES, ENDS
 from torch import Tensor
-from trees import mixed, random_like
+from trees import random_like
 
 import funcopt as fo
 from funcopt import tree
@@ -56,7 +56,7 @@ def assert_no_sharing(*trees: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_init_and_update(case: Case, dtype: torch.dtype, requires_grad: bool):
-    opt, params, hyper = case.optimizer(), mixed(dtype), case.tensors()
+    opt, params, hyper = case.optimizer(), case.mixed(dtype), case.tensors()
     for leaf in tensors(params):
         leaf.requires_grad_(requires_grad)
     seen = Snapshot(params)
@@ -75,7 +75,7 @@ def test_init_and_update(case: Case, dtype: torch.dtype, requires_grad: bool):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_where_a_hyperparameter_is_zero(case: Case):
     """lr = 0 gives the same numbers, but not the same memory."""
-    opt, params = case.optimizer(), mixed()
+    opt, params = case.optimizer(), case.mixed()
     grads, state = random_like(params, seed=1), opt.init(params)
     result = opt.update(grads, state, params, lr=0.0)
     assert_no_sharing(*result, grads, state, params)
@@ -83,7 +83,7 @@ def test_where_a_hyperparameter_is_zero(case: Case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_leaves_without_a_gradient_are_returned_themselves(case: Case):
-    opt, params = case.optimizer(), mixed()
+    opt, params = case.optimizer(), case.mixed()
     state = opt.init(params)
     leaves, structure = tree.flatten(random_like(params, seed=1))
     still = [i for i in range(len(leaves)) if i % 2]
@@ -99,7 +99,7 @@ def test_leaves_without_a_gradient_are_returned_themselves(case: Case):
 
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_partition_and_freeze(case: Case):
-    params = mixed()
+    params = case.mixed()
     grads, labels = random_like(params, seed=1), {"layers": "a", "empty": "b"}
     wrapped = [
         fo.partition({"a": case.optimizer(), "b": fo.sgd()}, labels),
@@ -125,7 +125,7 @@ def loss(params: Tree, target: Tree) -> Tensor:
 @pytest.mark.parametrize("mode", ["reverse", "first_order"])
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_unroll(case: Case, mode: Any):
-    opt, params, target = case.optimizer(), mixed(seed=1), mixed(seed=2)
+    opt, params, target = case.optimizer(), case.mixed(seed=1), case.mixed(seed=2)
     _, state = opt.update(target, opt.init(params), params)
     buffers, hyper = {"mean": torch.zeros(3), "count": torch.tensor(0)}, case.tensors()
 
@@ -156,8 +156,8 @@ def test_unroll(case: Case, mode: Any):
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_meta_value_and_grad(case: Case, path: Any):
     opt, steps = case.optimizer(), case.row.warm + 1
-    theta = {"params": mixed(seed=1), "hyper": case.tensors()}
-    targets = tree.map(lambda x: torch.stack([x, -x]), mixed(seed=2))
+    theta = {"params": case.mixed(seed=1), "hyper": case.tensors()}
+    targets = tree.map(lambda x: torch.stack([x, -x]), case.mixed(seed=2))
 
     def task_loss(theta: Tree, target: Tree) -> tuple[Tensor, Tensor]:
         run = fo.unroll(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from row import Case
 from table import CASES, ENDS, SCALAR, TWINS, slots_of
-from trees import assert_same, mixed, random_like
+from trees import assert_same, random_like
 
 import funcopt as fo
 from funcopt import tree
@@ -45,7 +45,7 @@ MADE = {"alone": Case.optimizer, "partition": partitioned, "freeze": frozen}
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_save_load_continue(case: Case, make: Any, dtype: torch.dtype):
-    opt, start = make(case), mixed(dtype)
+    opt, start = make(case), case.mixed(dtype)
     half = steps(opt, (start, opt.init(start)), range(3))
     expected = steps(opt, half, range(3, 6))
     loaded = saved_and_loaded(half)
@@ -70,7 +70,7 @@ def test_names_are_those_of_torch(case: Case):
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_structure_stays(case: Case, make: Any):
-    opt, params = make(case), mixed(torch.float32)
+    opt, params = make(case), case.mixed(torch.float32)
     state = opt.init(params)
     first = tree.flatten(state)[1]
     for step in range(3):
@@ -82,7 +82,7 @@ def test_structure_stays(case: Case, make: Any):
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_layout(case: Case):
     """int64 steps, a float64 scalar slot, an entry per leaf; other slots like params."""
-    params = mixed(torch.float16)
+    params = case.mixed(torch.float16)
     state = case.optimizer().init(params)
     _, after = steps(case.optimizer(), (params, state), range(2))
     for at, count in ((state, 0), (after, 2)):
@@ -104,7 +104,7 @@ def test_layout(case: Case):
 
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_frozen_leaves_keep_no_state(case: Case):
-    params = mixed()
+    params = case.mixed()
     state = frozen(case).init(params)
     slots = [state[name] for name in slots_of(state)]
     assert all(slot["layers"][0]["bias"] is None for slot in slots)

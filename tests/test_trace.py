@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from row import Case
-from table import CASES, ENDS, rule_of
+from table import ELEMENTWISE, ELEMENTWISE_ENDS, rule_of
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
@@ -202,7 +202,7 @@ def test_scalars_are_told_from_streams():
     ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ELEMENTWISE, ids=str)
 def test_every_rule_is_one_sweep(case: Case):
     rule = rule_of(case.optimizer())
     program = rule.program(kinds_of(case), torch.float32)
@@ -213,7 +213,7 @@ def test_every_rule_is_one_sweep(case: Case):
     assert not [v for v in sweep.streams if program.op(v).name in ("const", "pow")]
 
 
-@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("case", ELEMENTWISE_ENDS, ids=str)
 def test_a_zero_leaves_its_term_out(case: Case):
     rule, kinds = rule_of(case.optimizer()), kinds_of(case)
     if "weight_decay" not in rule.hyper:
@@ -225,7 +225,7 @@ def test_a_zero_leaves_its_term_out(case: Case):
     assert len(without.ops) < len(with_it.ops)
 
 
-@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.parametrize("case", ELEMENTWISE_ENDS, ids=str)
 def test_a_program_is_traced_once(case: Case):
     rule, kinds = rule_of(case.optimizer()), kinds_of(case)
     wanted = (True,) * len(rule.inputs(kinds))
@@ -393,7 +393,7 @@ SITUATIONS: dict[str, Callable[[Any], None]] = {
 }
 
 
-@pytest.mark.parametrize("case", ENDS[1::2], ids=str)
+@pytest.mark.parametrize("case", ELEMENTWISE_ENDS[1::2], ids=str)
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_traced_alike_everywhere(name: str, case: Case):
     kinds = kinds_of(case)

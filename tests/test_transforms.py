@@ -10,7 +10,7 @@ from table import CASES, ENDS, SMOOTH
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
-from trees import assert_close, assert_moved, mixed, random_like, relative, small
+from trees import assert_close, assert_moved, random_like, relative
 
 import funcopt as fo
 from funcopt import tree
@@ -35,9 +35,9 @@ def tasks(case: Case, dtype: torch.dtype) -> list[tuple[Tree, State, Tree]]:
     """Gradients, state and parameters of tasks that have come differently far."""
     opt, found = case.optimizer(), []
     for i in range(TASKS):
-        params = mixed(dtype, seed=i)
+        params = case.mixed(dtype, seed=i)
         state = after(opt, params, case.row.warm * i)
-        found.append((mixed(dtype, seed=10 + i), state, params))
+        found.append((case.mixed(dtype, seed=10 + i), state, params))
     return found
 
 
@@ -112,8 +112,11 @@ def test_nested_vmap(case: Case):
 
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_vmap_of_unroll(case: Case):
-    opt, starts = case.optimizer(), [small(seed=i) for i in range(TASKS)]
-    targets, values = [small(seed=9 + i) for i in range(TASKS)], spread(case.tensors())
+    opt, starts = case.optimizer(), [case.small(seed=i) for i in range(TASKS)]
+    targets, values = (
+        [case.small(seed=9 + i) for i in range(TASKS)],
+        spread(case.tensors()),
+    )
 
     def run(params: Tree, target: Tree, hyper: Any) -> Any:
         return fo.unroll(opt, distance, params, target, steps=3, hyper=hyper)[:3]
@@ -133,7 +136,11 @@ def outer_of(
 ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], tuple[str, ...]]:
     """Some steps, then a loss: of the leaves of parameters, data and hyperparameters."""
     opt, steps = case.optimizer(), case.row.warm + 1
-    point = {"params": small(seed=1), "data": small(seed=2), "hyper": case.tensors()}
+    point = {
+        "params": case.small(seed=1),
+        "data": case.small(seed=2),
+        "hyper": case.tensors(),
+    }
     leaves, structure = tree.flatten(point)
 
     def outer(*leaves: Tensor) -> Tensor:

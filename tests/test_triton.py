@@ -16,7 +16,7 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("triton", reason="Triton has no release for this system")
 
 from row import Case  # noqa: E402
-from table import CASES, ENDS, rule_of  # noqa: E402
+from table import ELEMENTWISE, ELEMENTWISE_ENDS, rule_of  # noqa: E402
 
 from funcopt.execution.executor import BuildError  # noqa: E402
 from funcopt.execution.program import Program  # noqa: E402
@@ -144,7 +144,7 @@ def assert_as_defined(program: Program, streams: Any, rows: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ELEMENTWISE, ids=str)
 def test_a_step_is_bit_equal_to_the_rule(case: Case):
     rule, values = rule_and_values(case)
     kinds = rule.kinds(values)
@@ -160,7 +160,7 @@ def test_a_step_is_bit_equal_to_the_rule(case: Case):
             case, dtype, id=f"{case}-{dtype}",
             marks=[] if k % 2 and dtype is torch.float32 else pytest.mark.slow,
         )
-        for k, case in enumerate(ENDS)
+        for k, case in enumerate(ELEMENTWISE_ENDS)
         for dtype in (torch.float32, torch.float64)
     ],
 )  # fmt: skip

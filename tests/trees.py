@@ -1,26 +1,37 @@
 """Trees of random tensors, and how far two trees lie apart."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from funcopt import tree
 from funcopt.types import Tree
 
-
-def mixed(dtype: torch.dtype = torch.float64, seed: int = 0) -> Tree:
-    """A nested tree with a matrix, a vector, one element, a 0-d and an empty leaf."""
-
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    layers = [{"weight": new(4, 3), "bias": new(5)}, (new(1), new())]
-    return random_like({"layers": layers, "empty": new(0, 3)}, seed)
+Shape = tuple[int, ...]
 
 
-def small(dtype: torch.dtype = torch.float64, seed: int = 0) -> Tree:
-    """Three numbers, one of them 0-d: for what costs an evaluation per number."""
-    like = {"w": torch.empty(2, dtype=dtype), "scale": torch.empty((), dtype=dtype)}
-    return random_like(like, seed)
+#: a matrix, a vector, one element, a 0-d and an empty leaf
+MIXED: Sequence[Shape] = ((4, 3), (5,), (1,), (), (0, 3))
+#: three numbers, one of them 0-d: for what costs an evaluation per number
+SMALL: Sequence[Shape] = ((2,), ())
+
+
+def mixed(
+    dtype: torch.dtype = torch.float64, seed: int = 0, shapes: Sequence[Shape] = MIXED
+) -> Tree:
+    """A nested tree of five leaves."""
+    weight, bias, one, scalar, empty = (torch.empty(s, dtype=dtype) for s in shapes)
+    layers = [{"weight": weight, "bias": bias}, (one, scalar)]
+    return random_like({"layers": layers, "empty": empty}, seed)
+
+
+def small(
+    dtype: torch.dtype = torch.float64, seed: int = 0, shapes: Sequence[Shape] = SMALL
+) -> Tree:
+    """Two leaves."""
+    w, scale = (torch.empty(shape, dtype=dtype) for shape in shapes)
+    return random_like({"w": w, "scale": scale}, seed)
 
 
 def random_like(like: Tree, seed: int) -> Tree:

@@ -6,8 +6,11 @@ from funcopt.optimizers.adam import adam
 from funcopt.optimizers.adamax import adamax
 from funcopt.optimizers.adamw import adamw
 from funcopt.optimizers.asgd import asgd
+from funcopt.optimizers.lamb import lamb
+from funcopt.optimizers.lars import lars
 from funcopt.optimizers.lion import lion
 from funcopt.optimizers.nadam import nadam
+from funcopt.optimizers.novograd import novograd
 from funcopt.optimizers.radam import radam
 from funcopt.optimizers.rmsprop import rmsprop
 from funcopt.optimizers.rprop import rprop
@@ -21,8 +24,11 @@ __all__ = [
     "adamax",
     "adamw",
     "asgd",
+    "lamb",
+    "lars",
     "lion",
     "nadam",
+    "novograd",
     "radam",
     "rmsprop",
     "rprop",

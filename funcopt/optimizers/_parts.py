@@ -75,6 +75,17 @@ def count(x: Tensor) -> Tensor:
     return torch.ones_like(x).sum()
 
 
+def norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """‖x‖, a float64 number with 1 in place of 0, and whether it is not 0.
+
+    The caller says what stands in its place: there torch's second derivative is NaN.
+    Squares are added in float64, as kernels add them.
+    """
+    squares = (x * x).sum(dtype=torch.float64)
+    there = squares > 0
+    return torch.sqrt(where(there, squares, 1.0)), there
+
+
 def where(condition: Any, a: Number, b: Number) -> Number:
     """``a`` where ``condition`` holds, else ``b``, both computed; one may be a float.
 

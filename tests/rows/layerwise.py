@@ -1,0 +1,37 @@
+"""Rules that scale a step by norms of the leaf."""
+
+from row import DECAY, OFF_ON, Row, half, mixes
+
+import funcopt as fo
+
+# Of a single number the direction is a sign: its derivative is 0, or what rounding makes
+# of that. (test_norm_rules and the published trajectories have such leaves.)
+SHAPES = ((4, 3), (5,), (2,), (2, 1, 2), (0, 3))
+FEW = ((2,), (2,))
+
+ROWS = [
+    Row(
+        fo.lamb,
+        mixes(maximize=OFF_ON, weight_decay=DECAY),
+        {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1},
+        shapes=SHAPES,
+        few=FEW,
+        elementwise=False,
+    ),
+    Row(
+        fo.lars,
+        half(weight_decay=DECAY, nesterov=OFF_ON, trust_coefficient=(0.2, 0.1)),
+        {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.2},
+        shapes=SHAPES,
+        few=FEW,
+        elementwise=False,
+    ),
+    Row(
+        fo.novograd,
+        mixes(maximize=OFF_ON, weight_decay=DECAY),
+        {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1},
+        shapes=SHAPES,
+        few=FEW,
+        elementwise=False,
+    ),
+]
