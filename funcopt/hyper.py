@@ -98,7 +98,7 @@ class Hyper:
         Tensors are taken as they are: looking into one would wait for the device, and
         is impossible under vmap.
         """
-        if isinstance(value, float) and self._allows(value):
+        if isinstance(value, Tensor) or isinstance(value, float) and self._allows(value):
             return value
         for atom in select.values(value):
             if isinstance(atom, (Tensor, Schedule)):
@@ -195,12 +195,11 @@ class Hypers:
                 value = arguments[name]
                 if isinstance(value, Schedule):
                     value = value.function(first - 1)
-                if isinstance(value, Tensor) and value.ndim == 0:
-                    shared[name] = value.to(torch.float64)
-                elif isinstance(value, Real):
-                    shared[name] = float(value)
-                else:
+                if isinstance(value, Tensor) and value.ndim:
                     return None
+                if not isinstance(value, (Tensor, Real)):
+                    return None
+                shared[name] = _scalar(value, name)
         return shared
 
     def _spread_constants(self, structure: tree.Structure) -> list[dict[str, Any]]:
@@ -270,7 +269,9 @@ def _column(
 def _scalar(value: Any, name: str) -> Any:
     """A float, or a float64 scalar: 1 - beta**t would lose its digits in float32."""
     if isinstance(value, Tensor):
-        return value.to(torch.float64) if value.ndim == 0 else value
+        if value.dtype is torch.float64 or value.ndim:
+            return value  # `to` takes as long to find that there is nothing to do
+        return value.to(torch.float64)
     if isinstance(value, Real):
         return float(value)
     raise HyperparameterTypeError(

@@ -11,6 +11,7 @@ from funcopt import tree
 from funcopt.checks import check_leaves, check_params, check_state
 from funcopt.errors import HyperparameterError
 from funcopt.execution import choice, dispatch, levels
+from funcopt.execution.guard import Known
 from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
@@ -47,7 +48,11 @@ class Stepper:
         self.rule = Rule(
             spec.rule, spec.name, scalar, arguments, spec.elementwise, spec.norms
         )
-        self.lanes: dict[tree.Structure, Lane] = {}
+        self.lanes: dict[tree.Structure, Known[Lane]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make lanes of their own."""
+        return self.__dict__ | {"lanes": {}}
 
     def init(self, params: Tree) -> State:
         """The state before the first step; see `Optimizer`."""
@@ -75,9 +80,9 @@ class Stepper:
         """One step; see `Optimizer`."""
         p, structure = tree.flatten(params)
         if not torch.compiler.is_compiling() and not execution and choice.is_free():
-            lane = self.lanes.get(structure)
-            if lane is not None:
-                done = self._again(lane, structure, grads, state, p, donate, overrides)
+            lanes = self.lanes.get(structure)
+            if lanes is not None:
+                done = self._again(lanes, structure, grads, state, p, donate, overrides)
                 if done is not None:
                     return self._result(structure, params, state, *done, donate)
         g = tree.flatten_like(structure, grads, "grads")
@@ -108,9 +113,10 @@ class Stepper:
         held = [state[key] for key in self.vectors]
         columns, lane = dispatch.step(leaves, execution, donate, held)
         if lane is not None and live is None and not self.measures:
-            if len(self.lanes) >= _MOST_LANES:
+            if len(self.lanes) >= _MOST_LANES and structure not in self.lanes:
                 self.lanes.clear()
-            self.lanes[structure] = lane
+            tensors = [*chain(g, p, *map(trees.__getitem__, self.trees)), *held]
+            self.lanes.setdefault(structure, Known()).put(tensors, lane)
         columns = _merge((p, *old.values()), columns, live)
         return self._result(structure, params, state, columns, steps, donate)
 
@@ -136,7 +142,7 @@ class Stepper:
 
     def _again(
         self,
-        lane: Lane,
+        lanes: Known[Lane],
         structure: tree.Structure,
         grads: Tree,
         state: State,
@@ -153,7 +159,8 @@ class Stepper:
             return None  # where the words for it are found
         if len(state) != 1 + len(self.slots):
             return None
-        if not lane.admits([*chain(*streams), *held]):
+        lane = lanes.get([*chain(*streams), *held])
+        if lane is None:
             return None
         steps = held[0] + 1
         numbers = [*(vector.tolist() for vector in held[1:]), steps.tolist()]

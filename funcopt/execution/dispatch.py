@@ -10,7 +10,7 @@ from funcopt.execution.call import Call
 from funcopt.execution.choice import ENGINES, Group
 from funcopt.execution.executor import Column, Executor
 from funcopt.execution.form import Form
-from funcopt.execution.lane import Lane
+from funcopt.execution.lane import Lane, Plain, Recorded
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.types import Tensor
@@ -54,15 +54,19 @@ def step(
 
 def _lane(leaves: Leaves, group: Group, vectors: Sequence[Tensor]) -> Lane | None:
     """A lane for steps like this one, if its leaves go one way as they are."""
-    if group.choice.transformed or group.choice.name == "reference":
+    if group.choice.name == "reference" or "stream" in group.kinds or levels.inside():
         return None
     columns = [leaves.grads, leaves.params, *leaves.state]
     alike = all(a is b for a, b in zip(columns, layout.alike(columns)))
-    if not alike or "stream" in group.kinds or not all(map(levels.readable, vectors)):
+    if not alike or not all(map(levels.readable, vectors)):
         return None
-    if len(leaves.rows(group.kinds)[0]) > 1:
+    row, *others = leaves.rows(group.kinds)[0]
+    if others or any(map(levels.is_tracked, vectors)):
         return None
-    return Lane(group.kinds, _executor(leaves.rule, group), leaves, vectors)
+    if group.choice.transformed:
+        return Recorded(_form(leaves, group), row)
+    executor = _executor(leaves.rule, group)
+    return Plain(executor, group.kinds, leaves.params, leaves.rule)
 
 
 def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
@@ -72,7 +76,7 @@ def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
     streams = leaves.streams(group.kinds)
     rows, which = leaves.rows(group.kinds)
     if group.choice.transformed:
-        return _transformed(leaves.rule, group, streams, rows, tuple(which))
+        return _transformed(_form(leaves, group), streams, rows)
     executor = _executor(leaves.rule, group)
     alike = layout.alike(streams)
     if not donate:
@@ -86,20 +90,8 @@ def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
 
 
 def _transformed(
-    rule: Rule,
-    group: Group,
-    streams: Sequence[Column],
-    rows: Sequence[Sequence[Any]],
-    which: tuple[int, ...],
+    form: Form, streams: Sequence[Column], rows: Sequence[Sequence[Any]]
 ) -> list[Column]:
-    given = tuple(tuple(isinstance(x, Tensor) for x in row) for row in rows)
-    engine, stored = ENGINES[group.choice.name], streams[0][0].dtype
-    key = (group.kinds, engine, stored, which, given)
-    form = rule.forms.get(key)
-    if form is None:
-        if len(rule.forms) >= _MOST_FORMS:
-            rule.forms.clear()
-        form = rule.forms[key] = Form(rule, group.kinds, engine, stored, which, given)
     columns, scalars = iter(streams), iter(zip(*rows))
     tensors: list[Tensor] = []
     for stream in form.inputs:
@@ -111,6 +103,21 @@ def _transformed(
         tuple(None if isinstance(x, Tensor) else x for x in row) for row in rows
     )
     return form.gather(fused_autograd.run(Call(form, numbers), tensors))
+
+
+def _form(leaves: Leaves, group: Group) -> Form:
+    rule, (rows, which) = leaves.rule, leaves.rows(group.kinds)
+    given = tuple(tuple(isinstance(x, Tensor) for x in row) for row in rows)
+    engine, stored = ENGINES[group.choice.name], group.params[0].dtype
+    key = (group.kinds, engine, stored, tuple(which), given)
+    form = rule.forms.get(key)
+    if form is None:
+        if len(rule.forms) >= _MOST_FORMS:
+            rule.forms.clear()
+        form = rule.forms[key] = Form(
+            rule, group.kinds, engine, stored, tuple(which), given
+        )
+    return form
 
 
 def _reference(leaves: Leaves) -> list[Column]:

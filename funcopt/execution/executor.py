@@ -12,8 +12,9 @@ from funcopt.types import Tensor
 #: a tensor, or a number, for each leaf
 Column: TypeAlias = Sequence[Any]
 
+Rows: TypeAlias = Sequence[Sequence[Any]]
 Direct: TypeAlias = Callable[
-    [Sequence[Column], list[int], list[Any], Sequence[Column]], Sequence[Column] | None
+    [Sequence[Column], list[int], Rows, Sequence[Column]], Sequence[Column] | None
 ]
 
 
@@ -54,21 +55,21 @@ class Executor(ABC):
                 in their sums; output scalars then have an entry per row, not per leaf.
         """
 
-    def direct(self, like: Column) -> Direct:
-        """The shortest way to run a step of one row on leaves that are like these.
+    def direct(self, like: Column, which: Sequence[int], pooled: bool = False) -> Direct:
+        """The shortest way to run this on leaves that are like these.
 
-        What comes out takes the streams, the addresses of their tensors, the row, and
-        the tensors to write to. It gives the outputs, or None: for `__call__` to do.
+        What comes out takes the streams, the addresses of their tensors, the rows, and
+        the tensors to write to. It gives the outputs, or None: for `__call__` to do, and
+        nothing is written then.
         """
-        which = [0] * len(like)
 
         def run(
             streams: Sequence[Column],
             addresses: list[int],
-            row: list[Any],
+            rows: Rows,
             out: Sequence[Column],
         ) -> list[Column]:
-            return self(streams, [row], which, out=out)
+            return self(streams, rows, which, out=out, pooled=pooled)
 
         return run
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from funcopt.execution import reference
 from funcopt.execution.executor import Column, Executor
 from funcopt.execution.program import Program
+from funcopt.execution.ready import Ready
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.types import Tensor
 
@@ -166,16 +169,31 @@ class Form:
         """Raises UntraceableError or BuildError: there is none."""
         return self.rule.executor(self.engine, self.program, self.stored)
 
+    @cached_property
+    def ready(self) -> Ready:
+        """The way for calls like the one before."""
+        return Ready(sum(self.outputs))
+
     def gather(self, outputs: Sequence[Tensor]) -> list[Column]:
         """The outputs of a step as columns: something for each leaf."""
-        columns: list[list[Any]] = [[None] * len(self.which) for _ in self.outputs]
-        for x, (i, at) in zip(outputs, self.output_places):
-            if self.outputs[i]:
-                columns[i][at] = x
+        columns: list[Column] = []
+        rest = iter(outputs)
+        for stream in self.outputs:
+            if stream:
+                columns.append([*islice(rest, len(self.which))])
             else:
-                rows = zip(columns[i], self.which)
-                columns[i] = [x if row == at else old for old, row in rows]
-        return list(columns)
+                values = [*islice(rest, len(self.given))]
+                columns.append([values[row] for row in self.which])
+        return columns
+
+    @cached_property
+    def spread(self) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+        """From a derivative's outputs and a None: one for each tensor of ``of``."""
+        assert self.of is not None
+        count = iter(range(len(self.output_places)))
+        return itemgetter(
+            *(next(count) if self.wanted[i] else -1 for i, _ in self.of.places)
+        )
 
 
 def _positions(streams: Sequence[bool]) -> list[int]:

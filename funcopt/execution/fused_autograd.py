@@ -37,6 +37,15 @@ def run(call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return _Recorded.apply(call, *tensors)
 
 
+def record(call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """As `run`, for tensors that autograd follows and no transform ever touched.
+
+    Past `torch.autograd.Function.apply`, which looks at each for such a transform.
+    """
+    recorded: Any = super(torch.autograd.Function, _Recorded)
+    return recorded.apply(call, *tensors)
+
+
 def _followed(tensors: Sequence[Tensor]) -> bool:
     """Whether a derivative is asked of these tensors, and not just of some."""
     if not levels.differentiating(tensors):
@@ -61,9 +70,8 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
         call = ctx.call.vjp(wanted)
-        found = iter(run(call, (*ctx.saved_tensors, *cotangents)))
-        asked = call.form.wanted
-        return None, *(next(found) if asked[i] else None for i, _ in ctx.call.form.places)
+        found = run(call, (*ctx.saved_tensors, *cotangents))
+        return None, *call.form.spread((*found, None))
 
 
 class _Transformed(torch.autograd.Function):

@@ -61,14 +61,22 @@ def evaluator(program: Program, sweep: Pass) -> Callable[[list[Any]], None]:
     return compute
 
 
-def on_numbers(program: Program, wanted: Sequence[int]) -> Callable[..., tuple[Any, ...]]:
-    """A function of the input scalars, Python numbers all: the scalars ``wanted``.
+def on_numbers(
+    program: Program, wanted: Sequence[int], sums: Sequence[int] = ()
+) -> Callable[..., tuple[Any, ...]]:
+    """A function that gives the scalars ``wanted``, Python numbers all.
 
-    For a program of one sweep. It raises ArithmeticError or ValueError where `evaluator`
-    finds an infinity or NaN.
+    Of the input scalars, and then these ``sums``. It raises ArithmeticError or ValueError
+    where `evaluator` finds an infinity or NaN.
     """
-    given = [i for i, stream in enumerate(program.inputs) if not stream]
-    lines = [f"v{v} = {_number(program, v, 'v{}')}" for v in program.passes[0].before]
+    given = [i for i, stream in enumerate(program.inputs) if not stream] + [*sums]
+    needed, ahead = set(given), list(wanted)
+    while ahead:
+        value = ahead.pop()
+        if value not in needed:
+            needed.add(value)
+            ahead += program.op(value).args
+    lines = [f"v{v} = {_number(program, v, 'v{}')}" for v in sorted(needed - set(given))]
     results = "".join(f"v{v}, " for v in wanted)
     arguments = ", ".join(f"v{i}" for i in given)
     return _compiled(arguments, [*lines, f"return ({results})"])

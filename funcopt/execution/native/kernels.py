@@ -4,18 +4,20 @@ import ctypes
 import os
 from array import array
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, reduce
+from itertools import chain
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from funcopt.execution import scalars
-from funcopt.execution.executor import BuildError, Column, Direct, empty_like
+from funcopt.execution.executor import BuildError, Column, Direct, Rows, empty_like
 from funcopt.execution.native import self_check, source
 from funcopt.execution.native.build import library
 from funcopt.execution.program import Program
-from funcopt.execution.sweeping import Sweeping
+from funcopt.execution.sweeping import Sweeping, read_number
 from funcopt.types import Tensor
 
 # Fewer elements are done sooner than a second thread wakes up.
@@ -54,62 +56,71 @@ class Native(Sweeping):
                 for each in built:
                     each.discard()
 
-    def direct(self, like: Column) -> Direct:
-        program, sweep = self.program, self.program.passes[0]
-        if len(program.passes) > 1 or sweep.sums:
-            return super().direct(like)
+    def direct(self, like: Column, which: Sequence[int], pooled: bool = False) -> Direct:
+        program, (sweep, *rest) = self.program, self.program.passes
+        once = not any(each.outputs or each.sums for each in rest)
+        if not once or not sweep.streams or (sweep.sums and not pooled):
+            return super().direct(like, which, pooled)
         # Everything that does not change is worked out here, once.
-        stream = {value: k for k, value in enumerate(self._streams)}
-        read = [stream[value] for value in self._read[0]]
         scalars_out = [v for v in program.outputs if not program.is_stream(v)]
-        parameters = len(self._parameters[0])
-        compute = scalars.on_numbers(program, [*self._parameters[0], *scalars_out])
+        before = scalars.on_numbers(program, self._parameters[0])
+        after = scalars.on_numbers(program, scalars_out, sweep.sums)
         count, sizes = len(like), array("q", map(Tensor.numel, like))
-        which, total = array("q", bytes(8 * count)), sum(sizes)
+        owners, total, sums_out = array("q", which), sum(sizes), len(sweep.sums)
+        of_row = [[i for i in range(count) if which[i] == row] for row in {*which}]
+        stream = {value: k * count for k, value in enumerate(self._streams)}
+        read = [slice(stream[v], stream[v] + count) for v in self._read[0]]
         large = total * len(sweep.outputs) * self.stored.itemsize >= _PAST_CACHE
-        fixed = count, 1, sizes.buffer_info()[0], which.buffer_info()[0]
+        fixed = count, 1, sizes.buffer_info()[0], owners.buffer_info()[0]
         kernel, parallel = self._kernels[0], total >= _PARALLEL
         order = [program.is_stream(v) for v in program.outputs]
 
         def run(
             streams: Sequence[Column],
             addresses: list[int],
-            row: list[Any],
+            rows: Rows,
             out: Sequence[Column],
-            alive: Any = (sizes, which),  # as long as their addresses are in use
+            alive: Any = (sizes, owners),  # as long as their addresses are in use
         ) -> Sequence[Column] | None:
+            results: Any = ()
             try:
-                numbers = compute(*row)
-                table = array("d", numbers[:parameters])
-            except (ArithmeticError, ValueError, TypeError):
-                return None  # an infinity, or a tensor among the scalars
-            donated = out[0] is streams[1]
-            pointers = [
-                address
-                for k in read
-                for address in addresses[k * count : (k + 1) * count]
-            ]
-            if donated:
-                pointers += addresses[count : (1 + len(out)) * count]
-            else:
-                pointers += [address for c in out for address in map(_address, c)]
-            at = array("Q", pointers)
-            kernel(
+                rows = [[*map(read_number, row)] for row in rows]
+                table = array("d", chain.from_iterable([before(*row) for row in rows]))
+                if scalars_out and not sums_out:
+                    results = [after(*row) for row in rows]
+            except (ArithmeticError, ValueError):
+                return None  # an infinity, or NaN
+            donated = bool(out) and out[0] is streams[1]
+            pointers = array("Q", chain.from_iterable([addresses[s] for s in read]))
+            pointers.extend(
+                addresses[count : (1 + len(out)) * count]
+                if donated
+                else map(_address, chain.from_iterable(out))
+            )
+            sums = array("d", bytes(8 * count * sums_out))
+            failed = kernel(
                 *fixed,
                 table.buffer_info()[0],
-                at.buffer_info()[0],
-                None,
+                pointers.buffer_info()[0],
+                sums.buffer_info()[0],
                 large and not donated,
                 torch.get_num_threads() if parallel else 1,
             )
+            if failed:
+                raise MemoryError("no memory for the sums of a kernel")
             if not scalars_out:
                 return out
-            columns = iter(out)
-            values = iter(numbers[parameters:])
-            return [
-                next(columns) if is_stream else [next(values)] * count
-                for is_stream in order
-            ]
+            if sums_out:
+                each = [sums[k::sums_out] for k in range(sums_out)]
+                totals = [[_total(s, leaves) for s in each] for leaves in of_row]
+                try:
+                    results = [after(*row, *more) for row, more in zip(rows, totals)]
+                except (ArithmeticError, ValueError):
+                    return None
+            if not pooled:
+                results = [results[row] for row in which]
+            columns, values = iter(out), zip(*results)
+            return [next(columns if is_stream else values) for is_stream in order]
 
         return run
 
@@ -147,6 +158,11 @@ class Native(Sweeping):
         if failed:
             raise MemoryError("no memory for the sums of a kernel")
         return out, _columns(sums, len(sweep.sums), tasks)
+
+
+def _total(sums: array, leaves: Sequence[int]) -> float:
+    """In the order that `Sweeping` adds them in."""
+    return reduce(add, map(sums.__getitem__, leaves), 0.0)
 
 
 def _table(rows: Sequence[Sequence[Any]], tasks: int) -> array:

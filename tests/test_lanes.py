@@ -1,0 +1,318 @@
+"""A differentiated step like an earlier one skips the questions, and nothing else."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from test_fused_autograd import FEW, number, weighted
+from torch import Tensor
+from torch.func import grad, vmap
+from trees import random_like, relative
+
+import funcopt as fo
+from funcopt import tree
+from funcopt.execution import fused_autograd
+from funcopt.types import Tree
+
+LIKE = {"w": torch.empty(4, 3), "b": torch.empty(5), "none": torch.empty(0)}
+OPTIMIZER = fo.adamw(weight_decay=0.1)
+
+
+@pytest.fixture
+def lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The steps that went by a lane."""
+    taken: list[Any] = []
+    original = fused_autograd.record
+
+    def spy(call: Any, tensors: Any) -> Any:
+        taken.append(call)
+        return original(call, tensors)
+
+    monkeypatch.setattr(fused_autograd, "record", spy)
+    yield taken
+
+
+def positive(seed: int) -> Tree:
+    return tree.map(torch.abs, random_like(LIKE, seed))
+
+
+def hypers(**others: Any) -> dict[str, Any]:
+    return {
+        "lr": number(0.1).requires_grad_(),
+        "betas": (number(0.9).requires_grad_(), 0.99),
+        "eps": 1e-3,
+    } | others
+
+
+def slopes(
+    opt: fo.Optimizer,
+    name: str | None = None,
+    steps: int = 3,
+    seed: int = 1,
+    outer: Callable[[Any], Tensor] = weighted,
+    **others: Any,
+) -> list[Tensor]:
+    """Of an unrolled run: by its start, gradients and hyperparameters."""
+    hyper = hypers(**others)
+    params, grads = positive(seed), [positive(seed + 2 + k) for k in range(steps)]
+    asked = [x for x in tree.leaves((params, grads)) if x is not None]
+    for x in asked:
+        x.requires_grad_()
+    asked += [x for x in tree.leaves(hyper) if getattr(x, "requires_grad", False)]
+    state = opt.init(params)
+    for g in grads:
+        params, state = opt.update(g, state, params, execution=name, **hyper)
+    result = (params, {k: v for k, v in state.items() if k != "step"})
+    return list(
+        torch.autograd.grad(
+            outer(result), asked, allow_unused=True, materialize_grads=True
+        )
+    )
+
+
+def assert_slopes(found: list[Tensor], expected: list[Tensor]) -> None:
+    """To the bit those of an execution that is named, for which there are no lanes."""
+    assert any(x.any() for x in expected)
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+HYPER: dict[str, Callable[[], dict[str, Any]]] = {
+    "the same": lambda: {},
+    "another number": lambda: {"eps": 1e-2},
+    "a tensor for a number": lambda: {"eps": number(1e-2).requires_grad_()},
+    "a constant tensor": lambda: {"lr": number(0.2)},
+    "a number for a tensor": lambda: {"lr": 0.2},
+    "float32": lambda: {"lr": number(0.2, torch.float32).requires_grad_()},
+    "zero": lambda: {"weight_decay": 0.0},
+    "an overflow": lambda: {"lr": 1e308, "weight_decay": 1e308},
+    "for each leaf": lambda: {"lr": {"w": 0.1, "b": 0.2, "none": 0.3}},
+    "a tensor for each leaf": lambda: {
+        "lr": {key: number(0.2).requires_grad_() for key in LIKE}
+    },
+    "for each element": lambda: {"lr": positive(9)},
+}
+
+
+@pytest.mark.parametrize("what", HYPER)
+def test_hyperparameters_that_change(what: str, lanes: list[Any]):
+    opt = fo.adamw(weight_decay=0.1)
+    for _ in range(2):
+        slopes(opt)
+    assert len(lanes) >= 3
+    for _ in range(2):
+        found = slopes(opt, **HYPER[what]())
+        expected = slopes(opt, "native", **HYPER[what]())
+        same = [
+            torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, expected)
+        ]
+        assert all(same) and len(found) == len(expected)
+
+
+OUTER: dict[str, Callable[[Any], Tensor]] = {
+    "expanded": lambda r: sum(x.sum() for x in tree.leaves(r)),  # pyright: ignore
+    "transposed": lambda r: (r[0]["w"].mT @ torch.rand(4, 2).fill_(0.5)).square().sum(),
+    "of a slot alone": lambda r: (r[1]["exp_avg"]["w"] ** 2).sum(),
+    "some elements": lambda r: (r[0]["w"][1:, ::2] ** 2).sum(),
+    "twice": lambda r: weighted(r) + weighted(r),
+}
+
+
+@pytest.mark.parametrize("what", OUTER)
+def test_cotangents_that_change(what: str, lanes: list[Any]):
+    for _ in range(2):
+        slopes(OPTIMIZER)
+    found = slopes(OPTIMIZER, outer=OUTER[what])
+    assert_slopes(found, slopes(OPTIMIZER, "native", outer=OUTER[what]))
+    assert lanes
+
+
+@pytest.mark.parametrize("case", FEW[:3], ids=str)
+def test_every_rule_with_kernels(case: Any, lanes: list[Any]):
+    opt = case.optimizer()
+    asked = {k: v for k, v in case.tensors().items() if isinstance(v, Tensor)}
+
+    def run(name: str | None) -> list[Tensor]:
+        hyper = tree.map(lambda x: x.clone().requires_grad_(), asked)
+        params, state = positive(1), opt.init(positive(1))
+        for k in range(case.row.warm + 3):
+            params, state = opt.update(
+                positive(2 + k), state, params, execution=name, **hyper
+            )
+        return list(torch.autograd.grad(weighted(params), tree.leaves(hyper)))
+
+    run(None)
+    assert_slopes(run(None), run("native"))
+    # Of nadam the first alone: then the numbers of its state carry a gradient.
+    assert len(lanes) > 1 or case.row.name == "nadam"
+
+
+def by_derivatives(opt: fo.Optimizer, name: str | None, order: int) -> Tensor:
+    lr, p = number(0.1).requires_grad_(), positive(1)["w"].double().requires_grad_()
+    new, state = p, opt.init(p)
+    for _ in range(3):
+        new, state = opt.update(new * new, state, new, lr=lr, execution=name)
+    slope = (new**2).sum()
+    for k in range(order):
+        slope = torch.autograd.grad(slope, lr, create_graph=k + 1 < order)[0]
+    return slope
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_derivatives_of_derivatives(order: int, lanes: list[Any]):
+    for _ in range(2):
+        found = by_derivatives(OPTIMIZER, None, order)
+    assert lanes
+    expected = by_derivatives(OPTIMIZER, "native", order)
+    assert torch.equal(found, expected) and expected.any()
+
+
+def step(opt: fo.Optimizer, p: Tensor, **hyper: Any) -> Tensor:
+    g = torch.linspace(0.5, 2.0, p.numel()).view_as(p)
+    return opt.update(g, opt.init(p.detach()), p, **hyper)[0]
+
+
+def leaf() -> Tensor:
+    return torch.linspace(1.0, 2.0, 6).requires_grad_()
+
+
+def test_modes_within_and_without(lanes: list[Any]):
+    opt = fo.adamw()
+    for _ in range(3):
+        assert step(opt, leaf()).requires_grad
+    taken = len(lanes)
+    assert taken == 2
+    with torch.no_grad():
+        for _ in range(3):
+            assert not step(opt, leaf()).requires_grad
+        assert len(lanes) == taken
+        with torch.enable_grad():
+            assert step(opt, leaf()).requires_grad
+    assert len(lanes) == taken + 1
+    with torch.no_grad():
+        assert not step(opt, leaf().detach(), lr=number(0.1)).requires_grad
+    p = leaf().detach()
+    for _ in range(2):
+        assert step(opt, p, lr=number(0.1).requires_grad_()).requires_grad
+        assert not step(opt, p, lr=number(0.1)).requires_grad
+        with torch.no_grad():
+            lr = number(0.1).requires_grad_()
+            assert not step(opt, p, lr=lr).requires_grad
+    with torch.inference_mode():
+        assert step(opt, p).is_inference()
+
+
+def test_transforms_take_no_lane(lanes: list[Any]):
+    opt = fo.adamw()
+    p, rows = leaf().detach(), torch.stack([leaf().detach()] * 3)
+    for _ in range(3):
+        assert step(opt, leaf()).requires_grad
+        assert step(opt, p, lr=number(0.1).requires_grad_()).requires_grad
+    taken = len(lanes)
+
+    def loss(p: Tensor, lr: Tensor) -> Tensor:
+        return (step(opt, p, lr=lr) ** 2).sum()
+
+    first = grad(loss, argnums=(0, 1))(p, number(0.1))
+    vmap(grad(loss), in_dims=(0, None))(rows, number(0.1))
+    vmap(loss, in_dims=(0, None))(rows, number(0.1))
+    escaped: list[Tensor] = []
+
+    def keeping(p: Tensor) -> Tensor:
+        escaped.append(p)
+        return p.sum()
+
+    grad(keeping)(p)
+    step(opt, escaped[0])  # a wrapper of a level that has ended
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(leaf(), torch.ones(6))
+        pushed = torch.autograd.forward_ad.unpack_dual(step(opt, dual, lr=number(0.1)))
+        assert pushed.tangent is not None
+    assert len(lanes) == taken
+    q, lr = p.clone().requires_grad_(), number(0.1).requires_grad_()
+    again = torch.autograd.grad((step(opt, q, lr=lr) ** 2).sum(), (q, lr))
+    for a, b in zip(first, again):
+        assert relative(a, b) <= 1e-6
+
+
+def test_backward_twice_and_after_a_write(lanes: list[Any]):
+    opt = fo.adamw()
+    for _ in range(2):
+        step(opt, leaf())
+    p = leaf()
+    new = step(opt, p)
+    assert lanes
+    first = torch.autograd.grad(new.sum(), p, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(new.sum(), p, retain_graph=True)[0])
+    with torch.no_grad():
+        p.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(new.sum(), p)
+
+
+def test_saved_tensors_may_come_back_otherwise(lanes: list[Any]):
+    """Hooks that pack into another layout, or another dtype and back."""
+    expected = slopes(OPTIMIZER)
+    unpacked: list[Callable[[Tensor], Tensor]] = [
+        torch.clone,
+        lambda x: x.repeat_interleave(2, 0)[::2] if x.ndim else x,
+    ]
+    for unpack in unpacked:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+            for a, b in zip(slopes(OPTIMIZER), expected):
+                assert torch.equal(a, b)
+    assert lanes
+
+
+def test_donation_is_refused_on_a_lane(lanes: list[Any]):
+    opt, p = fo.adamw(), leaf()
+    for _ in range(2):
+        step(opt, p)
+    with pytest.raises(fo.ExecutionError, match="what a derivative still needs"):
+        opt.update(torch.ones(6), opt.init(p), p, donate=True)
+
+
+def test_a_lane_holds_no_tensor():
+    opt, p, lr = fo.adamw(), leaf(), number(0.1).requires_grad_()
+    for _ in range(3):
+        new = step(opt, p, lr=lr)
+        torch.autograd.grad(new.sum(), (p, lr))
+    gone = [weakref.ref(x) for x in (new, p, lr)]
+    del new, p, lr
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
+
+
+def test_shapes_that_alternate(lanes: list[Any]):
+    """One optimizer, more kinds of trees than it remembers ways for."""
+    opt = fo.adamw()
+    for _ in range(2):
+        for n in range(1, 8):
+            p = torch.linspace(1.0, 2.0, n).requires_grad_()
+            found = torch.autograd.grad((step(opt, p) ** 2).sum(), p)
+            looked_at = step(opt, p, execution="native")
+            assert torch.equal(*found, *torch.autograd.grad((looked_at**2).sum(), p))
+
+
+def test_copies_of_an_optimizer_are_independent(lanes: list[Any]):
+    expected = slopes(OPTIMIZER)
+    twin = copy.deepcopy(OPTIMIZER)
+    assert twin is not OPTIMIZER
+    for _ in range(2):
+        assert all(map(torch.equal, slopes(twin), expected))
+    assert lanes
+
+
+def test_threads_share_the_lanes(lanes: list[Any]):
+    opt = fo.adamw(weight_decay=0.1)
+    seeds = range(6)
+    expected = [slopes(opt, seed=seed) for seed in seeds]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda seed: slopes(opt, seed=seed), [*seeds] * 3))
+    for k, each in enumerate(found):
+        assert all(map(torch.equal, each, expected[k % len(seeds)]))
+    assert lanes
