@@ -61,7 +61,7 @@ class Stepper:
         state: State = {"step": _filled(leaves, 0, torch.int64)}
         for slot, first in self.slots.items():
             if callable(first):
-                values = [None if p is None else first(p.detach()) for p in leaves]
+                values = [None if p is None else first(p) for p in leaves]
                 state[slot] = tree.unflatten(structure, values)
             else:
                 state[slot] = _filled(leaves, first, torch.float64)

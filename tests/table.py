@@ -2,14 +2,20 @@
 
 import torch
 from row import Case
-from rows import adaptive, layerwise, sign, torch_optim
+from rows import adaptive, averaging, layerwise, sign, torch_optim
 
 import funcopt as fo
 from funcopt.execution import choice
 from funcopt.execution.rule import Rule
 from funcopt.types import State
 
-ROWS = [*torch_optim.ROWS, *adaptive.ROWS, *layerwise.ROWS, *sign.ROWS]
+ROWS = [
+    *torch_optim.ROWS,
+    *adaptive.ROWS,
+    *averaging.ROWS,
+    *layerwise.ROWS,
+    *sign.ROWS,
+]
 
 #: every row with every combination of its flags
 CASES = [Case(row, flags) for row in ROWS for flags in row.combinations]
@@ -27,6 +33,9 @@ TWINS = [case for case in CASES if case.row.twin]
 
 #: slots that hold a number per leaf
 SCALAR = {"eta", "mu", "mu_product", "exp_avg_norm_sq"}
+
+#: slots that begin as the parameter
+COPIES = {"x0", "z"}
 
 
 def slots_of(state: State) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from row import Case
-from table import CASES, ENDS, SCALAR, TWINS, slots_of
+from table import CASES, COPIES, ENDS, SCALAR, TWINS, slots_of
 from trees import assert_same, random_like
 
 import funcopt as fo
@@ -97,6 +97,8 @@ def test_layout(case: Case):
         start = first.get(name, 0.0)  # zero before a step
         if name in SCALAR:
             expected = torch.full((5,), start, dtype=torch.float64)
+        elif name in COPIES:
+            expected = params
         else:
             expected = tree.map(lambda p, v=start: torch.full_like(p, v), params)
         assert_same(state[name], expected)

@@ -9,6 +9,7 @@ from funcopt.optimizers.asgd import asgd
 from funcopt.optimizers.lamb import lamb
 from funcopt.optimizers.lars import lars
 from funcopt.optimizers.lion import lion
+from funcopt.optimizers.madgrad import madgrad
 from funcopt.optimizers.nadam import nadam
 from funcopt.optimizers.novograd import novograd
 from funcopt.optimizers.radam import radam
@@ -27,6 +28,7 @@ __all__ = [
     "lamb",
     "lars",
     "lion",
+    "madgrad",
     "nadam",
     "novograd",
     "radam",

@@ -59,6 +59,11 @@ def torch_stepper(
     return step
 
 
+def ascending(stepper: Stepper) -> Stepper:
+    """The same on the negative gradients, where a package has no flag for it."""
+    return lambda grads: stepper([-g for g in grads])
+
+
 def write(
     optimizer: str,
     source: str,
