@@ -15,23 +15,6 @@ from funcopt.execution.choice import execution
 from funcopt.hyper import Schedule
 from funcopt.optimizer import Optimizer, elementwise, per_tensor
 from funcopt.optimizers import *
-from funcopt.optimizers import (
-    adadelta,
-    adagrad,
-    adam,
-    adamax,
-    adamw,
-    asgd,
-    lion,
-    madgrad,
-    nadam,
-    radam,
-    rmsprop,
-    rprop,
-    sgd,
-    signsgd,
-    signum,
-)
 from funcopt.plan import plan
 from funcopt.select import by_name
 from funcopt.transforms import *
@@ -54,10 +37,6 @@ __all__ = [
     "detach",
     "elementwise",
     "execution",
-    "freeze",
-    "from_param_groups",
-    "lion",
-    "madgrad",
     "meta",
     "per_step",
     "per_tensor",
