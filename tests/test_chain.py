@@ -1,0 +1,412 @@
+"""A chain is its links one after the other, and an Optimizer like any other."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+from trees import assert_close, assert_moved, assert_same, mixed, random_like, small
+
+import funcopt as fo
+from funcopt import tree
+from funcopt.types import Tree
+
+Leaves = list[Tensor]
+STEPS = 5
+
+
+# By hand, on lists of leaves: what each stage is to do ---------------------------------
+
+
+def norm(leaves: Leaves) -> Tensor:
+    return torch.linalg.vector_norm(torch.cat([x.flatten() for x in leaves]))
+
+
+def clipped(grads: Leaves, params: Leaves, max_norm: Any = 0.7) -> Leaves:
+    copies = [torch.zeros_like(g) for g in grads]
+    for copy, g in zip(copies, grads):
+        copy.grad = g.clone()
+    torch.nn.utils.clip_grad_norm_(copies, float(max_norm))
+    return [copy.grad for copy in copies]  # type: ignore[misc]
+
+
+def clamped(grads: Leaves, params: Leaves, max_value: Any = 0.6) -> Leaves:
+    return [g.clip(-max_value, max_value) for g in grads]
+
+
+def rms_clipped(grads: Leaves, params: Leaves, threshold: Any = 0.8) -> Leaves:
+    rms = [(g**2).mean().sqrt() if g.numel() else torch.tensor(0.0) for g in grads]
+    return [g / max(1.0, r.item() / float(threshold)) for g, r in zip(grads, rms)]
+
+
+def normalized(grads: Leaves, params: Leaves) -> Leaves:
+    return [g / norm(grads) for g in grads]
+
+
+def centralized(grads: Leaves, params: Leaves) -> Leaves:
+    return [
+        g - g.flatten(1).mean(1).view(-1, *[1] * (g.ndim - 1))
+        if g.ndim > 1 and g.numel()
+        else g
+        for g in grads
+    ]
+
+
+def decayed(grads: Leaves, params: Leaves, weight_decay: Any = 0.3) -> Leaves:
+    return [g + float(weight_decay) * p for g, p in zip(grads, params)]
+
+
+def without_nans(grads: Leaves, params: Leaves) -> Leaves:
+    return [torch.nan_to_num(g, nan=0.0, posinf=torch.inf) for g in grads]
+
+
+def in_region(new: Leaves, old: Leaves, ratio: Any = 0.05, floor: Any = 0.9) -> Leaves:
+    found = []
+    for p, q in zip(old, new):
+        longest = float(ratio) * max(norm([p]).item(), float(floor))
+        length = norm([q - p]).item()
+        found.append(p + (q - p) * min(1.0, longest / length) if length else q)
+    return found
+
+
+def on_simplex(x: Tensor, total: float) -> Tensor:
+    """By bisection for the shift."""
+    low, high = x.min() - total, x.max()
+    for _ in range(200):
+        middle = (low + high) / 2
+        if (x - middle).clip(0).sum() > total:
+            low = middle
+        else:
+            high = middle
+    return (x - high).clip(0)
+
+
+def projected(onto: str) -> Callable[..., Leaves]:
+    def one(x: Tensor) -> Tensor:
+        if not x.numel() or onto == "non_negative":
+            return x.clip(0)
+        if onto == "box":
+            return x.clip(-0.4, 0.9)
+        if onto == "l2_ball":
+            return x * min(1.0, 0.8 / norm([x]).item())
+        if onto == "simplex":
+            return on_simplex(x, 0.7)
+        return x if x.abs().sum() <= 0.7 else x.sign() * on_simplex(x.abs(), 0.7)
+
+    return lambda new, old: [one(x) for x in new]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A stage, and the same by hand."""
+
+    make: Callable[..., Any]
+    by_hand: Callable[..., Leaves]
+    before: bool = True
+    hyper: Mapping[str, float] = field(default_factory=dict)
+    kernels: bool = True  #: whether it leaves the rule to kernels
+
+    def chain(self, **given: Any) -> fo.Optimizer:
+        stage, sgd = self.make(**self.hyper), fo.sgd(lr=0.1, momentum=0.9)
+        return fo.chain(stage, sgd) if self.before else fo.chain(sgd, stage)
+
+
+def onto(name: str, kernels: bool, **hyper: float) -> Link:
+    function = getattr(fo.projections, name)
+    return Link(
+        lambda **values: fo.project(function, **values),
+        projected(name), before=False, hyper=hyper, kernels=kernels,
+    )  # fmt: skip
+
+
+LINKS = {
+    "clip_by_global_norm": Link(fo.clip_by_global_norm, clipped, hyper={"max_norm": 0.7}),
+    "clip_by_value": Link(fo.clip_by_value, clamped, hyper={"max_value": 0.6}),
+    "clip_by_block_rms": Link(
+        fo.clip_by_block_rms, rms_clipped, hyper={"threshold": 0.8}
+    ),
+    "normalize": Link(fo.normalize, normalized),
+    "centralize": Link(fo.centralize, centralized, kernels=False),
+    "add_decayed_weights": Link(
+        fo.add_decayed_weights, decayed, hyper={"weight_decay": 0.3}
+    ),
+    "zero_nans": Link(fo.zero_nans, without_nans),
+    "trust_region": Link(
+        fo.trust_region, in_region, before=False, hyper={"ratio": 0.05, "floor": 0.9}
+    ),
+    "non_negative": onto("non_negative", True),
+    "box": onto("box", True, low=-0.4, high=0.9),
+    "l2_ball": onto("l2_ball", True, radius=0.8),
+    "l1_ball": onto("l1_ball", False, radius=0.7),
+    "simplex": onto("simplex", False, total=0.7),
+}
+AVERAGES = {
+    "ema": lambda: fo.ema(0.8),
+    "ema-biased": lambda: fo.ema(0.8, debias=False),
+    "polyak": lambda: fo.polyak(0.5),
+    "lookahead": lambda: fo.lookahead(2, 0.3),
+}
+CHAINS: dict[str, Callable[[], fo.Optimizer]] = {
+    **{name: link.chain for name, link in LINKS.items()},
+    **{
+        name: lambda stage=stage: fo.chain(fo.adamw(lr=0.1, eps=0.01), stage())
+        for name, stage in AVERAGES.items()
+    },
+    "many": lambda: fo.chain(
+        fo.zero_nans(),
+        fo.clip_by_value(0.9),
+        fo.clip_by_global_norm(0.7),
+        fo.add_decayed_weights(0.1),
+        fo.normalize(),
+        fo.adamw(lr=0.1, eps=0.01),
+        fo.ema(0.8),
+        fo.lookahead(2),
+        fo.ema(0.5),
+    ),
+    "cautious": lambda: fo.cautious(fo.adamw(lr=0.1, eps=0.01)),
+    "over a partition": lambda: fo.chain(
+        fo.clip_by_global_norm(0.7),
+        fo.partition(
+            {"a": fo.sgd(lr=0.1, momentum=0.9), "b": fo.adamw(lr=0.1, eps=0.01)},
+            fo.by_name({"*w*": "a"}, default="b"),
+        ),
+        fo.ema(0.8),
+    ),
+}
+EXACT = {name for name, link in LINKS.items() if link.kernels} | {*AVERAGES, "many"}
+
+
+def steps(opt: fo.Optimizer, params: Tree, count: int = STEPS, **given: Any) -> Any:
+    state = opt.init(params)
+    for k in range(count):
+        params, state = opt.update(random_like(params, 50 + k), state, params, **given)
+    return params, state
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_stage_does_what_is_said_of_it(name: str):
+    link, params = LINKS[name], mixed()
+    opt, sgd = link.chain(), fo.sgd(lr=0.1, momentum=0.9)
+    state, inner = opt.init(params), sgd.init(params)
+    leaves, structure = tree.flatten(params)
+    for k in range(STEPS):
+        grads = random_like(params, 50 + k)
+        params, state = opt.update(grads, state, params)
+        g = tree.leaves(grads)
+        g = link.by_hand(g, leaves) if link.before else g
+        new, inner = sgd.update(
+            tree.unflatten(structure, g), inner, tree.unflatten(structure, leaves)
+        )
+        made = tree.leaves(new)
+        leaves = made if link.before else link.by_hand(made, leaves)
+        assert_close(tree.leaves(params), leaves, 1e-14)
+    plain = steps(sgd, mixed())[0]
+    differ = [x for x, y in zip(leaves, tree.leaves(plain)) if not torch.equal(x, y)]
+    assert differ or name == "zero_nans"
+
+
+def test_nans_are_zeros():
+    opt = fo.chain(fo.zero_nans(), fo.sgd(lr=1.0))
+    grads = torch.tensor([torch.nan, torch.inf, 2.0])
+    for execution in (None, "foreach", "reference"):
+        new, _ = opt.update(
+            grads, opt.init(torch.zeros(3)), torch.zeros(3), execution=execution
+        )
+        assert new.tolist() == [0.0, -torch.inf, -2.0]
+
+
+@pytest.mark.parametrize("executor", ["native", "foreach"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", sorted(EXACT))
+def test_kernels_run_the_whole_chain(name: str, dtype: torch.dtype, executor: str):
+    opt, params = CHAINS[name](), mixed(dtype)
+    found = steps(opt, params, execution=executor)
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    assert_close(found, steps(opt, params, execution="reference"), tolerance)
+    assert_moved(found[0], params, everywhere=False)
+
+
+def test_clipping_costs_a_read_more_and_no_write():
+    """One kernel for the norm, which writes nothing; one for the step."""
+    opt, params = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw()), mixed()
+    groups = fo.plan(opt, params).groups
+    assert [group.choice.name for group in groups] == ["native", "native"]
+    measure, step = (group.rule.program(group.kinds, torch.float64) for group in groups)
+    assert not any(map(measure.is_stream, measure.outputs))
+    assert [len(sweep.outputs) for sweep in step.passes] == [3]
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_vmap_is_a_loop(name: str):
+    opt = CHAINS[name]()
+    rows = []
+    for k in range(3):
+        params = mixed(seed=k)
+        rows.append((mixed(seed=9 + k), steps(opt, params, 2 * k)[1], params))
+    stacked = tree.map(lambda *x: torch.stack(x), rows[0], *rows[1:])
+    expected = [opt.update(*row) for row in rows]
+    expected = tree.map(lambda *x: torch.stack(x), expected[0], *expected[1:])
+    given, rebuild = tree.without_none(stacked)  # vmap knows None as no leaf
+
+    def update(leaves: Leaves) -> Leaves:
+        return tree.without_none(opt.update(*rebuild(leaves)))[0]
+
+    assert_close(vmap(update)(given), tree.without_none(expected)[0], 1e-13)
+
+
+def unrolled(opt: fo.Optimizer, first: Tree, grads: list[Tree], hyper: Any) -> Tree:
+    """Where the steps lead, and what would be evaluated there."""
+    params, state = first, opt.init(first)
+    for g in grads:
+        params, state = opt.update(g, state, params, **hyper)
+    return params, opt.eval_params(state, params)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_derivatives(name: str):
+    """By parameters, gradients and every number that the chain has."""
+    opt, params = CHAINS[name](), small()
+    hyper = {
+        key: torch.tensor(value, dtype=torch.float64)
+        for key, value in opt.hyper.items()
+        if isinstance(value, float) and value
+    }
+    grads = [random_like(params, 60 + k) for k in range(3)]
+    leaves, structure = tree.flatten((params, grads, hyper))
+    leaves = [x.clone().requires_grad_() for x in leaves]
+
+    def function(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tree.leaves(unrolled(opt, *tree.unflatten(structure, leaves))))
+
+    assert torch.autograd.gradcheck(function, leaves)
+    plain = tuple(x.detach() for x in leaves)
+    forward: Any = jvp(function, plain, tuple(map(torch.ones_like, plain)))[1]
+    total = grad(lambda x: sum(y.sum() for y in function(*x)))(plain)
+    assert_close(sum(x.sum() for x in forward), sum(x.sum() for x in total), 1e-10)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in (torch.float64, torch.float16, torch.bfloat16)
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", CHAINS)
+def test_derivatives_are_finite_where_all_is_zero(name: str, dtype: torch.dtype):
+    opt = CHAINS[name]()
+    params = {"w": torch.zeros(2, 3, dtype=dtype), "b": torch.zeros((), dtype=dtype)}
+    hyper = {
+        key: torch.tensor(value, dtype=torch.float64)
+        for key, value in opt.hyper.items()
+        if isinstance(value, float)
+    }
+
+    def loss(params: Tree, g: Tree, hyper: Any) -> Tensor:
+        new, _ = unrolled(opt, params, [g, g], hyper)
+        return sum(x.float().sum() for x in tree.leaves(new))  # type: ignore[return-value]
+
+    zeros = tree.map(torch.zeros_like, params)
+    for g in tree.leaves(grad(loss, (0, 1, 2))(params, zeros, hyper)):
+        assert g.isfinite().all()
+    new, _ = steps_on(opt, zeros, params)
+    assert all(x.isfinite().all() for x in tree.leaves(new))
+
+
+def steps_on(opt: fo.Optimizer, grads: Tree, params: Tree) -> Any:
+    return opt.update(grads, opt.init(params), params)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_pure_or_donated(name: str):
+    opt, params = CHAINS[name](), mixed(torch.float32)
+    expected = steps(opt, params)
+    assert_same(params, mixed(torch.float32))
+    own = tree.map(torch.clone, params)
+    state, first = opt.init(own), tree.leaves(own)
+    held = tree.leaves(state)
+    for k in range(STEPS):
+        own, state = opt.update(random_like(own, 50 + k), state, own, donate=True)
+    assert_close((own, state), expected, 1e-6)
+    assert all(a is b for a, b in zip(tree.leaves(own), first, strict=True))
+    assert all(a is b for a, b in zip(tree.leaves(state), held, strict=True))
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_state_keeps_its_form(name: str):
+    opt, params = CHAINS[name](), mixed(torch.float32)
+    state = opt.init(params)
+    _, later = steps(opt, params)
+    assert tree.paths(tree.flatten(state)[1]) == tree.paths(tree.flatten(later)[1])
+    for a, b in zip(*(tree.without_none(x)[0] for x in (state, later)), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    own, theirs = (
+        {x.data_ptr() for x in tree.without_none(value)[0] if x.numel()}
+        for value in (state, params)
+    )
+    assert not own & theirs
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_leaf_without_a_gradient_stays(name: str):
+    opt, params = CHAINS[name](), mixed()
+    _, state = steps(opt, params, 2)
+    leaves, structure = tree.flatten(random_like(params, 3))
+    gaps = tree.unflatten(structure, [None, *leaves[1:]])
+    new, _ = opt.update(gaps, state, params)
+    assert tree.leaves(new)[0] is tree.leaves(params)[0]
+    assert tree.leaves(new)[1] is not tree.leaves(params)[1]
+
+
+def test_the_stages_of_a_chain_of_chains_keep_their_place():
+    inner = fo.chain(fo.clip_by_value(0.5), fo.sgd(lr=0.1))
+    outer = fo.chain(fo.add_decayed_weights(0.2), inner, fo.ema(0.5))
+    flat = fo.chain(
+        fo.add_decayed_weights(0.2), fo.clip_by_value(0.5), fo.sgd(lr=0.1), fo.ema(0.5)
+    )
+    assert_same(steps(outer, mixed()), steps(flat, mixed()))
+
+
+def test_a_partition_is_clipped_by_the_norm_of_all():
+    """Also where each part could be clipped by its own: that is another thing."""
+    params = {"a": torch.zeros(1), "b": torch.zeros(1)}
+    grads = {"a": torch.tensor([6.0]), "b": torch.tensor([8.0])}
+    parts = {"a": fo.sgd(lr=1.0), "b": fo.sgd(lr=2.0)}
+    opt = fo.chain(fo.clip_by_global_norm(5.0), fo.partition(parts, {"a": "a", "b": "b"}))
+    new, _ = opt.update(grads, opt.init(params), params)
+    assert torch.allclose(new["a"], torch.tensor([-3.0]))
+    assert torch.allclose(new["b"], torch.tensor([-8.0]))
+
+
+def test_a_name_that_is_taken_gets_its_owners_before_it():
+    opt = fo.chain(
+        fo.add_decayed_weights(0.5), fo.add_decayed_weights(0.25), fo.adamw(lr=0.1)
+    )
+    own = {
+        "add_decayed_weights_weight_decay": 0.5,
+        "add_decayed_weights_2_weight_decay": 0.25,
+    }
+    assert {k: v for k, v in opt.hyper.items() if k.startswith("add")} == own
+    assert opt.hyper["weight_decay"] == 0.01
+    twice = fo.chain(fo.adamw(lr=0.1), fo.ema(0.5), fo.ema(0.9))
+    assert list(twice.init(mixed()))[3:] == ["ema", "ema_ema"]
+
+
+def test_what_to_evaluate_with():
+    """The last average of a chain; without one what the optimizer says, or params."""
+    params, box = [torch.zeros(2)], fo.project(fo.projections.box, low=-9.0, high=9.0)
+    for after in ((fo.ema(0.9), fo.polyak()), (fo.polyak(), box)):
+        opt = fo.chain(fo.sgd(lr=1.0), *after)
+        p, state = params, opt.init(params)
+        for _ in range(3):
+            p, state = opt.update([torch.ones(2)], state, p)
+        assert opt.eval_params(state, p)[0].tolist() == [-2.0, -2.0]
+    opt = fo.chain(fo.clip_by_value(1.0), fo.sgd(lr=1.0))
+    assert opt.eval_params(opt.init(params), params) is params
