@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A worker for each core; each has its share of the files, and takes over what is left.
+PYTEST = $(BIN)/pytest -n auto --dist worksteal
 BUILD_DOCS = $(BIN)/sphinx-build -W --keep-going -qEa docs build/docs
 
 .PHONY: help demo test test-fast docs bench clean
@@ -19,10 +21,10 @@ test: $(VENV)/installed-test  ## lint, types, docs, every test and doctest
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BUILD_DOCS)
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(VENV)/installed-test  ## the tests that take under a few seconds each
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 docs: $(VENV)/installed-docs  ## build/docs/index.html, a warning is an error
 	$(BUILD_DOCS)

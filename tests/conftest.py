@@ -1,7 +1,6 @@
 """Every test run draws the same numbers, and builds its kernels anew."""
 
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 
@@ -48,9 +47,10 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of this run's own: it finds nothing old, and leaves nothing behind."""
-    folder = tmp_path_factory.mktemp("kernels")
+    """A cache of this run's own, which its workers share: nothing old is found in it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FUNCOPT_CACHE", str(folder))
+        patch.setenv("FUNCOPT_CACHE", str(folder / "kernels"))
         yield
-    shutil.rmtree(folder)
