@@ -32,6 +32,8 @@ class Row:
     roots: int = 0
     #: the same for torch's power of a beta with elements; None where there is none
     powers: int | None = None
+    #: the number that a slot starts from, or the flag that says it, where it is not 0
+    first: Mapping[str, float | str] = field(default_factory=dict)
     warm: int = 2  #: steps after which the rule does all that it ever does
     moves: bool = True  #: whether a step moves every number that has a gradient
     smooth: bool = True  #: whether the step depends smoothly on the gradient

@@ -150,7 +150,8 @@ def test_torchs_root_is_a_few_bits_away(case: Case, dtype: torch.dtype):
         grads = random_like(p, 10 + step)
         found, _ = opt.update(grads, state, p, execution="native")
         before, (p, state) = p, opt.update(grads, state, p, execution="reference")
-        some_moved(p, before)
+        if step or case.row.moves:
+            some_moved(p, before)
         assert units_apart(found, p, before) <= case.row.roots
 
 

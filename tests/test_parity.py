@@ -257,6 +257,6 @@ def test_half_precision_is_a_float32_step_rounded_once(case: Case, dtype: torch.
         params, state = opt.update(grads, state, params)
         assert_same((params, state), (cast(wide, dtype), cast_state(wide_state, dtype)))
         assert all(p.isfinite().all() for p in tree.leaves(params))
-        if step == 0:  # later a coarse number may come back to where it was
+        if step == 0 and case.row.moves:  # later a coarse number may come back
             rows = zip(*map(tree.leaves, (params, start, dead)), strict=True)
             assert all((p != first)[~off].all() for p, first, off in rows)

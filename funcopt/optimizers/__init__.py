@@ -1,10 +1,14 @@
 """The optimizers, a file each: the rule, then the factory that documents it."""
 
+from funcopt.optimizers.adabelief import adabelief
 from funcopt.optimizers.adadelta import adadelta
 from funcopt.optimizers.adagrad import adagrad
-from funcopt.optimizers.adam import adam
+from funcopt.optimizers.adam import adam, amsgrad
 from funcopt.optimizers.adamax import adamax
 from funcopt.optimizers.adamw import adamw
+from funcopt.optimizers.adan import adan
+from funcopt.optimizers.ademamix import ademamix
+from funcopt.optimizers.adopt import adopt
 from funcopt.optimizers.asgd import asgd
 from funcopt.optimizers.lamb import lamb
 from funcopt.optimizers.lars import lars
@@ -17,13 +21,19 @@ from funcopt.optimizers.rmsprop import rmsprop
 from funcopt.optimizers.rprop import rprop
 from funcopt.optimizers.sgd import sgd
 from funcopt.optimizers.signsgd import signsgd, signum
+from funcopt.optimizers.yogi import yogi
 
 __all__ = [
+    "adabelief",
     "adadelta",
     "adagrad",
     "adam",
     "adamax",
     "adamw",
+    "adan",
+    "ademamix",
+    "adopt",
+    "amsgrad",
     "asgd",
     "lamb",
     "lars",
@@ -37,4 +47,5 @@ __all__ = [
     "sgd",
     "signsgd",
     "signum",
+    "yogi",
 ]

@@ -1,12 +1,17 @@
 """Formulas that several rules share: averages, decay, steps, roots with a derivative."""
 
+import math
+import sys
+from functools import partial
 from numbers import Real
 from typing import Any
 
 import torch
 
 from funcopt import select
-from funcopt.types import HyperValue, Tensor
+from funcopt.errors import HyperparameterError
+from funcopt.hyper import Hyper
+from funcopt.types import HyperValue, SlotStart, Tensor
 
 Number = Any  # float, 0-d float64 tensor, or a tensor that broadcasts to the leaf
 
@@ -103,6 +108,24 @@ def where(condition: Any, a: Number, b: Number) -> Number:
     return torch.where(condition, a, b)
 
 
+def between(x: Tensor, low: Number, high: Number) -> Tensor:
+    """x within [low, high], with derivative 0 by x where it is not."""
+    x = where(x < low, low, x)
+    return where(x > high, high, x)
+
+
+def log(x: Number) -> Number:
+    """ln x for x ≥ 0, finite at 0 and with derivative 0 there."""
+    if isinstance(x, Tensor):
+        return torch.log(x.clamp(min=torch.finfo(x.dtype).tiny))
+    return math.log(max(x, sys.float_info.min))
+
+
+def exp(x: Number) -> Number:
+    """eˣ."""
+    return torch.exp(x) if isinstance(x, Tensor) else math.exp(x)
+
+
 def is_zero(value: Number) -> bool:
     """Whether it is the float 0: a tensor's value is not looked at."""
     return isinstance(value, float) and value == 0
@@ -111,3 +134,15 @@ def is_zero(value: Number) -> bool:
 def zero_everywhere(value: HyperValue) -> bool:
     """Whether it is the number 0, also as a tree with 0 for every group."""
     return all(isinstance(v, Real) and v == 0 for v in select.values(value))
+
+
+def filled(name: str, value: float) -> SlotStart:
+    """A slot that starts as one number ≥ 0, the argument ``name``, for all parameters."""
+    first = {*select.values(value)}  # of every group
+    if len(first) != 1 or not isinstance(start := first.pop(), Real):
+        raise HyperparameterError(
+            f"{name} must be one number for all parameters, got {value!r}; use "
+            "fo.partition with one optimizer for each"
+        )
+    Hyper(start).checked(name, start)
+    return partial(torch.full_like, fill_value=float(start))

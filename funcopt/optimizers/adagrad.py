@@ -1,16 +1,11 @@
 """Adagrad: rates that fall with the squares of all gradients so far."""
 
 from functools import partial
-from numbers import Real
 from typing import Any
 
-import torch
-
-from funcopt import select
-from funcopt.errors import HyperparameterError
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import Number, coupled_decay, root
+from funcopt.optimizers._parts import Number, coupled_decay, filled, root
 from funcopt.types import HyperValue, Tensor
 
 
@@ -81,17 +76,11 @@ def adagrad(
         >>> p
         tensor([ 0.6977, -0.0102])
     """
-    first = {*select.values(initial_accumulator_value)}  # of every group
-    if len(first) != 1 or not isinstance(start := first.pop(), Real):
-        raise HyperparameterError(
-            "initial_accumulator_value must be one number for all parameters, got "
-            f"{initial_accumulator_value!r}; use fo.partition with one optimizer for each"
-        )
-    Hyper(start).checked("initial_accumulator_value", start)
+    start = filled("initial_accumulator_value", initial_accumulator_value)
     return elementwise(
         partial(rule, maximize=maximize),
         name="adagrad",
-        slots={"sum": partial(torch.full_like, fill_value=float(start))},
+        slots={"sum": start},
         hyper={
             "lr": Hyper(lr),
             "lr_decay": Hyper(lr_decay),

@@ -105,3 +105,53 @@ def adam(
             "weight_decay": Hyper(weight_decay),
         },
     )
+
+
+def amsgrad(
+    lr: HyperValue = 1e-3,
+    betas: tuple[HyperValue, HyperValue] = (0.9, 0.999),
+    eps: HyperValue = 1e-8,
+    weight_decay: HyperValue = 0.0,
+    *,
+    maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+) -> Optimizer:
+    """AMSGrad: `adam` with ``amsgrad=True``.
+
+    Args:
+        lr: as all that follow, as in `adam`.
+        betas: decay rates of the two averages.
+        eps: added to the root.
+        weight_decay: factor of the L2 penalty.
+        maximize: ascend.
+        decoupled_weight_decay: decay the parameter past the moments.
+
+    Returns:
+        An `Optimizer`; state ``step, exp_avg, exp_avg_sq, max_exp_avg_sq``.
+
+    Raises:
+        HyperparameterError: a number out of its range.
+
+    Source:
+        Reddi, Kale, Kumar, "On the convergence of Adam and beyond", 2018, algorithm 2,
+        with Adam's bias corrections.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.amsgrad(lr=0.1)
+        >>> p = torch.tensor([1.0, -0.2])
+        >>> state = opt.init(p)
+        >>> for _ in range(5):
+        ...     p, state = opt.update(2 * p, state, p)      # the gradient of p²
+        >>> p
+        tensor([0.5080, 0.1171])
+    """
+    return adam(
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        amsgrad=True,
+        maximize=maximize,
+        decoupled_weight_decay=decoupled_weight_decay,
+    )

@@ -11,7 +11,7 @@ from funcopt import select
 from funcopt.errors import HyperparameterError
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import Number, where
+from funcopt.optimizers._parts import Number, between, where
 from funcopt.types import HyperValue, Tensor
 
 
@@ -35,8 +35,7 @@ def rule(
     size = where(
         agreement > 0, size * etaplus, where(agreement < 0, size * etaminus, size)
     )
-    size = where(size < step_size_min, step_size_min, size)
-    size = where(size > step_size_max, step_size_max, size)
+    size = between(size, step_size_min, step_size_max)
     g = where(agreement < 0, 0.0, g)  # no step, and nothing for the next to disagree with
     return p - torch.sign(g) * size, g, size
 

@@ -34,7 +34,8 @@ def optax_stepper(transform: Any, shapes: Sequence[Shape] = SHAPES) -> Stepper:
 
     def step(grads: Arrays) -> Arrays:
         nonlocal params, state
-        updates, state = transform.update(grads, state, params)
+        given = [jax.numpy.asarray(g) for g in grads]  # a 0-d one is a number to NumPy
+        updates, state = transform.update(given, state, params)
         params = optax.apply_updates(params, updates)
         return params
 

@@ -1,5 +1,7 @@
 """The optimizers of torch.optim."""
 
+from functools import partial
+
 import torch
 from row import DECAY, OFF_ON, Row, half, mixes
 
@@ -32,6 +34,14 @@ ROWS = [
         twin=torch.optim.Adam,
     ),
     Row(
+        fo.amsgrad,
+        mixes(maximize=OFF_ON, weight_decay=(0.1,), decoupled_weight_decay=OFF_ON),
+        {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1},
+        roots=2,
+        powers=1,
+        twin=partial(torch.optim.Adam, amsgrad=True),
+    ),
+    Row(
         fo.adamw,
         mixes(maximize=OFF_ON, weight_decay=DECAY, amsgrad=OFF_ON),
         {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1},
@@ -53,6 +63,7 @@ ROWS = [
         ),
         {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "eps": 0.01},
         roots=2,
+        first={"sum": "initial_accumulator_value"},
         twin=torch.optim.Adagrad,
     ),
     Row(
@@ -92,6 +103,7 @@ ROWS = [
             "momentum_decay": 0.5,
         },
         roots=2,
+        first={"mu_product": 1.0},
         twin=torch.optim.NAdam,
     ),
     Row(
@@ -99,6 +111,7 @@ ROWS = [
         half(weight_decay=DECAY, lambd=(1e-4, 0.1), t0=(1e6, 0.5)),
         {"lr": 0.1, "lambd": 0.1, "alpha": 0.75, "t0": 0.5, "weight_decay": 0.1},
         idle=("t0",),  # it is the average's alone
+        first={"mu": 1.0},
         twin=torch.optim.ASGD,
     ),
     Row(
