@@ -21,6 +21,8 @@ def fading(g: Tensor, p: Tensor, rate: Any, *, step: Any, lr: Any) -> Any:
     return p - rate * g, rate * lr
 
 
+CLIPPED = fo.chain(fo.clip_by_global_norm(1.0), SGD)
+IN_TURN = fo.chain(fo.clip_by_global_norm(1.0), HALVES)
 # One number for each leaf.
 FADING = fo.elementwise(
     fading, name="fading", slots={"rate": 1.0}, hyper={"lr": Hyper(0.9)}
@@ -796,6 +798,85 @@ CASES = [
         ),
     ),
 ]
+
+
+#: of optimizers made of optimizers, and of stages
+COMPOSED = [
+    *refuses(
+        fo.HyperparameterError,
+        ValueError,
+        ("negative norm", lambda x: fo.chain(fo.clip_by_global_norm(-1.0), SGD),
+         "max_norm", "-1"),
+        ("negative norm in update", lambda x: step(x, CLIPPED, max_norm=-2.0),
+         "max_norm", "-2"),
+        ("no threshold", lambda x: fo.chain(fo.clip_by_block_rms(-1.0), SGD),
+         "threshold", "-1"),
+        ("ema of all", lambda x: fo.chain(SGD, fo.ema(1.0)), "decay", "[0, 1)"),
+        ("lookahead of 0", lambda x: fo.lookahead(0), "k", "0"),
+        ("lookahead of half", lambda x: fo.lookahead(0.5), "k", "0.5"),  # pyright: ignore[reportArgumentType]
+        ("alpha of 2", lambda x: fo.chain(SGD, fo.lookahead(2, 2.0)), "alpha", "[0, 1]"),
+        ("no calls", lambda x: fo.accumulate(SGD, 0), "k", "0"),
+        ("True calls", lambda x: fo.accumulate(SGD, True), "k", "True"),
+        ("negative rho", lambda x: fo.sam(SGD, rho=-1.0), "rho", "-1"),
+    ),
+    *refuses(
+        fo.HyperparameterTypeError,
+        TypeError,
+        ("chain of nothing", lambda x: fo.chain(), "exactly one", "0"),
+        ("chain of stages", lambda x: fo.chain(fo.zero_nans()), "exactly one", "0"),
+        ("two optimizers", lambda x: fo.chain(SGD, ADAM), "exactly one", "2",
+         "partition"),
+        ("clip after", lambda x: fo.chain(SGD, fo.zero_nans()), "zero_nans", "before"),
+        ("ema before", lambda x: fo.chain(fo.ema(0.9), SGD), "ema(decay=0.9)", "after"),
+        ("a stage not made", lambda x: fo.chain(fo.normalize, SGD), "link 0", "calling"),  # pyright: ignore[reportArgumentType]
+        ("project onto a word", lambda x: fo.project("box"), "'box'"),  # pyright: ignore[reportArgumentType]
+        ("a cautious partition", lambda x: fo.cautious(HALVES), "one rule", "partition"),
+        ("sam without a loss", lambda x: step(x, fo.sam(SGD)), "loss_fn", "None"),
+        ("rounding without a generator",
+         lambda x: step(x, fo.master_weights(SGD, stochastic=True)), "generator"),
+    ),
+    *refuses(
+        fo.UnknownHyperparameterError,
+        TypeError,
+        ("unknown to a chain", lambda x: step(x, CLIPPED, momentun=0.9), "momentun",
+         "max_norm"),
+        ("unknown to links", lambda x: step(x, IN_TURN, momentun=0.9), "momentun"),
+    ),
+    *refuses(
+        fo.StructureError,
+        ValueError,
+        ("state of another chain", lambda x: step(x, CLIPPED, x.state), "exp_avg"),
+        ("state of no links", lambda x: step(x, IN_TURN, x.state), "gradient_stages"),
+    ),
+    *refuses(
+        fo.LeafError,
+        TypeError,
+        ("float16 rounded at random",
+         lambda x: fo.master_weights(SGD, stochastic=True).init(
+             tree.map(lambda p: p.half(), x.params)), "float16", "bfloat16"),
+    ),
+    *refuses(
+        fo.ExecutionError,
+        RuntimeError,
+        *(
+            (f"{what} donated under grad",
+             lambda x, opt=opt: torch.func.grad(
+                 lambda p: loss(opt.update(x.grads, opt.init(p), p, donate=True)[0], 0)
+             )(x.params), "donate")
+            for what, opt in {
+                "chain": CLIPPED, "links": IN_TURN, "parts": HALVES,
+                "accumulate": fo.accumulate(SGD, 2),
+                "skip_nonfinite": fo.skip_nonfinite(SGD),
+                "master_weights": fo.master_weights(SGD),
+            }.items()
+        ),
+        ("a part donated in the other's memory",
+         lambda x: HALVES.update(
+             {**x.grads, "scale": x.params["scale"]}, HALVES.init(x.params), x.params,
+             donate=True), "share memory"),
+    ),
+]  # fmt: skip
+CASES += COMPOSED
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.what for case in CASES])

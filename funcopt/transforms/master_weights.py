@@ -120,10 +120,10 @@ def _at_random(w: Tensor, generator: torch.Generator) -> Tensor:
 
     bfloat16 is the upper half of float32's bits: noise below it carries over.
     """
-    bits = w.detach().view(torch.int32)
+    value = w.detach()
+    bits = value.view(torch.int32)
     noise = torch.randint(
         1 << 16, w.shape, generator=generator, dtype=torch.int32, device=w.device
     )
-    up = ((bits + noise) & ~0xFFFF).view(torch.float32)
-    up = torch.where(w.detach().isfinite(), up, w.detach())
-    return (w + (up - w.detach())).to(torch.bfloat16)
+    change = ((bits + noise) & ~0xFFFF).view(torch.float32) - value  # exact, and small
+    return (w + torch.where(value.isfinite(), change, 0.0)).to(torch.bfloat16)

@@ -98,11 +98,20 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
                     merged[i] = leaf
         return tree.unflatten(structure, merged), new_state
 
+    def eval_params(state: State, params: Tree) -> Tree:
+        leaves, structure = tree.flatten(params)
+        merged = list(leaves)
+        for label, mine in split(structure).items():
+            its = _keep(leaves, structure, mine)
+            found = tree.leaves(optimizers[label].eval_params(state[label], its))
+            merged = [x if keep else y for x, y, keep in zip(found, merged, mine)]
+        return tree.unflatten(structure, merged)
+
     hyper: dict[str, HyperValue] = {}
     for label, opt in optimizers.items():
         for name, value in opt.hyper.items():
             hyper.setdefault(name, {})[label] = value
-    return Optimizer(init, update, "partition", hyper)
+    return Optimizer(init, update, "partition", hyper, eval_params=eval_params)
 
 
 def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
@@ -173,7 +182,16 @@ def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
         ]
         return tree.unflatten(structure, merged), state
 
-    return Optimizer(init, update, f"freeze({opt.name})", opt.hyper)
+    def eval_params(state: State, params: Tree) -> Tree:
+        leaves, structure = tree.flatten(params)
+        moving = active(structure)
+        found = opt.eval_params(state, _keep(leaves, structure, moving))
+        rows = zip(tree.leaves(found), leaves, moving)
+        return tree.unflatten(structure, [x if moves else p for x, p, moves in rows])
+
+    return Optimizer(
+        init, update, f"freeze({opt.name})", opt.hyper, eval_params=eval_params
+    )
 
 
 def _keep(leaves: list[Any], structure: tree.Structure, mine: list[bool]) -> Tree:
