@@ -1,5 +1,6 @@
-"""Large results are written into again once nobody holds them, and not before."""
+"""Results are written into again once nobody holds any of them, and not before."""
 
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,15 +15,16 @@ from funcopt.execution import recycle
 from funcopt.execution.recycle import Recycler
 
 SIZE = 100_000  # floats: more bytes than the allocator keeps at hand
+SMALL = 40
 
 
-def large(seed: int) -> Tensor:
-    return torch.randn(SIZE, generator=torch.Generator().manual_seed(seed))
+def large(seed: int, size: int = SIZE) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
 def graph(x: Tensor) -> Any:
     """A graph that needs the values of x, and holds them in C++ alone."""
-    return (x * torch.ones(SIZE, requires_grad=True)).sum()
+    return (x * torch.ones_like(x, requires_grad=True)).sum()
 
 
 def values_of_graph(loss: Any) -> Tensor:
@@ -46,20 +48,27 @@ HOLDERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
         lambda s: torch.empty(0).set_(s),
     ),
     "a graph": (graph, values_of_graph),
+    "a parameter": (lambda x: torch.nn.Parameter(x), lambda x: x.detach()),
+    "a gradient": (
+        lambda x: setattr(y := torch.zeros_like(x, requires_grad=True), "grad", x) or y,
+        lambda y: y.grad,
+    ),
+    "another's memory": (lambda x: torch.empty(0).set_(x.untyped_storage()), lambda y: y),
 }
 
 
-def run(steps: int, visit: Callable[[int, Tensor, Any], None]) -> None:
-    opt, p = fo.adam(lr=0.1), large(0)
+def run(steps: int, visit: Callable[[int, Tensor, Any], None], size: int = SIZE) -> None:
+    opt, p = fo.adam(lr=0.1), large(0, size)
     state = opt.init(p)
     for step in range(steps):
-        p, state = opt.update(large(step + 1), state, p)
+        p, state = opt.update(large(step + 1, size), state, p)
         visit(step, p, state)
 
 
+@pytest.mark.parametrize("size", [SMALL, SIZE])
 @pytest.mark.parametrize("holder", HOLDERS)
-@pytest.mark.parametrize("at", [2, 3])
-def test_what_is_held_is_not_written_over(holder: str, at: int):
+@pytest.mark.parametrize("at", [2, 5])
+def test_what_is_held_is_not_written_over(holder: str, at: int, size: int):
     hold, look = HOLDERS[holder]
     held: list[Any] = []
 
@@ -68,22 +77,41 @@ def test_what_is_held_is_not_written_over(holder: str, at: int):
             kept = hold(p)
             held.append((kept, p.clone()))
 
-    run(8, visit)
+    run(9, visit, size)
     ((kept, expected),) = held
     found = look(kept).flatten()
     assert torch.equal(found, expected[-found.numel() :])
 
 
-def test_what_nobody_holds_is():
+@pytest.mark.parametrize("size", [SMALL, SIZE])
+def test_what_nobody_holds_is(size: int):
     places: list[tuple[int, ...]] = []
 
     def visit(step: int, p: Tensor, state: Any) -> None:
         tensors = (p, state["exp_avg"], state["exp_avg_sq"])
         places.append(tuple(x.data_ptr() for x in tensors))
 
-    run(12, visit)
+    run(12, visit, size)
     assert len(set(places[4:])) == 2  # two sets of buffers, in turns
     assert places[4::2] == [places[4]] * 4 and places[5::2] == [places[5]] * 4
+
+
+def test_one_that_is_held_keeps_its_set():
+    recycler, like = Recycler(), [large(0, n) for n in (3, 5)]
+    held = recycler.columns(like, 2)[1][1]
+    place = held.data_ptr()
+    for _ in range(5):
+        assert all(x is not held for c in recycler.columns(like, 2) for x in c)
+    assert held.data_ptr() == place and held._version == 0
+
+
+def test_what_a_weak_reference_sees_ends():
+    """It would see another step's values in it, if it did not."""
+    recycler, like = Recycler(), [large(0, SMALL)]
+    seen = weakref.ref(recycler.columns(like, 1)[0][0])
+    for _ in range(3):
+        recycler.columns(like, 1)
+    assert seen() is None
 
 
 def test_versions_tell_that_it_was_written_over():
@@ -101,34 +129,82 @@ def marked(x: Tensor) -> None:
     x.mark = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def resized(x: Tensor) -> None:
-    x.resize_(SIZE // 2)
+def with_gradient(x: Tensor) -> None:
+    x.grad = torch.ones_like(x)
 
 
-@pytest.mark.parametrize("change", [marked, resized, Tensor.requires_grad_, Tensor.t_])
-def test_what_is_no_more_as_it_was_made_is_left(change: Callable[[Tensor], Any]):
-    like, recycler = [large(0).view(100, -1)], Recycler()
+def emptied(x: Tensor) -> None:
+    x.untyped_storage().resize_(0)
+
+
+def shortened(x: Tensor) -> None:
+    """Where it is the tail of the memory that is gone."""
+    x.untyped_storage().resize_(0)
+    x.untyped_storage().resize_(16)
+
+
+def moved(x: Tensor) -> None:
+    """Into the memory of another tensor, that somebody holds."""
+    OTHERS.append(torch.zeros_like(x))
+    x.set_(OTHERS[-1].untyped_storage(), 0, x.shape, x.stride())
+
+
+def traded(x: Tensor) -> None:
+    """So that as many hold the old memory as ever."""
+    OTHERS.append(x.detach())
+    moved(x)
+
+
+OTHERS: list[Tensor] = []
+CHANGES: list[Callable[[Tensor], Any]] = [
+    marked, with_gradient, emptied, shortened, moved, traded, Tensor.t_,
+    Tensor.requires_grad_, lambda x: x.resize_(x.numel() // 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [SMALL, SIZE])
+@pytest.mark.parametrize("at", [0, 4])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_no_more_as_it_was_made_is_left(
+    change: Callable[[Tensor], Any], at: int, size: int
+):
+    """Be it as it was when it is looked at first, or later."""
+    like, recycler = [large(0, size).view(10, -1)], Recycler()
+    for _ in range(at):
+        recycler.columns(like, 1)
     x = recycler.columns(like, 1)[0][0]
     change(x)
     del x
     recycler.columns(like, 1)
     new = recycler.columns(like, 1)[0][0]
     assert (new.shape, new.stride()) == (like[0].shape, like[0].stride())
-    assert not new.requires_grad and not new.__dict__
+    assert not new.requires_grad and not new.__dict__ and new.grad is None
+    assert new.untyped_storage().nbytes() == like[0].nbytes
+    assert all(new.data_ptr() != x.data_ptr() for x in OTHERS)
 
 
-def test_small_leaves_are_not_kept():
+def test_what_is_swapped_for_what_only_it_holds_is_written_over():
+    """No harm is done: nobody else holds that memory."""
+    like, recycler = [large(0, SMALL)], Recycler()
+    recycler.columns(like, 1)[0][0].set_(torch.zeros(SMALL).untyped_storage())
+    recycler.columns(like, 1)
+    assert recycler.columns(like, 1)[0][0].shape == (SMALL,)
+
+
+def test_other_shapes_are_other_tensors():
     recycler = Recycler()
-    recycler.columns([torch.ones(10)], 3)
-    assert not recycler._made
+    for k in range(12):
+        like = [torch.empty(3 + k % 4), torch.empty(2, k % 3)]
+        found = recycler.columns(like, 2)
+        assert all([x.shape for x in c] == [x.shape for x in like] for c in found)
 
 
 def test_no_more_than_two_sets_are_held():
     recycler = Recycler()
     for n in (1, 4, 2):
         held = [recycler.columns([large(0)] * n, 3) for _ in range(5)]
-        kept = [x for made in recycler._made for x in made if x is not None]
-        assert len(recycler._made) == 2 and len(kept) <= 2 * 3 * max(n, 1)
+        kept = [x for made in recycler._made for x in made.tensors]
+        assert len(recycler._made) == 2 and len(kept) == 2 * 3 * n
         del held
 
 
@@ -146,18 +222,20 @@ def test_without_the_private_helpers(monkeypatch: pytest.MonkeyPatch):
     assert not recycler._made
 
 
-def test_two_threads_never_get_the_same_buffer():
+@pytest.mark.parametrize("size", [SMALL, SIZE])
+def test_two_threads_never_get_the_same_buffer(size: int):
     """One optimizer, one tree: each thread's results are those of a run of its own."""
     opt = fo.adam(lr=0.1)
 
     def worker(seed: int) -> Tensor:
-        p = large(seed)
+        p = large(seed, size)
         state = opt.init(p)
         for step in range(10):
-            p, state = opt.update(large(seed + step + 1), state, p)
+            p, state = opt.update(large(seed + step + 1, size), state, p)
         return p
 
-    expected = [worker(seed) for seed in (0, 50, 100, 150)]
+    seeds = (0, 50, 100, 150) * 4
+    expected = [worker(seed) for seed in seeds]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(worker, (0, 50, 100, 150)))
+        found = list(pool.map(worker, seeds))
     assert all(map(torch.equal, found, expected))

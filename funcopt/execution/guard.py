@@ -54,12 +54,14 @@ class _Guard:
         self._check = make(
             *tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides
         ).check
+        self._count = len(tensors)
         self._asks = any(x.requires_grad for x in tensors)
         self._grad = torch.is_grad_enabled()
 
     def admits(self, tensors: Sequence[Any]) -> bool:
         return (
-            self._check(*tensors)
+            len(tensors) == self._count
+            and self._check(*tensors)
             and forward_ad._current_level < 0
             and not (self._asks and self._grad is not torch.is_grad_enabled())
         )

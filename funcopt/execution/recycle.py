@@ -1,88 +1,125 @@
 """Buffers of results that nobody holds any more, for the results of a later step.
 
 A fresh buffer of many pages costs several times the step that fills it: the system hands
-out each page on its first write. A loop that keeps only the newest parameters and state
-frees, with each step, what the step after the next needs.
+out each page on its first write. And to make and free a small tensor costs more than to
+fill it. A loop that keeps only the newest parameters and state frees, with each step,
+what the step after the next needs.
 """
 
 import sys
 from collections import deque
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
+from operator import attrgetter
+from typing import Any
+from weakref import getweakrefcount
 
 import torch
 
+from funcopt.execution.executor import empty_like
+from funcopt.execution.guard import Known
 from funcopt.types import Tensor
 
-_SMALLEST = 1 << 18  # bytes; the allocator keeps smaller blocks by itself
+_data_ptr, _nbytes = Tensor.data_ptr, torch.UntypedStorage.nbytes
+_attributes, _grad = attrgetter("__dict__"), attrgetter("grad")
 
 
 class Recycler:
     """Makes tensors for outputs, out of those that it made the time before last.
 
-    It holds the large tensors of its last two calls: never more than one set beside
-    those that the caller holds.
+    It holds the tensors of its last two calls: never more than one set beside those that
+    the caller holds.
     """
 
     def __init__(self) -> None:
-        self._made: deque[list[Tensor | None]] = deque()
+        self._made: deque[_Set] = deque(maxlen=2)
+        #: by what results are to be like: how new ones look, and the bytes of each
+        self._new: Known[Known[list[int]]] = Known()
 
     def columns(self, like: Sequence[Tensor], count: int) -> list[list[Tensor]]:
         """``count`` columns of tensors like the given ones, their values undefined."""
-        large = [x.nbytes >= _SMALLEST and x.device.type == "cpu" for x in like]
-        if not any(large) or not _can_tell():
-            return [list(map(torch.empty_like, like)) for _ in range(count)]
-        # popleft is one operation: another thread never gets the same tensors.
-        old = self._made.popleft() if len(self._made) > 1 else []
-        new: list[Tensor] = []
-        for place in range(count * len(like)):
-            i = place % len(like)
-            x = old[place] if place < len(old) else None
-            if x is not None:
-                old[place] = None
-                if _holders(x) == _nobody() and _is_as_made(x, like[i]):
-                    torch.autograd.graph.increment_version(x)
-                else:
-                    x = None
-            new.append(torch.empty_like(like[i]) if x is None else x)
-        self._made.append(
-            [x if large[k % len(like)] else None for k, x in enumerate(new)]
+        if not like or not like[0].is_cpu or not _can_tell():
+            return [empty_like(like) for _ in range(count)]
+        new = self._new.get(like)
+        old = self._oldest()
+        if new is not None and old is not None and old.is_free(new):
+            torch.autograd.graph.increment_version(old.tensors)
+            made = old
+        else:
+            made = _Set([x for _ in range(count) for x in empty_like(like)])
+        if new is None:
+            new = Known()
+            new.put(made.tensors, [x.nbytes for x in made.tensors])
+            self._new.put(like, new)
+        self._made.append(made)
+        size, tensors = len(like), made.tensors
+        return [tensors[k : k + size] for k in range(0, len(tensors), size)]
+
+    def _oldest(self) -> "_Set | None":
+        if len(self._made) < 2:
+            return None
+        try:
+            # One operation: another thread never gets the same tensors.
+            return self._made.popleft()
+        except IndexError:  # other threads were faster
+            return None
+
+
+class _Set:
+    """The results of one call, and what tells that nobody holds any of them."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+
+    @cached_property
+    def _memory(self) -> tuple[list[torch.UntypedStorage], list[int], list[int]]:
+        storages = [x.untyped_storage() for x in self.tensors]
+        return storages, [s._cdata for s in storages], [*map(_data_ptr, self.tensors)]
+
+    def is_free(self, new: Known[list[int]]) -> bool:
+        """Whether all may be written over: nobody holds one, or left a mark on it."""
+        tensors, nobody = self.tensors, _nobody()
+        if set(map(sys.getrefcount, tensors)) != nobody[0]:
+            return False  # found fast: some loops keep all results
+        storages, handles, addresses = self._memory
+        return (
+            _holders(tensors, storages, handles) == nobody
+            and not any(map(getweakrefcount, tensors))
+            and new.get(tensors) == [*map(_nbytes, storages)]
+            and [*map(_data_ptr, tensors)] == addresses
+            and not any(map(_attributes, tensors))
+            and set(map(_grad, tensors)) == {None}
         )
-        return [new[k : k + len(like)] for k in range(0, len(new), len(like))]
 
 
-def _is_as_made(x: Tensor, like: Tensor) -> bool:
-    """Whether no holder left a mark on it."""
-    return (
-        (x.shape, x.stride(), x.dtype) == (like.shape, like.stride(), like.dtype)
-        and not x.requires_grad
-        and not x.__dict__
-    )
-
-
-def _holders(x: Tensor) -> tuple[int, ...]:
-    """How many hold the tensor and its memory.
+def _holders(
+    tensors: Sequence[Tensor],
+    storages: Sequence[torch.UntypedStorage],
+    handles: Sequence[int],
+) -> tuple[set[int], ...]:
+    """How many hold the tensors and their memory.
 
     Views and NumPy arrays hold the memory, graphs and DLPack capsules the tensor in C++,
     everybody else the Python object of the one or of the other.
     """
-    storage = x.untyped_storage()
+    use_count: Any = Tensor._use_count  # pyright: ignore[reportAttributeAccessIssue]
     return (
-        sys.getrefcount(x),
-        x._use_count(),  # pyright: ignore[reportAttributeAccessIssue]
-        sys.getrefcount(storage),
-        torch._C._storage_Use_Count(storage._cdata),
+        set(map(sys.getrefcount, tensors)),
+        set(map(use_count, tensors)),
+        set(map(sys.getrefcount, storages)),
+        set(map(torch._C._storage_Use_Count, handles)),
     )
 
 
 @cache
-def _nobody() -> tuple[int, ...]:
-    """What `_holders` says of a tensor that only its caller holds; () if it cannot."""
+def _nobody() -> tuple[set[int], ...]:
+    """What `_holders` says of tensors that only a list holds; () if it cannot."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return ()  # counts are no truth there
-    x = torch.empty(1)
+    tensors = [torch.empty(1)]
+    storages = [tensors[0].untyped_storage()]
     try:
-        return _holders(x)
+        return _holders(tensors, storages, [storages[0]._cdata])
     except AttributeError:  # private helpers that a later torch may lack
         return ()
 
