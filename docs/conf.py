@@ -4,7 +4,7 @@ from importlib.metadata import version as version_of
 
 from sphinx.application import Sphinx
 
-from funcopt import optimizers
+from funcopt import optimizers, schedules
 
 project = "funcopt"
 author = "the funcopt authors"
@@ -24,11 +24,16 @@ html_title = f"funcopt {version}"
 html_show_copyright = False
 
 
-def list_optimizers(app: Sphinx, page: str, source: list[str]) -> None:
-    """Fill the marked place, so that a new optimizer's page needs no edit."""
-    entries = [f".. autofunction:: {name}" for name in optimizers.__all__]
-    source[0] = source[0].replace(".. every-optimizer::", "\n".join(entries))
+def list_all(app: Sphinx, page: str, source: list[str]) -> None:
+    """Fill the marked places, so that a new optimizer or schedule needs no edit."""
+    for mark, package, prefix in (
+        (".. every-optimizer::", optimizers, ""),
+        (".. every-schedule::", schedules, "schedules."),
+    ):
+        names = [name for name in package.__all__ if name != "Plateau"]
+        entries = [f".. autofunction:: {prefix}{name}" for name in names]
+        source[0] = source[0].replace(mark, "\n".join(entries))
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("source-read", list_optimizers)
+    app.connect("source-read", list_all)

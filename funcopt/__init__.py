@@ -1,6 +1,6 @@
 """funcopt: functional, differentiable optimizers for PyTorch."""
 
-from funcopt import meta, optimizers, projections, transforms
+from funcopt import meta, optimizers, projections, schedules, transforms
 from funcopt.errors import (
     ExecutionError,
     FuncoptError,
@@ -12,10 +12,10 @@ from funcopt.errors import (
     UnknownHyperparameterError,
 )
 from funcopt.execution.choice import execution
-from funcopt.hyper import Schedule
 from funcopt.optimizer import Optimizer, elementwise, per_tensor
 from funcopt.optimizers import *
 from funcopt.plan import plan
+from funcopt.schedules.schedule import Schedule
 from funcopt.select import by_name
 from funcopt.transforms import *
 from funcopt.tree import detach
@@ -42,6 +42,7 @@ __all__ = [
     "per_tensor",
     "plan",
     "projections",
+    "schedules",
     "unroll",
 ]
 __all__ += optimizers.__all__

@@ -1,7 +1,7 @@
 """Hyperparameters as data: what one may be, and its value for each leaf."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
@@ -15,51 +15,8 @@ from funcopt.errors import (
     HyperparameterTypeError,
     UnknownHyperparameterError,
 )
+from funcopt.schedules.schedule import Schedule
 from funcopt.types import HyperMapping, HyperValue, Tensor
-
-
-@final
-class Schedule:
-    """A hyperparameter that is a function of the number of steps done.
-
-    The value at a leaf's update number t (counted from 1) is ``function(t - 1)``: the
-    first update sees 0, as in ``torch.optim.lr_scheduler``.
-
-    Args:
-        function: maps the count to a value ≥ 0. The count is an ``int`` where the step
-            can be read, and a 0-d float64 tensor under vmap or ``torch.compile``, so
-            ``function`` should be plain arithmetic (``torch.where``, no ``if``). What it
-            returns is a float or a 0-d tensor, and may carry a gradient to the
-            schedule's own parameters.
-
-    Raises:
-        HyperparameterTypeError: ``function`` is not callable.
-
-    Source:
-        Typed, and never a bare callable, because sniffing callables made optax take
-        parameter trees for schedules (google-deepmind/optax#1373).
-
-    Example:
-        >>> import torch, funcopt as fo
-        >>> opt = fo.sgd(lr=fo.Schedule(lambda count: 0.5**count))
-        >>> p, state = torch.zeros(1), opt.init(torch.zeros(1))
-        >>> for _ in range(3):
-        ...     p, state = opt.update(torch.ones(1), state, p)
-        >>> p                                                     # -(1 + 1/2 + 1/4)
-        tensor([-1.7500])
-    """
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        if not callable(function):
-            raise HyperparameterTypeError(
-                f"a Schedule takes a function of the step, not {function!r}"
-            )
-        self.function = function
-
-    def __repr__(self) -> str:
-        return f"Schedule({getattr(self.function, '__name__', self.function)})"
 
 
 @final
@@ -194,7 +151,7 @@ class Hypers:
             if name in varying:
                 value = arguments[name]
                 if isinstance(value, Schedule):
-                    value = value.function(first - 1)
+                    value = _at(value, first - 1)
                 if isinstance(value, Tensor) and value.ndim:
                     return None
                 if not isinstance(value, (Tensor, Real)):
@@ -252,7 +209,7 @@ def _column(
     for i, atom in enumerate(select.per_leaf(value, structure, name)):
         p = params[i]
         if isinstance(atom, Schedule):
-            atom = _scalar(atom.function(steps[i] - 1), name)
+            atom = _scalar(_at(atom, steps[i] - 1), name)
         if p is not None and isinstance(atom, Tensor) and atom.ndim:
             if not _fits(atom, p):
                 raise HyperparameterError(
@@ -264,6 +221,18 @@ def _column(
             atom = atom.to(p.dtype)
         column.append(atom)
     return column
+
+
+def _at(schedule: Schedule, count: Any) -> Any:
+    """Its value, and never the number 0.
+
+    That is traced as a program of its own: a schedule that begins or ends at 0 would have
+    another kernel built in the midst of training.
+    """
+    value = schedule(count)
+    if isinstance(value, Real) and value == 0:
+        return torch.zeros((), dtype=torch.float64)
+    return value
 
 
 def _scalar(value: Any, name: str) -> Any:
