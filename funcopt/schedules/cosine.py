@@ -65,14 +65,22 @@ def _cosine_warm_restarts(
     T_0: int,
     T_mult: int,
     eta_min: Number,
-    restarts: list[int],
 ) -> Number:
     if T_mult == 1:
         start, length = T_0 * (count // T_0), T_0
     else:
-        runs = passed(count, restarts)
+        runs = passed(count, _restarts(T_0, T_mult))
         start, length = T_0 * (T_mult**runs - 1) / (T_mult - 1), T_0 * T_mult**runs
     return eta_min + (value - eta_min) * half_cosine((count - start) / length)
+
+
+def _restarts(T_0: int, T_mult: int) -> list[int]:
+    """The counts at which a run begins anew; a logarithm would round them."""
+    restarts, length = [T_0], T_0
+    while restarts[-1] < _FARTHEST:
+        length *= T_mult
+        restarts.append(restarts[-1] + length)
+    return restarts
 
 
 def cosine_warm_restarts(
@@ -109,18 +117,12 @@ def cosine_warm_restarts(
         >>> [round(lr(t), 4) for t in range(7)]
         [0.4, 0.2, 0.4, 0.3414, 0.2, 0.0586, 0.4]
     """
-    T_0, T_mult = whole("T_0", T_0), whole("T_mult", T_mult)
-    restarts, length = [T_0], T_0 * T_mult
-    while T_mult > 1 and restarts[-1] < _FARTHEST:
-        restarts.append(restarts[-1] + length)
-        length *= T_mult
     return schedule(
         _cosine_warm_restarts,
         value=number("value", value),
-        T_0=T_0,
-        T_mult=T_mult,
+        T_0=whole("T_0", T_0),
+        T_mult=whole("T_mult", T_mult),
         eta_min=number("eta_min", eta_min),
-        restarts=restarts,
     )
 
 

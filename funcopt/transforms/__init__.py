@@ -16,6 +16,7 @@ from funcopt.transforms.master_weights import master_weights
 from funcopt.transforms.partition import freeze, partition
 from funcopt.transforms.project import project
 from funcopt.transforms.sam import sam
+from funcopt.transforms.scheduled import scheduled
 from funcopt.transforms.skip_nonfinite import skip_nonfinite
 from funcopt.transforms.trust_region import trust_region
 
@@ -38,6 +39,7 @@ __all__ = [
     "polyak",
     "project",
     "sam",
+    "scheduled",
     "skip_nonfinite",
     "trust_region",
     "zero_nans",
