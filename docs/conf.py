@@ -26,12 +26,12 @@ html_show_copyright = False
 
 def list_all(app: Sphinx, page: str, source: list[str]) -> None:
     """Fill the marked places, so that a new optimizer or schedule needs no edit."""
-    for mark, package, prefix in (
-        (".. every-optimizer::", optimizers, ""),
-        (".. every-schedule::", schedules, "schedules."),
+    for mark, package in (
+        (".. every-optimizer::", optimizers),
+        (".. every-schedule::", schedules),
     ):
-        names = [name for name in package.__all__ if name != "Plateau"]
-        entries = [f".. autofunction:: {prefix}{name}" for name in names]
+        functions = [name for name in package.__all__ if name.islower()]
+        entries = [f".. autofunction:: {name}" for name in functions]
         source[0] = source[0].replace(mark, "\n".join(entries))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import funcopt as fo
-from funcopt import errors, optimizers
+from funcopt import errors, optimizers, schedules
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,11 +53,21 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
 def test_every_public_name_is_on_the_api_page() -> None:
     page = read("docs/api.md")
     shown = {full.split(".")[-1] for full in re.findall(r"auto\w+:: ([\w.]+)", page)}
-    assert ".. every-optimizer::" in page and "automodule:: funcopt.errors" in page
-    shown |= {*optimizers.__all__, *vars(errors)}
+    for mark in (
+        ".. every-optimizer::",
+        ".. every-schedule::",
+        "module:: funcopt.errors",
+    ):
+        assert mark in page
+    shown |= {*optimizers.__all__, *schedules.__all__, *vars(errors)}
     modules = {n for n in fo.__all__ if inspect.ismodule(getattr(fo, n))}
     inner = {name for n in modules for name in getattr(fo, n).__all__}
     assert {*fo.__all__, *inner} - modules <= shown
+
+
+def test_every_schedule_is_drawn() -> None:
+    drawn = set(re.findall(r">(\w+)(?:, \w+)?</text>", read("docs/schedules.svg")))
+    assert {*schedules.__all__} - {"Plateau"} <= drawn
 
 
 def test_the_changelog_has_the_version() -> None:

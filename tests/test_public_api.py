@@ -19,9 +19,8 @@ NAMES = {name: getattr(fo, name) for name in fo.__all__ if name not in MODULES}
 for prefix, module in MODULES.items():
     NAMES |= {f"{prefix}.{name}": getattr(module, name) for name in module.__all__}
 ERRORS = {n: x for n, x in NAMES.items() if n.endswith("Error")}
-RECORDS = {
-    "Unrolled": fo.Unrolled
-}  # a result: its fields are documented where they stand
+# Results: their fields are documented where they stand.
+RECORDS = {"Unrolled": fo.Unrolled, "schedules.Plateau": fo.schedules.Plateau}
 CALLABLES = {n: x for n, x in NAMES.items() if n not in ERRORS and n not in RECORDS}
 CLASSES = {n: x for n, x in CALLABLES.items() if inspect.isclass(x)}
 
@@ -108,10 +107,11 @@ def test_an_error_says_when_it_is_raised(name: str):
     assert ERRORS[name].__doc__ != Exception.__doc__
 
 
-def test_a_result_documents_its_fields():
-    source = inspect.getsource(fo.Unrolled)
-    for field in fo.Unrolled._fields:
-        assert re.search(rf"^    {field}: \w+  #: \S", source, re.M), field
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_result_documents_its_fields(name: str):
+    source = inspect.getsource(RECORDS[name])
+    for field in RECORDS[name]._fields:
+        assert re.search(rf"^    {field}: \S.*  #: \S", source, re.M), field
 
 
 def in_torch(row: Row) -> bool:

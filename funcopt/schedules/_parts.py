@@ -150,6 +150,6 @@ def raised(base: Number, exponent: Number) -> Number:
 
 
 def times(factor: Number, count: Count) -> Number:
-    """factor^count for a whole count ≥ 0, with every derivative, also at factor 0."""
+    """factor^count for a whole count ≥ 0, with finite derivatives at factor 0, too."""
     some = count > 0
     return where(some, factor ** where(some, count, 1), 1.0)
