@@ -206,10 +206,17 @@ def _column(
 
     value = select.map_values(scalar, value)  # before the leaves share it: one cast
     column: list[Any] = []
+    known: dict[tuple[int, int], Any] = {}  # of a schedule and count: leaves share it
     for i, atom in enumerate(select.per_leaf(value, structure, name)):
         p = params[i]
         if isinstance(atom, Schedule):
-            atom = _scalar(_at(atom, steps[i] - 1), name)
+            key, step = id(atom), steps[i]
+            if not isinstance(step, int):
+                atom = _scalar(_at(atom, step - 1), name)
+            elif (key, step) in known:
+                atom = known[key, step]
+            else:
+                atom = known[key, step] = _scalar(_at(atom, step - 1), name)
         if p is not None and isinstance(atom, Tensor) and atom.ndim:
             if not _fits(atom, p):
                 raise HyperparameterError(

@@ -165,6 +165,15 @@ def test_a_schedule_counts_each_leaf_s_own_steps(call: bool):
     assert all(type(count) is int for count in seen)
 
 
+def test_a_schedule_is_asked_once_for_the_leaves_that_share_it():
+    seen: list[int] = []
+    schedule = fo.Schedule(lambda count: seen.append(count) or f64(0.5))
+    for lr in (schedule, {"body": schedule, "head": 0.1}):
+        seen.clear()
+        spent(lr, steps=3)
+        assert seen == [0, 1, 2]
+
+
 def test_a_schedule_under_vmap_gets_float64_tensors():
     seen: list[Any] = []
 
