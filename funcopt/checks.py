@@ -1,13 +1,15 @@
 """What an optimizer is given must fit together, or a clear error says what does not."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 
 from funcopt import tree
 from funcopt.errors import LeafError, StructureError
 from funcopt.types import State, Tensor
+
+Form: TypeAlias = tuple[Any, ...]  #: shape, dtype, device and layout
 
 
 def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
@@ -26,6 +28,32 @@ def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
                 "the rule takes dense real floating-point leaves. Put integer tensors "
                 "with the buffers; a sparse leaf must be made dense"
             )
+
+
+def check_matrices(leaves: Sequence[Any], structure: tree.Structure, name: str) -> None:
+    """Each leaf must have two axes."""
+    for i, leaf in enumerate(leaves):
+        if leaf is not None and leaf.ndim != 2:
+            raise StructureError(
+                f"{name} takes matrices, but params['{tree.paths(structure)[i]}'] has "
+                f"shape {tuple(leaf.shape)}; give the others to another optimizer, by "
+                f"fo.partition({{'matrices': fo.{name}(), 'others': fo.adamw()}}, labels)"
+            )
+
+
+class FormOf:
+    """What a slot is like that starts as ``first(p)``, as a function of p."""
+
+    def __init__(self, first: Callable[[Tensor], Tensor]) -> None:
+        self.first = first
+        self.known: dict[Any, Any] = {}
+
+    def __call__(self, p: Tensor) -> Form:
+        key = p.shape, p.dtype
+        if key not in self.known:
+            made = self.first(torch.empty(p.shape, dtype=p.dtype, device="meta"))
+            self.known[key] = made.shape, made.dtype
+        return *self.known[key], p.device, torch.strided
 
 
 def check_state(
@@ -62,28 +90,32 @@ def check_leaves(
     slots: Mapping[str, Sequence[Any]],
     live: list[int] | None,
     structure: tree.Structure,
+    forms: Mapping[str, FormOf],
 ) -> None:
-    """Each gradient and each slot must look like its parameter."""
+    """Each gradient and each slot must look like its parameter, or have its form."""
     try:
-        if _all_alike(params, grads, [*slots.values()], live):
+        if _all_alike(params, grads, slots, live, forms):
             return
     except AttributeError:
         pass  # something is no tensor: named below
     check_params(params, structure)
     paths = tree.paths(structure)
-    columns = {"grads": grads, **{f"state['{n}']": slot for n, slot in slots.items()}}
-    for what, column in columns.items():
+    columns = [("grads", grads, None)]
+    columns += [(f"state['{n}']", slot, forms.get(n)) for n, slot in slots.items()]
+    for what, column, form in columns:
         for i in range(len(params)) if live is None else live:
-            _check_leaf(f"{what} at '{paths[i]}'", column[i], params[i])
+            _check_leaf(f"{what} at '{paths[i]}'", column[i], params[i], form)
 
 
 def _all_alike(
     params: Sequence[Any],
     grads: Sequence[Any],
-    slots: Sequence[Sequence[Any]],
+    named: Mapping[str, Sequence[Any]],
     live: list[int] | None,
+    forms: Mapping[str, FormOf],
 ) -> bool:
     """The quick look of every step: it decides, and `check_leaves` finds the words."""
+    slots: Sequence[Sequence[Any]] = [*named.values()]
     if live is not None:
         params, grads, *slots = [[c[i] for i in live] for c in (params, grads, *slots)]
     expected = _describe(params)
@@ -93,26 +125,34 @@ def _all_alike(
         for _, dtype, _, layout in expected
     ):
         return False
+    if forms:
+        for form, column in zip(forms.values(), slots):
+            if _describe(column) != [form(p) for p in params]:
+                return False
+        slots = ()
     return all(_describe(column) == expected for column in (grads, *slots))
 
 
-def _check_leaf(where: str, found: Any, p: Any) -> None:
+def _check_leaf(where: str, found: Any, p: Any, form: FormOf | None) -> None:
     if p is None:
         raise StructureError(f"{where} is given, but params has None there")
     if not isinstance(found, Tensor):
         raise LeafError(f"{where} is {type(found).__name__}, not a tensor")
-    if found.shape != p.shape:
+    shape, dtype, device, _ = form(p) if form else _describe([p])[0]
+    if found.shape != shape:
+        it = f"must have {tuple(shape)} for a parameter of" if form else "its parameter"
         raise StructureError(
-            f"{where} has shape {tuple(found.shape)}, its parameter {tuple(p.shape)}"
+            f"{where} has shape {tuple(found.shape)}, {it} {tuple(p.shape)}"
         )
     if found.layout is not torch.strided:
         raise LeafError(f"{where} is sparse ({found.layout}); give .to_dense()")
-    if _describe([found]) != _describe([p]):
+    if (found.dtype, found.device) != (dtype, device):
+        it = "must be" if form else "its parameter is"
         raise LeafError(
-            f"{where} is {found.dtype} on {found.device}, its parameter is {p.dtype} on "
-            f"{p.device}; cast or move it first"
+            f"{where} is {found.dtype} on {found.device}, {it} {dtype} on {device}; cast "
+            "or move it first"
         )
 
 
-def _describe(leaves: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+def _describe(leaves: Sequence[Tensor]) -> list[Form]:
     return [(x.shape, x.dtype, x.device, x.layout) for x in leaves]

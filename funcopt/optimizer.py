@@ -142,21 +142,27 @@ def per_tensor(
     slots: Mapping[str, SlotStart],
     hyper: Mapping[str, Hyper],
     norms: bool = False,
+    matrices: bool = False,
 ) -> Optimizer:
     """An Optimizer from a rule that needs its leaf whole: a norm, a matrix product.
 
-    The same as `elementwise` in every argument but one; no executor may split such a
-    leaf, join it with others, or write the rule as an elementwise kernel.
+    No executor may split such a leaf, or write the rule as an elementwise kernel. Leaves
+    that are alike in all but their numbers are stacked, and the rule is called once for
+    them, under ``torch.vmap``.
 
     Args:
         rule: as in `elementwise`.
         name: as in `elementwise`.
-        slots: as in `elementwise`.
+        slots: as in `elementwise`; but what a slot holds may be of any shape and dtype,
+            as long as the parameter's shape and dtype determine it. A leaf that has no
+            use for a slot holds an empty tensor.
         hyper: as in `elementwise`.
         norms: that the rule sees its leaf whole only in sums and norms over all of it
             (``x.sum()``, ``torch.linalg.vector_norm(x)``), and does the same whatever
             its shape. Kernels then run a plain step: a sweep of the leaf for the sums,
-            added in float64, and a sweep for what follows from them.
+            added in float64, and a sweep for what follows from them. Slots are then as
+            in `elementwise`.
+        matrices: that a leaf must have two axes; ``init`` raises for others.
 
     Returns:
         The optimizer.
@@ -178,7 +184,7 @@ def per_tensor(
         >>> opt.update(p, opt.init(p), p)[0]
         tensor([2.4000, 3.2000])
     """
-    return from_spec(Spec(rule, name, slots, hyper, elementwise=False, norms=norms))
+    return from_spec(Spec(rule, name, slots, hyper, False, norms, matrices))
 
 
 def from_spec(spec: Spec) -> Optimizer:

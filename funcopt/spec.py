@@ -29,6 +29,7 @@ class Spec:
     hyper: Mapping[str, Hyper]
     elementwise: bool = True  #: whether each element goes its own way
     norms: bool = False  #: if not: whether they meet in sums over the leaf alone
+    matrices: bool = False  #: whether a leaf must have two axes
     totals: Sequence[Totals] = ()
     evaluated: Callable[..., Any] | None = None
 

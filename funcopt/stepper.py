@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from funcopt import tree
-from funcopt.checks import check_leaves, check_params, check_state
+from funcopt.checks import (
+    FormOf,
+    check_leaves,
+    check_matrices,
+    check_params,
+    check_state,
+)
 from funcopt.errors import HyperparameterError
 from funcopt.execution import choice, dispatch, levels
 from funcopt.execution.guard import Known
@@ -48,6 +54,12 @@ class Stepper:
         self.rule = Rule(
             spec.rule, spec.name, scalar, arguments, spec.elementwise, spec.norms
         )
+        #: slots that need not look like their parameters
+        self.forms = {
+            slot: FormOf(first)
+            for slot, first in slots.items()
+            if callable(first) and not spec.norms_only
+        }
         self.lanes: dict[tree.Structure, Known[Lane]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,6 +70,8 @@ class Stepper:
         """The state before the first step; see `Optimizer`."""
         leaves, structure = tree.flatten(params)
         check_params(leaves, structure)
+        if self.spec.matrices:
+            check_matrices(leaves, structure, self.spec.name)
         state: State = {"step": _filled(leaves, 0, torch.int64)}
         for slot, first in self.slots.items():
             if callable(first):
@@ -92,7 +106,7 @@ class Stepper:
             for slot in self.trees
         }
         live = _live(g, p)
-        check_leaves(g, p, trees, live, structure)
+        check_leaves(g, p, trees, live, structure, self.forms)
         old = {
             slot: levels.scalars_of(state[slot]) if self.scalar[slot] else trees[slot]
             for slot in self.slots

@@ -46,3 +46,33 @@ class Lion(torch.optim.Optimizer):
         c = beta1 * m + (1 - beta1) * g
         p.sub_(lr * (c.sign() + weight_decay * p))
         state["exp_avg"] = (beta2 * m + (1 - beta2) * g).to(p.dtype)
+
+
+class Muon(torch.optim.Muon):
+    """torch's, which knows no ``maximize``; pytorch/pytorch#194664 is mended."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        maximize: bool = False,
+        foreach: bool = False,
+        **hyper: Any,
+    ) -> None:
+        super().__init__(params, **hyper)
+        self.sign = -1 if maximize else 1
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        kept = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                p.grad.mul_(self.sign)
+                if p.dtype is torch.bfloat16 and not group["nesterov"]:
+                    old = self.state[p].get("momentum_buffer", torch.zeros_like(p))
+                    kept[p] = old.lerp(p.grad, 1 - group["momentum"])
+        super().step()
+        for p, buffer in kept.items():  # which torch has divided by its norm
+            self.state[p]["momentum_buffer"] = buffer

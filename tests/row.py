@@ -9,6 +9,7 @@ import torch
 from trees import MIXED, SMALL, Shape, mixed, small
 
 import funcopt as fo
+from funcopt import tree
 from funcopt.types import Tree
 
 Flags = Mapping[str, Any]
@@ -24,6 +25,7 @@ class Row:
     #: the same rule in torch.optim, or like one of its classes, with the same arguments;
     #: what has none has trajectories in tests/published
     twin: Callable[..., torch.optim.Optimizer] | None = None
+    like_twin: Flags = field(default_factory=dict)  #: flags that only ours has
     least: Flags = field(default_factory=dict)  #: below which a float makes no sense
     idle: tuple[str, ...] = ()  #: floats that parameters may not depend on at first
     ulps: int = 2  #: of a half-precision step that torch rounds differently
@@ -39,6 +41,9 @@ class Row:
     smooth: bool = True  #: whether the step depends smoothly on the gradient
     shapes: Sequence[Shape] = MIXED  #: of leaves that the rule takes
     few: Sequence[Shape] = SMALL  #: the same, of few numbers
+    #: how far a stack, or a batch, of float64 leaves may be from a loop: sums of products
+    #: are added in another order
+    rounding: float = 1e-14
     elementwise: bool = True  #: whether kernels give the reference's very bits
 
     @property
@@ -70,8 +75,19 @@ class Case:
         """A tree for what costs an evaluation per number."""
         return small(dtype, seed, self.row.few)
 
+    def fit(self, params: Tree) -> Tree:
+        """The same numbers in leaves that the rule takes."""
+        spec = self.optimizer().spec
+        if not spec or not spec.matrices:
+            return params
+        return tree.map(
+            lambda p: p if p.ndim == 2 else p.reshape(p.shape[0] if p.ndim else 1, -1),
+            params,
+        )
+
     def twin(self, params: Any, **hyper: Any) -> torch.optim.Optimizer:
         hyper = {"lr": self.row.floats["lr"], **self.flags, **hyper}
+        hyper = {k: v for k, v in hyper.items() if k not in self.row.like_twin}
         assert self.row.twin is not None
         return self.row.twin(params, foreach=False, **hyper)
 

@@ -2,7 +2,7 @@
 
 import torch
 from row import Case
-from rows import adaptive, averaging, layerwise, sign, torch_optim
+from rows import adaptive, averaging, layerwise, matrix, sign, torch_optim
 
 import funcopt as fo
 from funcopt.execution import choice
@@ -14,6 +14,7 @@ ROWS = [
     *adaptive.ROWS,
     *averaging.ROWS,
     *layerwise.ROWS,
+    *matrix.ROWS,
     *sign.ROWS,
 ]
 
@@ -28,8 +29,14 @@ ELEMENTWISE = [case for case in CASES if case.row.elementwise]
 ELEMENTWISE_ENDS = [case for case in ENDS if case.row.elementwise]
 #: those of rules that see their leaf in norms alone
 NORMS = [case for case in CASES if case.row in layerwise.ROWS]
+#: those of rules of matrices
+MATRIX = [case for case in CASES if case.row in matrix.ROWS]
 #: those with a twin to race with
-TWINS = [case for case in CASES if case.row.twin]
+TWINS = [
+    Case(case.row, {**case.flags, **case.row.like_twin})
+    for case in CASES
+    if case.row.twin
+]
 
 #: slots that hold a number per leaf
 SCALAR = {"eta", "mu", "mu_product", "exp_avg_norm_sq"}

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from row import Case
-from table import CASES, ENDS, slots_of
+from table import CASES, ELEMENTWISE, ENDS, slots_of
 from torch import Tensor
 from trees import assert_same, random_like
 
@@ -65,12 +65,14 @@ def run(opt: fo.Optimizer, params: Tree, steps: int = 3, **hyper: Any) -> Any:
 
 
 some_case = st.sampled_from(CASES)
+per_element = st.sampled_from(ELEMENTWISE)
 
 
 @given(some_case, parameters(), st.data())
 def test_nothing_changes_form(case: Case, params: Tree, data: Any):
     """Whatever has a gradient in a step, and whatever has none."""
     opt = case.optimizer()
+    params = case.fit(params)
     state = opt.init(params)
     form = describe((params, state))
     for slot in slots_of(state):
@@ -86,6 +88,7 @@ def test_nothing_changes_form(case: Case, params: Tree, data: Any):
 @given(some_case, parameters(), st.data())
 def test_equal_groups_are_no_groups(case: Case, params: Tree, data: Any):
     """As full trees of values, as optimizers of their own, and by name: the same bits."""
+    params = case.fit(params)
     expected = run(case.optimizer(**case.floats()), params)
     structure = tree.flatten(params)[1]
 
@@ -118,6 +121,7 @@ def test_equal_groups_are_no_groups(case: Case, params: Tree, data: Any):
 @given(some_case, st.lists(parameters(), min_size=2, max_size=4), st.data())
 def test_group_order_is_irrelevant(case: Case, members: list[Tree], data: Any):
     """Groups with rates of their own, in the order given and in another."""
+    members = [case.fit(params) for params in members]
     order = data.draw(st.permutations(range(len(members))))
     groups = [
         {"params": [x for x in tree.leaves(m) if x is not None], "lr": 0.1 / (i + 1)}
@@ -144,6 +148,7 @@ def run_on_own_values(opt: fo.Optimizer, params: Tree) -> Tree:
 
 @given(some_case, parameters())
 def test_order_of_optimizers_and_patterns_is_irrelevant(case: Case, params: Tree):
+    params = case.fit(params)
     both = {"left": params, "right": params}
     made = {"a": case.optimizer(), "b": case.optimizer(lr=0.01)}
     labels = {"left": "a", "right": "b"}
@@ -160,6 +165,7 @@ def test_order_of_optimizers_and_patterns_is_irrelevant(case: Case, params: Tree
 @given(some_case, parameters())
 def test_no_rate_no_step(case: Case, params: Tree):
     assume(not case.flags.get("step_sizes", (0.0,))[0])  # rprop's least step is one
+    params = case.fit(params)
     assert_same(run(case.optimizer(), params, lr=0.0)[0], params)
     zero = torch.tensor(0.0)
     assert_same(run(case.optimizer(), params, lr=zero)[0], params)
@@ -167,6 +173,7 @@ def test_no_rate_no_step(case: Case, params: Tree):
 
 @given(some_case, parameters())
 def test_maximizing_is_descent_on_the_negative(case: Case, params: Tree):
+    params = case.fit(params)
     up, down = (
         Case(case.row, {**case.flags, "maximize": flag}).optimizer()
         for flag in (True, False)
@@ -181,7 +188,7 @@ def test_maximizing_is_descent_on_the_negative(case: Case, params: Tree):
 
 
 @given(
-    some_case,
+    per_element,
     st.sampled_from(DTYPES),
     st.sampled_from([(7,), (4, 5), (2, 3, 3)]),
     st.integers(0, 99),

@@ -57,8 +57,8 @@ def test_save_load_continue(case: Case, make: Any, dtype: torch.dtype):
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_names_are_those_of_torch(case: Case):
     """But for the step, which sgd counts too, and for a buffer that is not there."""
-    opt, leaf = case.optimizer(), torch.ones(2)
-    twin, leaf.grad = case.twin([leaf]), torch.ones(2)
+    opt, leaf = case.optimizer(), torch.ones(case.row.few[0])
+    twin, leaf.grad = case.twin([leaf]), torch.ones_like(leaf)
     twin.step()
     kept = {name for name, value in twin.state[leaf].items() if value is not None}
     state = opt.init(leaf)

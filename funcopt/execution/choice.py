@@ -1,6 +1,6 @@
 """Which executor runs which leaves, and why the faster ones do not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from funcopt.errors import ExecutionError
-from funcopt.execution import levels, reference
+from funcopt.execution import levels, reference, stacked
 from funcopt.execution.executor import BuildError, Column, Executor
 from funcopt.execution.foreach import Foreach
 from funcopt.execution.form import Engine
@@ -31,7 +31,7 @@ def _triton(program: Program, stored: torch.dtype) -> Executor:
 ENGINES: dict[str, Engine] = {"native": Native, "triton": _triton, "foreach": Foreach}
 _DEVICES = {"native": "cpu", "triton": "cuda"}  # foreach runs on any
 #: what `execution` and ``execution=`` take
-NAMES = (*ENGINES, "reference")
+NAMES = (*ENGINES, "stacked", "reference")
 
 _forced: ContextVar[str | None] = ContextVar("execution", default=None)
 _observer: ContextVar["list[Group] | None"] = ContextVar("observer", default=None)
@@ -50,8 +50,9 @@ def execution(name: str) -> Iterator[None]:
 
     Args:
         name: ``"native"`` (C kernels, on a CPU), ``"triton"`` (on CUDA), ``"foreach"``
-            (lists of tensors, on any device) or ``"reference"`` (the rule on each leaf,
-            the definition of correct).
+            (lists of tensors, on any device), ``"stacked"`` (leaves that are alike as
+            one, for rules that need a leaf whole) or ``"reference"`` (the rule on each
+            leaf, the definition of correct).
 
     Returns:
         A context manager. It holds for this thread, or this asyncio task.
@@ -100,7 +101,7 @@ def _known(name: str) -> str:
 class Choice:
     """What runs some leaves, and why what would be faster does not."""
 
-    name: str  #: "native", "foreach" or "reference"
+    name: str  #: one of `NAMES`
     derivative: bool = False  #: kernels compute the derivative, too
     transformed: bool = False  #: the derivative is asked for, or this is inside vmap
     refused: tuple[tuple[str, str], ...] = ()  #: (name, sentence) of those before it
@@ -132,7 +133,7 @@ def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
         ExecutionError: that one refuses; the message says why.
     """
     forced = _known(name) if name else _forced.get()
-    reason = _untouchable(leaves)
+    untouchable = _untouchable(leaves)
     transformed = levels.differentiating(leaves.tensors())
     followed = transformed and levels.followed(leaves.tensors())
     found: dict[Any, list[int]] = {}
@@ -143,16 +144,22 @@ def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
         found.setdefault((p.dtype, p.device, kinds[id(values)]), []).append(i)
     made = []
     for (dtype, device, kind), which in found.items():
-        if transformed and not leaves.rule.elementwise:
-            reason = f"{leaves.rule.name} needs each leaf, and each task's, whole"
-            forced = None if leaves.rule.sums else forced  # it is the step that is forced
+        whole = transformed and not leaves.rule.elementwise
+        if leaves.rule.sums and (whole or forced == "stacked"):
+            forced = None  # it is the step that is forced
+        kernels = untouchable
+        if whole:
+            kernels = f"{leaves.rule.name} needs each leaf, and each task's, whole"
+        reasons = dict.fromkeys(ENGINES, kernels)
+        if not leaves.rule.elementwise or forced:
+            reasons["stacked"] = untouchable or stacked.refuses(leaves.pick(which))
         params = [leaves.params[i] for i in which]
         least = _least_worth(params) if followed and not forced else 0
-        choice = _choose(leaves.rule, kind, dtype, device, least, reason, forced)
+        choice = _choose(leaves.rule, kind, dtype, device, least, reasons, forced)
         choice = replace(
             choice,
             transformed=transformed,
-            derivative=followed and choice.name != "reference",
+            derivative=followed and choice.name in ENGINES,
         )
         made.append(Group(leaves.rule, kind, which, params, choice))
     observer = _observer.get()
@@ -174,22 +181,26 @@ def _choose(
     dtype: torch.dtype,
     device: torch.device,
     least: int,
-    untouchable: str | None,
+    reasons: Mapping[str, str | None],
     forced: str | None,
 ) -> Choice:
     """The first executor that does not refuse.
 
     ``least`` is how many operations make a derivative by kernels worth while, 0 where
-    none is asked for.
+    none is asked for; ``reasons`` say why an executor refuses these leaves, if it does.
 
     Raises:
         ExecutionError: the one that is forced refuses; the message says why.
     """
     refused = []
-    own = [name for name in NAMES if _DEVICES.get(name, device.type) == device.type]
+    own = [
+        name
+        for name in (*reasons, "reference")
+        if _DEVICES.get(name, device.type) == device.type
+    ]
     for name in (forced,) if forced else own:
-        reason = None if name == "reference" else untouchable
-        if name != "reference" and reason is None:
+        reason = reasons.get(name)
+        if name in ENGINES and reason is None:
             reason = _refuses(name, rule, kinds, dtype, device, least)
         if reason is None:
             return Choice(name, refused=tuple(refused))

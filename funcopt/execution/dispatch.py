@@ -5,7 +5,15 @@ from typing import Any
 
 import torch
 
-from funcopt.execution import choice, donation, fused_autograd, layout, levels, reference
+from funcopt.execution import (
+    choice,
+    donation,
+    fused_autograd,
+    layout,
+    levels,
+    reference,
+    stacked,
+)
 from funcopt.execution.call import Call
 from funcopt.execution.choice import ENGINES, Group
 from funcopt.execution.executor import Column, Executor
@@ -35,7 +43,7 @@ def step(
             be written over; nothing has changed then.
     """
     if torch.compiler.is_compiling():  # the plain rule is what the compiler fuses
-        plain = _reference(leaves)
+        plain = reference.of_leaves(leaves)
         return (_written_over(leaves, plain) if donate else plain), None
     groups = choice.groups(leaves, name)
     if donate:
@@ -54,7 +62,7 @@ def step(
 
 def _lane(leaves: Leaves, group: Group, vectors: Sequence[Tensor]) -> Lane | None:
     """A lane for steps like this one, if its leaves go one way as they are."""
-    if group.choice.name == "reference" or "stream" in group.kinds or levels.inside():
+    if group.choice.name not in ENGINES or "stream" in group.kinds or levels.inside():
         return None
     columns = [leaves.grads, leaves.params, *leaves.state]
     alike = all(a is b for a, b in zip(columns, layout.alike(columns)))
@@ -70,8 +78,9 @@ def _lane(leaves: Leaves, group: Group, vectors: Sequence[Tensor]) -> Lane | Non
 
 
 def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
-    if group.choice.name == "reference":
-        columns = _reference(leaves)
+    if group.choice.name not in ENGINES:
+        plain = group.choice.name == "reference"
+        columns = reference.of_leaves(leaves) if plain else stacked.step(leaves)
         return _written_over(leaves, columns) if donate else columns
     streams = leaves.streams(group.kinds)
     rows, which = leaves.rows(group.kinds)
@@ -118,17 +127,6 @@ def _form(leaves: Leaves, group: Group) -> Form:
             rule, group.kinds, engine, stored, tuple(which), given
         )
     return form
-
-
-def _reference(leaves: Leaves) -> list[Column]:
-    return reference.step(
-        leaves.rule,
-        leaves.grads,
-        leaves.params,
-        leaves.slots,
-        leaves.steps,
-        leaves.hyper,
-    )
 
 
 def _written_over(leaves: Leaves, columns: Sequence[Column]) -> list[Column]:

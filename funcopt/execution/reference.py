@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.types import Tensor
 
@@ -36,6 +37,18 @@ def step(
     return list(zip(*rows))
 
 
+def of_leaves(leaves: Leaves) -> list[Sequence[Any]]:
+    """`step` of a whole step's leaves."""
+    return step(
+        leaves.rule,
+        leaves.grads,
+        leaves.params,
+        leaves.slots,
+        leaves.steps,
+        leaves.hyper,
+    )
+
+
 def computed(stored: torch.dtype) -> torch.dtype:
     """The dtype that a leaf is worked on in."""
     return torch.float32 if stored in _HALF else stored
@@ -65,10 +78,12 @@ def _promoted(
     float32, as kernels do in their registers. A 0-d leaf would take part in type
     promotion as the float64 hyperparameters do: it is worked on as shape (1,).
     """
-    p = given[1]
-    dtype, shape = computed(p.dtype), p.shape or (1,)
     wide = [
-        x.to(dtype).reshape(shape) if stream else x for x, stream in zip(given, inputs)
+        x.to(computed(x.dtype)).reshape(x.shape or (1,)) if stream else x
+        for x, stream in zip(given, inputs)
     ]
-    out = zip(function(*wide, **hyper), outputs)
-    return tuple(x.to(p.dtype).reshape(p.shape) if stream else x for x, stream in out)
+    # A slot has the form that it had; so has a parameter.
+    out = zip(function(*wide, **hyper), given[1:], outputs)
+    return tuple(
+        x.to(old.dtype).reshape(old.shape) if stream else x for x, old, stream in out
+    )

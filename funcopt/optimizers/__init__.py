@@ -14,6 +14,7 @@ from funcopt.optimizers.lamb import lamb
 from funcopt.optimizers.lars import lars
 from funcopt.optimizers.lion import lion
 from funcopt.optimizers.madgrad import madgrad
+from funcopt.optimizers.muon import muon
 from funcopt.optimizers.nadam import nadam
 from funcopt.optimizers.novograd import novograd
 from funcopt.optimizers.radam import radam
@@ -39,6 +40,7 @@ __all__ = [
     "lars",
     "lion",
     "madgrad",
+    "muon",
     "nadam",
     "novograd",
     "radam",

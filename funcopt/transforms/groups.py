@@ -1,7 +1,10 @@
 """torch.optim's param groups as a tree and hyperparameter trees."""
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
+
+import torch
 
 from funcopt import tree
 from funcopt.errors import HyperparameterError, LeafError
@@ -109,7 +112,11 @@ def _refuse_shared(params: list[Tree]) -> None:
 
 
 def _transpose(name: str, values: list[Any]) -> HyperValue:
-    if any(isinstance(value, bool) for value in values):
+    if all(isinstance(v, Real | tuple) and v == values[0] for v in values):
+        return values[0]  # a number that chooses a formula may be one of them
+    if any(
+        value is None or isinstance(value, bool | str | torch.dtype) for value in values
+    ):
         if any(value is not values[0] for value in values):
             raise HyperparameterError(
                 f"the flag '{name}' differs between groups ({values}); it chooses the "

@@ -1,0 +1,67 @@
+"""The stacked executor: leaves that are alike as one, for rules that need a leaf whole.
+
+Where a step is matrix products, a batch of them costs less than one after another. The
+rule is still written on one leaf: ``torch.vmap`` calls it once for a whole stack.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from funcopt.execution import reference
+from funcopt.execution.executor import Column
+from funcopt.execution.leaves import Leaves
+from funcopt.types import Tensor
+
+
+def refuses(leaves: Leaves) -> str | None:
+    """Why there is nothing to stack, as a sentence, or None."""
+    if leaves.rule.elementwise or leaves.rule.norms or leaves.rule.sums:
+        return "only leaves of a rule that needs each whole are stacked"
+    if all(len(which) == 1 for which in _stacks(leaves)):
+        return "no two leaves are alike in shape, hyperparameters and step"
+    return None
+
+
+def step(leaves: Leaves) -> list[Column]:
+    """The columns ``p, *slots``, as by the reference."""
+    columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
+    for which in _stacks(leaves):
+        some = leaves.pick(which)
+        made = _together(some) if len(which) > 1 else reference.of_leaves(some)
+        for column, values in zip(columns, made):
+            for i, value in zip(which, values):
+                column[i] = value
+    return list(columns)
+
+
+def _stacks(leaves: Leaves) -> list[list[int]]:
+    """The numbers of the leaves that are alike, and so are their slots, in stacks."""
+    found: dict[Any, list[int]] = {}
+    for i, (p, values, *own) in enumerate(
+        zip(leaves.params, leaves.hyper, *leaves.numbers)
+    ):
+        numbers = (id(x) if isinstance(x, Tensor) else x for x in own)
+        key = p.shape, p.dtype, p.device, id(values), *numbers
+        found.setdefault(key, []).append(i)
+    return list(found.values())
+
+
+def _together(leaves: Leaves) -> Sequence[Column]:
+    """One call of the rule for leaves that are alike."""
+    first = leaves.pick([0])
+    streams = [leaves.grads, leaves.params, *leaves.state]
+
+    def one(g: Tensor, p: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        given = iter(state)
+        slots = [
+            column if scalar else [next(given)]
+            for column, scalar in zip(first.slots, first.rule.scalar)
+        ]
+        columns = reference.step(first.rule, [g], [p], slots, first.steps, first.hyper)
+        return tuple(torch.as_tensor(x) for (x,) in columns)  # vmap returns no numbers
+
+    made = torch.vmap(one)(*[torch.stack([*column]) for column in streams])
+    # A leaf keeps no memory alive but its own, and may be written over in place.
+    return [[x.clone() for x in column.unbind()] for column in made]

@@ -1,0 +1,132 @@
+"""Rules of whole matrices: leaves that are alike are stepped as one stack."""
+
+from typing import Any
+
+import pytest
+import torch
+from row import Case
+from table import MATRIX
+from torch import Tensor
+from torch.func import grad, jvp
+from trees import assert_close, assert_moved, random_like
+
+import funcopt as fo
+from funcopt import tree
+from funcopt.types import Tree
+
+ONCE = MATRIX[1::2]
+
+
+def many(case: Case, dtype: torch.dtype = torch.float64) -> Tree:
+    """Two of each shape that the rule takes, and two more of the first."""
+    first = case.mixed(dtype, 1)
+    return {"a": first, "b": case.mixed(dtype, 2), "c": first["layers"][0]["weight"] * 2}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_a_stack_is_a_loop(case: Case, donate: bool):
+    opt, expected = case.optimizer(), many(case)
+    start, found = expected, tree.map(torch.clone, expected)
+    a, b = opt.init(expected), opt.init(found)
+    assert ": stacked" in str(fo.plan(opt, found))
+    for seed in range(3):
+        grads = random_like(expected, seed)
+        expected, a = opt.update(grads, a, expected, execution="reference")
+        found, b = opt.update(grads, b, found, donate=donate)
+        assert_close((found, b), (expected, a), case.row.rounding)
+    assert_moved(found, start, everywhere=False)
+
+
+@pytest.mark.parametrize("case", ONCE, ids=str)
+def test_only_what_is_alike_is_stacked(case: Case):
+    """Neither leaves of another age, nor of another rate or dtype."""
+    opt, params = case.optimizer(), many(case)
+    params["d"] = case.mixed(torch.float32, 3)
+    state = opt.init(params)
+    _, state = opt.update(
+        {**params, "a": tree.map(lambda _: None, params["a"])}, state, params
+    )
+    rates = {"a": 0.1, "b": 0.2, "c": 0.1, "d": 0.1}
+    for gaps in ((), ("a", "b")):
+        grads = random_like(params, 4)
+        grads |= {key: tree.map(lambda _: None, grads[key]) for key in gaps}
+        expected = opt.update(grads, state, params, lr=rates, execution="reference")
+        found = opt.update(grads, state, params, lr=rates)
+        assert_close(found, expected, case.row.rounding)
+
+
+@pytest.mark.parametrize("case", ONCE, ids=str)
+def test_a_leaf_of_a_stack_has_memory_of_its_own(case: Case):
+    opt, params = case.optimizer(), many(case)
+    result = opt.update(params, opt.init(params), params)
+    found = [x for x in tree.leaves(result) if x.numel()]
+    assert len({x.untyped_storage().data_ptr() for x in found}) == len(found)
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in found)
+
+
+@pytest.mark.parametrize("case", ONCE, ids=str)
+def test_the_derivative_of_a_stack(case: Case):
+    opt, params = case.optimizer(), many(case)
+    state, grads = opt.init(params), random_like(params, 5)
+    weights = random_like(params, 6)
+
+    def outer(x: Any, name: str) -> Tensor:
+        new, s = opt.update(x["grads"], state, x["params"], lr=x["lr"], execution=name)
+        new, _ = opt.update(new, s, new, lr=x["lr"], execution=name)
+        parts = tree.map(lambda p, w: (p * w).sum(), new, weights)
+        return torch.stack(tree.leaves(parts)).sum()
+
+    point = {"grads": grads, "params": params, "lr": torch.tensor(0.1).double()}
+    slopes = {name: grad(outer)(point, name) for name in ("reference", "stacked")}
+    assert_close(slopes["stacked"], slopes["reference"], 10 * case.row.rounding)
+    along = random_like(point, 7)
+    tangents = {
+        name: jvp(lambda x, n=name: outer(x, n), (point,), (along,))[1] for name in slopes
+    }
+    assert_close(tangents["stacked"], tangents["reference"], 10 * case.row.rounding)
+
+
+def test_what_cannot_be_stacked_is_said():
+    square, wide = torch.ones(3, 3), torch.ones(3, 4)
+    assert "no two leaves are alike" in str(fo.plan(fo.muon(), [square, wide]))
+    with pytest.raises(fo.ExecutionError, match="no two leaves"):
+        fo.plan(fo.muon(), [square, wide], execution="stacked")
+    with pytest.raises(fo.ExecutionError, match="only leaves of a rule that needs each"):
+        fo.plan(fo.adam(), [square, square], execution="stacked")
+    assert "stacked" not in str(fo.plan(fo.adam(), [square, square]))
+
+
+def test_muon_takes_matrices():
+    with pytest.raises(fo.StructureError, match=r"'bias'\] has shape \(3,\).*partition"):
+        fo.muon().init({"bias": torch.ones(3), "weight": torch.ones(3, 3)})
+    with pytest.raises(fo.StructureError, match="takes matrices"):
+        fo.chain(fo.clip_by_global_norm(1.0), fo.muon()).init(torch.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (3, 6)], ids=str)
+def test_muons_derivative_is_that_of_its_iteration_unrounded(shape: tuple[int, ...]):
+    """In bfloat16 as in float64: and the two steps differ, as their numbers do."""
+    g, p, along = random_like([torch.empty(shape).double()] * 3, 8)
+    found = {}
+    for dtype in (torch.bfloat16, None):
+        opt = fo.muon(lr=0.1, ns_dtype=dtype)
+
+        def step(g: Tensor, opt: Any = opt) -> Tensor:
+            return opt.update(g, opt.init(p), p)[0]
+
+        slope = grad(lambda g, f=step: (f(g) * along).sum())(g)
+        found[dtype] = slope, jvp(step, (g,), (along,))[1], step(g)
+    assert_close(found[torch.bfloat16][:2], found[None][:2], 1e-13)
+    assert 1e-6 < (found[torch.bfloat16][2] - found[None][2]).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_muon_is_finite_without_a_gradient(dtype: torch.dtype):
+    """All of a matrix 0: the least divisor alone divides, and the derivative is 1/eps."""
+    opt, zero = fo.muon(), torch.zeros(3, 4, dtype=dtype)
+    state = opt.init(zero)
+    new, _ = opt.update(zero, state, zero)
+    assert torch.equal(new, zero)
+    slope = grad(lambda g: opt.update(g, state, zero)[0].sum())(zero)
+    assert slope.isfinite().all() and slope.any()
