@@ -12,6 +12,7 @@ from funcopt.errors import (
     UnknownHyperparameterError,
 )
 from funcopt.execution.choice import execution
+from funcopt.normal import normal_like
 from funcopt.optimizer import Optimizer, elementwise, per_tensor
 from funcopt.optimizers import *
 from funcopt.plan import plan
@@ -38,6 +39,7 @@ __all__ = [
     "elementwise",
     "execution",
     "meta",
+    "normal_like",
     "per_step",
     "per_tensor",
     "plan",

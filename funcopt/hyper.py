@@ -26,7 +26,8 @@ class Hyper:
 
     The range is [``low``, ``below``), or [``low``, ``most``] where ``most`` is given.
     ``parts`` names the rule's arguments where the public one is a tuple of values
-    (``betas`` → ``beta1, beta2``).
+    (``betas`` → ``beta1, beta2``). ``wanted`` says what every ``update`` has to be given
+    where ``value`` is None.
     """
 
     value: HyperValue
@@ -34,6 +35,7 @@ class Hyper:
     below: float = math.inf
     most: float | None = None
     parts: tuple[str, ...] = ()
+    wanted: str = ""
 
     def arguments(self, name: str, value: HyperValue) -> dict[str, HyperValue]:
         """The rule's arguments that ``value`` for ``name`` sets, numbers checked."""
@@ -91,8 +93,13 @@ class Hypers:
         self.declared = dict(declared)
         self.owner = owner
         self.arguments: dict[str, HyperValue] = {}
+        #: those that every update has to be given
+        self.awaited = [n for n, h in declared.items() if h.wanted and h.value is None]
         for name, hyper in self.declared.items():
-            self.arguments |= hyper.arguments(name, hyper.value)
+            if name in self.awaited:
+                self.arguments[name] = None
+            else:
+                self.arguments |= hyper.arguments(name, hyper.value)
         # A copy: what the caller does to his dict later is not this optimizer's affair.
         self.arguments = {
             name: select.copied(value) for name, value in self.arguments.items()
@@ -101,6 +108,15 @@ class Hypers:
         self._constant = {k for k, v in self.arguments.items() if _is_constant(v)}
         self._constants = lru_cache(maxsize=32)(self._spread_constants)
         self._varying = self.arguments.keys() - self._constant
+
+    def check_given(self, overrides: HyperMapping) -> None:
+        """Raises unless ``overrides`` has what every update has to be given."""
+        for name in self.awaited:
+            if name not in overrides:
+                raise HyperparameterError(
+                    f"{self.owner} needs {name} at every update, "
+                    f"{self.declared[name].wanted}: update(..., {name}={name})"
+                )
 
     def per_leaf(
         self,
@@ -121,6 +137,7 @@ class Hypers:
             given = self.declared[name].arguments(name, value)
             arguments |= given
             varying |= given.keys()
+        varying -= {name for name in self.awaited if arguments[name] is None}
         shared = self._shared(arguments, varying, steps)
         if shared is not None:
             if all(row is rows[0] for row in rows):
@@ -189,7 +206,7 @@ def unknown(name: str, known: Mapping[str, Any], owner: str) -> Exception:
 
 
 def _is_constant(value: HyperValue) -> bool:
-    return all(isinstance(v, Real) for v in select.values(value))
+    return value is not None and all(isinstance(v, Real) for v in select.values(value))
 
 
 def _column(

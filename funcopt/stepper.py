@@ -92,6 +92,7 @@ class Stepper:
         **overrides: HyperValue,
     ) -> tuple[Tree, State]:
         """One step; see `Optimizer`."""
+        self.hypers.check_given(overrides)
         p, structure = tree.flatten(params)
         if not torch.compiler.is_compiling() and not execution and choice.is_free():
             lanes = self.lanes.get(structure)

@@ -230,6 +230,9 @@ CORNERS: dict[str, tuple[fo.Optimizer, dict[str, Any]]] = {
     "asgd, averaging": (fo.asgd(), {"t0": 1.0, "lambd": 0.0, "alpha": 0.0}),
     "rprop, bounded": (fo.rprop(), {"step_sizes": (0.01, 0.01)}),
     "no learning rate": (fo.asgd(), {"lr": 0.0}),
+    "sgld without noise": (fo.sgld(noise=0.5), {"temperature": 0.0, "lr": 0.0}),
+    "sophia, no estimate": (fo.sophia_g(), {"hessian": -1.0, "rho": 0.0}),
+    "madgrad at rest": (fo.madgrad(), {"lr": 0.0, "eps": 1e-6, "momentum": 0.0}),
 }
 
 

@@ -136,6 +136,14 @@ CASES = [
         ("beta1 of 1", lambda x: fo.adam(betas=(1.0, 0.9)), "betas[0]", "[0, 1)", "1.0"),
         ("beta2 of 1", lambda x: fo.adamw(betas=(0.9, 1.0)), "betas[1]", "[0, 1)"),
         ("negative beta", lambda x: step(x, betas=(0.9, -0.1)), "betas[1]", "-0.1"),
+        ("no noise", lambda x: step(x, fo.sgld()), "sgld", "noise", "fo.normal_like"),
+        (
+            "noise of another shape",
+            lambda x: step(x, fo.sgld(), noise=torch.ones(7)),
+            "noise",
+            "(7,)",
+            "layer.bias",
+        ),
         ("one beta", lambda x: fo.adam(betas=0.9), "2 values", "beta1, beta2", "0.9"),  # pyright: ignore[reportArgumentType]
         ("three betas", lambda x: step(x, betas=(0.9, 0.9, 0.9)), "2 values"),
         ("negative eps", lambda x: fo.adam(eps=-1e-8), "eps", "-1e-08"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from published.problem import gradient, start
+from published.problem import GIVEN, gradient, start
 from table import ROWS
 
 import funcopt as fo
@@ -32,7 +32,12 @@ def test_trajectory(record: dict[str, Any], run: dict[str, Any], dtype: torch.dt
     expected = dict(zip(record["steps"], run["params"], strict=True))
     for step in range(1, max(expected) + 1):
         grads = [torch.tensor(g, dtype=dtype) for g in gradient(step, shapes)]
-        params, state = opt.update(grads, state, params)
+        data = {
+            name: [torch.tensor(x, dtype=dtype) for x in values]
+            for name in record.get("given", ())
+            if (values := GIVEN[name](step, shapes)) is not None
+        }
+        params, state = opt.update(grads, state, params, **data)
         for i, theirs in enumerate(expected.get(step, ())):
             theirs = torch.tensor(theirs, dtype=torch.float64)
             # The largest number held so far is the scale, as in the race with a twin.

@@ -21,7 +21,9 @@ from funcopt.optimizers.radam import radam
 from funcopt.optimizers.rmsprop import rmsprop
 from funcopt.optimizers.rprop import rprop
 from funcopt.optimizers.sgd import sgd
+from funcopt.optimizers.sgld import sgld
 from funcopt.optimizers.signsgd import signsgd, signum
+from funcopt.optimizers.sophia_g import sophia_g
 from funcopt.optimizers.yogi import yogi
 
 __all__ = [
@@ -47,7 +49,9 @@ __all__ = [
     "rmsprop",
     "rprop",
     "sgd",
+    "sgld",
     "signsgd",
     "signum",
+    "sophia_g",
     "yogi",
 ]

@@ -1,6 +1,6 @@
 """Where the published trajectories start, and the gradients that they follow."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -22,6 +22,25 @@ def gradient(step: int, shapes: Sequence[Shape] = SHAPES) -> Arrays:
     """Of the update number ``step``, from 1: smaller and of other signs as they go on."""
     size = 1.0 if step <= 10 else 0.05
     return [size * (wave + 0.2) for wave in _waves(shapes, step)]
+
+
+def noise(step: int, shapes: Sequence[Shape] = SHAPES) -> Arrays:
+    """For what is given standard normals: of their size, and of no pattern in time."""
+    return [2.0 * wave for wave in _waves(shapes, 1000 + step)]
+
+
+def hessian(step: int, shapes: Sequence[Shape] = SHAPES) -> Arrays | None:
+    """An estimate of the Hessian's diagonal, at every third step."""
+    if step % 3 != 1:
+        return None
+    return [wave * wave + 0.1 for wave in _waves(shapes, 2000 + step)]
+
+
+#: hyperparameters that are data; where there is none a step has the default
+GIVEN: Mapping[str, Callable[[int, Sequence[Shape]], Arrays | None]] = {
+    "noise": noise,
+    "hessian": hessian,
+}
 
 
 def _waves(shapes: Sequence[Shape], step: int) -> Arrays:

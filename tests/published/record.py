@@ -70,13 +70,18 @@ def write(
     source: str,
     runs: Iterable[tuple[Mapping[str, Any], Stepper]],
     shapes: Sequence[Shape] = SHAPES,
+    given: Sequence[str] = (),
 ) -> None:
-    """The trajectories of several settings, as ``<optimizer>.json``."""
+    """The trajectories of several settings, as ``<optimizer>.json``.
+
+    ``given`` names what the problem has for a hyperparameter that is data.
+    """
     found = {
         "optimizer": optimizer,
         "source": source,
         "shapes": shapes,
         "steps": KEPT,
+        "given": given,
         "runs": [
             {"arguments": dict(arguments), "params": trajectory(stepper, shapes)}
             for arguments, stepper in runs

@@ -18,4 +18,20 @@ ROWS = [
         idle=("beta",),  # the average's size does not count
         smooth=False,
     ),
+    Row(
+        fo.sophia_g,
+        [
+            {"maximize": up, "weight_decay": decay, "rho": 8.0, "hessian": 0.5}
+            for up, decay in ((False, 0.0), (False, 0.1), (True, 0.1))
+        ],
+        {
+            "lr": 0.1,
+            "betas": (0.8, 0.9),
+            "rho": 8.0,
+            "eps": 0.01,
+            "weight_decay": 0.1,
+            "hessian": 0.5,
+        },
+        idle=("eps",),  # the least curvature, of which there is more
+    ),
 ]
