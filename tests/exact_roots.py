@@ -19,5 +19,5 @@ class ExactRoots(TorchFunctionMode):
     ) -> Any:
         if func in (torch.sqrt, torch.Tensor.sqrt):
             with numpy.errstate(invalid="ignore"):
-                return torch.from_numpy(numpy.sqrt(numpy.asarray(args[0])))
+                return torch.as_tensor(numpy.sqrt(numpy.asarray(args[0])))
         return func(*args, **(kwargs or {}))

@@ -21,16 +21,16 @@ ROWS = [
     Row(
         fo.sophia_g,
         [
-            {"maximize": up, "weight_decay": decay, "rho": 8.0, "hessian": 0.5}
+            {"maximize": up, "weight_decay": decay, "rho": 8.0, "hessian": 0.8}
             for up, decay in ((False, 0.0), (False, 0.1), (True, 0.1))
         ],
         {
-            "lr": 0.1,
+            "lr": 0.05,
             "betas": (0.8, 0.9),
             "rho": 8.0,
             "eps": 0.01,
             "weight_decay": 0.1,
-            "hessian": 0.5,
+            "hessian": 0.8,
         },
         idle=("eps",),  # the least curvature, of which there is more
     ),
