@@ -34,6 +34,9 @@ class Row:
     roots: int = 0
     #: the same for torch's power of a beta with elements; None where there is none
     powers: int | None = None
+    #: how far kernels may be from the reference whose functions (atan2, not the root)
+    #: they round otherwise, in units in the last place of a leaf's largest number
+    functions: int = 0
     #: the number that a slot starts from, or the flag that says it, where it is not 0
     first: Mapping[str, float | str] = field(default_factory=dict)
     warm: int = 2  #: steps after which the rule does all that it ever does

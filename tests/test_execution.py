@@ -17,7 +17,7 @@ from test_purity import Snapshot, assert_no_sharing
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
-from trees import assert_close, assert_moved, mixed, random_like
+from trees import assert_close, assert_moved, mixed, random_like, relative
 
 import funcopt as fo
 from funcopt import tree
@@ -53,6 +53,16 @@ def assert_bits(found: Tree, expected: Tree) -> None:
         both_nan = (a != a) & (b != b)
         same = (a == b) & (torch.signbit(a) == torch.signbit(b)) | both_nan
         assert same.all(), f"'{path}' differs in {(~same).sum()} of {a.numel()}"
+
+
+def assert_level(case: Case, name: str, found: Tree, expected: Tree) -> None:
+    """Bit-equal, but by native where it has functions of its own: then almost."""
+    if name != "native" or not case.row.functions:
+        return assert_bits(found, expected)
+    leaves, structure = tree.flatten(expected)
+    for a, b in zip(tree.flatten_like(structure, found, "found"), leaves):
+        eps = torch.finfo(b.dtype).eps if b.is_floating_point() else 0.0
+        assert relative(a, b) <= case.row.functions * eps
 
 
 def ragged(dtype: torch.dtype = torch.float32, seed: int = 1) -> Tree:
@@ -100,7 +110,8 @@ def check(
     **kwargs: Any,
 ) -> None:
     expected = expected_of(name, case, params, **kwargs)
-    assert_bits(steps(case, name, params, **kwargs), expected)
+    found = steps(case, name, params, **kwargs)
+    assert_level(case, name, found, expected)
     moved(expected[0], params)
 
 
@@ -419,7 +430,7 @@ def test_leaves_that_rest(name: str, case: Case):
     expected = expected_of(name, case, params, like=like)
     found = steps(case, name, params, like=like)
     assert len(set(found[1]["step"].tolist())) > 1
-    assert_bits(found, expected)
+    assert_level(case, name, found, expected)
 
 
 @pytest.mark.parametrize("case", ELEMENTWISE_ENDS, ids=str)

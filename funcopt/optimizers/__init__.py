@@ -4,6 +4,7 @@ from funcopt.optimizers.adabelief import adabelief
 from funcopt.optimizers.adadelta import adadelta
 from funcopt.optimizers.adagrad import adagrad
 from funcopt.optimizers.adam import adam, amsgrad
+from funcopt.optimizers.adam_atan2 import adam_atan2
 from funcopt.optimizers.adamax import adamax
 from funcopt.optimizers.adamw import adamw
 from funcopt.optimizers.adan import adan
@@ -14,6 +15,7 @@ from funcopt.optimizers.lamb import lamb
 from funcopt.optimizers.lars import lars
 from funcopt.optimizers.lion import lion
 from funcopt.optimizers.madgrad import madgrad
+from funcopt.optimizers.mars_adamw import mars_adamw
 from funcopt.optimizers.muon import muon
 from funcopt.optimizers.nadam import nadam
 from funcopt.optimizers.novograd import novograd
@@ -31,6 +33,7 @@ __all__ = [
     "adadelta",
     "adagrad",
     "adam",
+    "adam_atan2",
     "adamax",
     "adamw",
     "adan",
@@ -42,6 +45,7 @@ __all__ = [
     "lars",
     "lion",
     "madgrad",
+    "mars_adamw",
     "muon",
     "nadam",
     "novograd",

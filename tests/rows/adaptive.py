@@ -60,4 +60,12 @@ ROWS = [
         },
         roots=2,
     ),
+    Row(
+        fo.adam_atan2,
+        mixes(maximize=OFF_ON, weight_decay=DECAY),
+        {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.1, "a": 1.3, "b": 0.9},
+        functions=2,
+        roots=2,
+        powers=1,
+    ),
 ]

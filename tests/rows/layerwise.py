@@ -34,4 +34,18 @@ ROWS = [
         few=FEW,
         elementwise=False,
     ),
+    Row(
+        fo.mars_adamw,
+        mixes(maximize=OFF_ON, weight_decay=DECAY),
+        {
+            "lr": 0.1,
+            "betas": (0.8, 0.9),
+            "eps": 0.1,
+            "weight_decay": 0.1,
+            "gamma": 0.1,
+        },
+        shapes=SHAPES,
+        few=FEW,
+        elementwise=False,
+    ),
 ]
