@@ -185,6 +185,14 @@ def test_differentiating(row: str):
     assert set(seen(context, differentiating)) == {expected}
 
 
+@pytest.mark.parametrize("row", ["hyperparameter", "what is no tensor", "plain tensors"])
+def test_differentiating_without_the_private_helper(
+    row: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(levels, "_any_requires_grad", levels._one_by_one)
+    test_differentiating(row)
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_is_tracked(row: str):
     _, expected, context = ROWS[row]

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -134,16 +136,11 @@ def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
     """
     forced = _known(name) if name else _forced.get()
     untouchable = _untouchable(leaves)
-    transformed = levels.differentiating(leaves.tensors())
-    followed = transformed and levels.followed(leaves.tensors())
-    found: dict[Any, list[int]] = {}
-    kinds: dict[int, Kinds] = {}
-    for i, (p, values) in enumerate(zip(leaves.params, leaves.hyper)):
-        if id(values) not in kinds:
-            kinds[id(values)] = leaves.rule.kinds(values)
-        found.setdefault((p.dtype, p.device, kinds[id(values)]), []).append(i)
+    tensors = leaves.tensors()
+    transformed = levels.differentiating(tensors)
+    followed = transformed and levels.followed(tensors)
     made = []
-    for (dtype, device, kind), which in found.items():
+    for (dtype, device, kind), which in _alike(leaves).items():
         whole = transformed and not leaves.rule.elementwise
         if leaves.rule.sums and (whole or forced == "stacked"):
             forced = None  # it is the step that is forced
@@ -155,17 +152,29 @@ def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
             reasons["stacked"] = untouchable or stacked.refuses(leaves.pick(which))
         params = [leaves.params[i] for i in which]
         least = _least_worth(params) if followed and not forced else 0
-        choice = _choose(leaves.rule, kind, dtype, device, least, reasons, forced)
-        choice = replace(
-            choice,
-            transformed=transformed,
-            derivative=followed and choice.name in ENGINES,
-        )
+        name, refused = _choose(leaves.rule, kind, dtype, device, least, reasons, forced)
+        choice = Choice(name, followed and name in ENGINES, transformed, refused)
         made.append(Group(leaves.rule, kind, which, params, choice))
     observer = _observer.get()
     if observer is not None:
         observer.extend(made)
     return made
+
+
+def _alike(leaves: Leaves) -> dict[tuple[torch.dtype, torch.device, Kinds], list[int]]:
+    """The leaves of each dtype, device, and kinds of hyperparameters."""
+    kinds = {key: leaves.rule.kinds(v) for key, v in leaves.distinct_hyper.items()}
+    places = {*map(_place, leaves.params)}
+    if len(places) == len(kinds) == 1:  # most steps: no leaf is looked at by itself
+        ((dtype, device),), (kind,) = places, kinds.values()
+        return {(dtype, device, kind): [*range(len(leaves.params))]}
+    found: dict[Any, list[int]] = {}
+    for i, (p, values) in enumerate(zip(leaves.params, leaves.hyper)):
+        found.setdefault((p.dtype, p.device, kinds[id(values)]), []).append(i)
+    return found
+
+
+_place = attrgetter("dtype", "device")
 
 
 def _least_worth(params: Column) -> int:
@@ -183,8 +192,8 @@ def _choose(
     least: int,
     reasons: Mapping[str, str | None],
     forced: str | None,
-) -> Choice:
-    """The first executor that does not refuse.
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The first executor that does not refuse, and why those before it do.
 
     ``least`` is how many operations make a derivative by kernels worth while, 0 where
     none is asked for; ``reasons`` say why an executor refuses these leaves, if it does.
@@ -203,7 +212,7 @@ def _choose(
         if name in ENGINES and reason is None:
             reason = _refuses(name, rule, kinds, dtype, device, least)
         if reason is None:
-            return Choice(name, refused=tuple(refused))
+            return name, tuple(refused)
         if forced:
             raise ExecutionError(f"'{name}' cannot run {rule.name}: {reason}")
         refused.append((name, reason))
@@ -224,7 +233,7 @@ def _refuses(
         program = rule.program(kinds, reference.computed(dtype))
         if least and name == "foreach":
             return "a derivative is asked for, which foreach makes no faster"
-        if sum(op.stream for op in program.ops) < least:
+        if least and sum(op.stream for op in program.ops) < least:
             return "torch's own derivative of so short a rule is as fast here"
         rule.executor(ENGINES[name], program, dtype)
     except (UntraceableError, BuildError) as error:
@@ -236,11 +245,5 @@ def _untouchable(leaves: Leaves) -> str | None:
     """Why only torch's own operations may touch these tensors, or None."""
     if torch._C._len_torch_dispatch_stack():
         return "a mode watches each operation"
-    for x in (*leaves.grads, *leaves.params):
-        if type(x) not in _PLAIN:
-            return f"{type(x).__name__} is a tensor subclass"
-    for column, scalar in zip(leaves.slots, leaves.rule.scalar):
-        for x in () if scalar else column:
-            if type(x) not in _PLAIN:
-                return f"{type(x).__name__} is a tensor subclass"
-    return None
+    types = {*map(type, chain(leaves.grads, leaves.params, *leaves.state))} - _PLAIN
+    return f"{types.pop().__name__} is a tensor subclass" if types else None

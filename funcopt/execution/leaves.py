@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from funcopt.execution.executor import Column
@@ -30,6 +31,11 @@ class Leaves:
         """What is a number for each leaf: scalar slots, and the step."""
         return [*(c for c, s in zip(self.slots, self.rule.scalar) if s), self.steps]
 
+    @property
+    def distinct_hyper(self) -> dict[int, dict[str, Any]]:
+        """The hyperparameters of leaves that do not share theirs, by their ``id``."""
+        return dict(zip(map(id, self.hyper), self.hyper))
+
     def streams(self, kinds: Kinds) -> list[Column]:
         """The streams that the rule's program takes."""
         hyper = [
@@ -54,12 +60,8 @@ class Leaves:
 
     def tensors(self) -> list[Any]:
         """All that may be differentiated, numbers among it."""
-        found = [*self.grads, *self.params, *self.steps]
-        for column in self.slots:
-            found += column
-        for values in {id(v): v for v in self.hyper}.values():
-            found += values.values()
-        return found
+        hyper = [values.values() for values in self.distinct_hyper.values()]
+        return [*chain(self.grads, self.params, *self.slots, self.steps, *hyper)]
 
     def pick(self, which: Sequence[int]) -> "Leaves":
         """Those of the given numbers."""
