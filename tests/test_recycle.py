@@ -18,6 +18,11 @@ SIZE = 100_000  # floats: more bytes than the allocator keeps at hand
 SMALL = 40
 
 
+@pytest.fixture(autouse=True)
+def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recycle, "_SMALLEST", 0)
+
+
 def large(seed: int, size: int = SIZE) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
@@ -114,17 +119,6 @@ def test_what_a_weak_reference_sees_ends():
     assert seen() is None
 
 
-def test_versions_tell_that_it_was_written_over():
-    like = [large(0)]
-    recycler = Recycler()
-    first = recycler.columns(like, 1)[0][0]
-    version, place = first._version, first.data_ptr()
-    del first
-    recycler.columns(like, 1)
-    again = recycler.columns(like, 1)[0][0]
-    assert again.data_ptr() == place and again._version == version + 1
-
-
 def marked(x: Tensor) -> None:
     x.mark = True  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -197,6 +191,15 @@ def test_other_shapes_are_other_tensors():
         like = [torch.empty(3 + k % 4), torch.empty(2, k % 3)]
         found = recycler.columns(like, 2)
         assert all([x.shape for x in c] == [x.shape for x in like] for c in found)
+
+
+def test_a_small_set_is_not_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    recycler = Recycler()
+    recycler.columns([large(0, 1000)] * 10, 3)
+    assert not recycler._made
+    recycler.columns([large(0, 1000)] * 30, 3)
+    assert recycler._made
 
 
 def test_no_more_than_two_sets_are_held():

@@ -58,9 +58,9 @@ class Executor(ABC):
     def direct(self, like: Column, which: Sequence[int], pooled: bool = False) -> Direct:
         """The shortest way to run this on leaves that are like these.
 
-        What comes out takes the streams, the addresses of their tensors, the rows, and
-        the tensors to write to. It gives the outputs, or None: for `__call__` to do, and
-        nothing is written then.
+        What comes out takes the streams, the addresses of their tensors, the rows (by
+        `read_number`), and the tensors to write to. It gives the outputs, or None: for
+        `__call__` to do, and nothing is written then.
         """
 
         def run(
@@ -77,3 +77,10 @@ class Executor(ABC):
 def empty_like(column: Column) -> list[Tensor]:
     """New tensors like those of a column."""
     return list(map(torch.empty_like, column))
+
+
+def read_number(value: Any) -> Any:
+    """A number where that costs no wait for a device: Python's are ten times as fast."""
+    if isinstance(value, Tensor) and value.is_cpu and not value.ndim:
+        return value.item()
+    return value

@@ -9,7 +9,7 @@ import torch
 
 from funcopt.execution import fused_autograd, layout
 from funcopt.execution.call import Call
-from funcopt.execution.executor import Column, Executor
+from funcopt.execution.executor import Column, Executor, read_number
 from funcopt.execution.form import Form
 from funcopt.execution.guard import Known
 from funcopt.execution.rule import Kinds, Rule
@@ -48,7 +48,7 @@ class Lane(ABC):
                 return None
             if not any(isinstance(x, Tensor) for x in values.values()):
                 self._numbers = values
-        if any(row is not values for row in hyper):
+        if len({*map(id, hyper)}) > 1:
             return None
         if any(column.count(column[0]) != len(column) for column in numbers):
             return None
@@ -76,9 +76,11 @@ class Plain(Lane):
     def _step(
         self, streams: Sequence[Column], row: Sequence[Any], donate: bool
     ) -> Sequence[Column] | None:
-        for x in row:
-            if isinstance(x, Tensor) and (type(x) is not Tensor or x.requires_grad):
+        given = [x for x in row if isinstance(x, Tensor)]
+        if given:
+            if any(type(x) is not Tensor or x.requires_grad for x in given):
                 return None
+            row = [*map(read_number, row)]
         addresses = [address for column in streams for address in map(_address, column)]
         if donate and addresses != self._apart:
             if layout.overlap(streams) or layout.folded(streams[1:]):

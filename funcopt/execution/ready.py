@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from funcopt.execution.executor import Column, Direct, Executor, empty_like
+from funcopt.execution.executor import Column, Direct, Executor, empty_like, read_number
 from funcopt.execution.guard import Known
 from funcopt.types import Tensor
 
@@ -36,4 +36,5 @@ class Ready:
             return None
         if out is None:
             out = [empty_like(streams[0]) for _ in range(self._outputs)]
-        return direct(streams, list(map(Tensor.data_ptr, tensors)), rows, out)
+        numbers = [[*map(read_number, row)] for row in rows]
+        return direct(streams, [*map(Tensor.data_ptr, tensors)], numbers, out)

@@ -1,8 +1,8 @@
 """Buffers of results that nobody holds any more, for the results of a later step.
 
 A fresh buffer of many pages costs several times the step that fills it: the system hands
-out each page on its first write. And to make and free a small tensor costs more than to
-fill it. A loop that keeps only the newest parameters and state frees, with each step,
+out each page on its first write. And to make and free a tensor of a few costs as much as
+to fill it. A loop that keeps only the newest parameters and state frees, with each step,
 what the step after the next needs.
 """
 
@@ -19,6 +19,8 @@ import torch
 from funcopt.execution.executor import empty_like
 from funcopt.execution.guard import Known
 from funcopt.types import Tensor
+
+_SMALLEST = 1 << 18  # bytes: less is freed and made again as fast as it is looked at
 
 _data_ptr, _nbytes = Tensor.data_ptr, torch.UntypedStorage.nbytes
 _attributes, _grad = attrgetter("__dict__"), attrgetter("grad")
@@ -38,13 +40,13 @@ class Recycler:
 
     def columns(self, like: Sequence[Tensor], count: int) -> list[list[Tensor]]:
         """``count`` columns of tensors like the given ones, their values undefined."""
-        if not like or not like[0].is_cpu or not _can_tell():
+        size = count * sum([x.nbytes for x in like])
+        if size < _SMALLEST or not like[0].is_cpu or not _can_tell():
             return [empty_like(like) for _ in range(count)]
         new = self._new.get(like)
         old = self._oldest()
         if new is not None and old is not None and old.is_free(new):
-            torch.autograd.graph.increment_version(old.tensors)
-            made = old
+            made = old  # at the version it had: nobody is left to ask for that
         else:
             made = _Set([x for _ in range(count) for x in empty_like(like)])
         if new is None:
@@ -125,5 +127,5 @@ def _nobody() -> tuple[set[int], ...]:
 
 
 def _can_tell() -> bool:
-    """Whether holders can be counted, and a tensor's version too."""
+    """Whether holders can be counted, and all tensors are of one kind."""
     return bool(_nobody()) and not torch.is_inference_mode_enabled()

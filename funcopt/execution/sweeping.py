@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from funcopt.execution import scalars
-from funcopt.execution.executor import Column, Executor
+from funcopt.execution.executor import Column, Executor, read_number
 from funcopt.execution.program import Program
-from funcopt.types import Tensor
 
 
 class Sweeping(Executor):
@@ -100,10 +99,3 @@ def _with_sums(
         for values, value in zip(each, column):
             values[name] = value
     return each, range(len(each))
-
-
-def read_number(value: Any) -> Any:
-    """A number where that costs no wait for a device: Python's are ten times as fast."""
-    if isinstance(value, Tensor) and value.is_cpu and not value.ndim:
-        return value.item()
-    return value

@@ -17,7 +17,7 @@ from funcopt.execution.executor import BuildError, Column, Direct, Rows, empty_l
 from funcopt.execution.native import self_check, source
 from funcopt.execution.native.build import library
 from funcopt.execution.program import Program
-from funcopt.execution.sweeping import Sweeping, read_number
+from funcopt.execution.sweeping import Sweeping
 from funcopt.types import Tensor
 
 # Fewer elements are done sooner than a second thread wakes up.
@@ -70,6 +70,7 @@ class Native(Sweeping):
         of_row = [[i for i in range(count) if which[i] == row] for row in {*which}]
         stream = {value: k * count for k, value in enumerate(self._streams)}
         read = [slice(stream[v], stream[v] + count) for v in self._read[0]]
+        reads_all = self._read[0] == self._streams
         large = total * len(sweep.outputs) * self.stored.itemsize >= _PAST_CACHE
         fixed = count, 1, sizes.buffer_info()[0], owners.buffer_info()[0]
         kernel, parallel = self._kernels[0], total >= _PARALLEL
@@ -84,19 +85,21 @@ class Native(Sweeping):
         ) -> Sequence[Column] | None:
             results: Any = ()
             try:
-                rows = [[*map(read_number, row)] for row in rows]
-                table = array("d", chain.from_iterable([before(*row) for row in rows]))
+                table = array("d", [x for row in rows for x in before(*row)])
                 if scalars_out and not sums_out:
                     results = [after(*row) for row in rows]
             except (ArithmeticError, ValueError):
                 return None  # an infinity, or NaN
             donated = bool(out) and out[0] is streams[1]
-            pointers = array("Q", chain.from_iterable([addresses[s] for s in read]))
-            pointers.extend(
+            pointers = (
+                addresses if reads_all else [x for part in read for x in addresses[part]]
+            )
+            written = (
                 addresses[count : (1 + len(out)) * count]
                 if donated
-                else map(_address, chain.from_iterable(out))
+                else [*map(_address, chain.from_iterable(out))]
             )
+            pointers = array("Q", pointers + written)
             sums = array("d", bytes(8 * count * sums_out))
             failed = kernel(
                 *fixed,
