@@ -239,6 +239,14 @@ def test_transforms_take_no_lane(lanes: list[Any]):
         assert relative(a, b) <= 1e-6
 
 
+def test_a_forward_mode_level_leaves_no_lane(lanes: list[Any]):
+    opt, p = fo.adamw(), leaf().detach()
+    with torch.autograd.forward_ad.dual_level():
+        step(opt, p)
+    step(opt, p)
+    assert not lanes
+
+
 def test_backward_twice_and_after_a_write(lanes: list[Any]):
     opt = fo.adamw()
     for _ in range(2):

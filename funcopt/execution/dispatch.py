@@ -62,7 +62,9 @@ def step(
 
 def _lane(leaves: Leaves, group: Group, vectors: Sequence[Tensor]) -> Lane | None:
     """A lane for steps like this one, if its leaves go one way as they are."""
-    if group.choice.name not in ENGINES or "stream" in group.kinds or levels.inside():
+    if group.choice.name not in ENGINES or "stream" in group.kinds:
+        return None
+    if levels.inside() or levels.pushing():
         return None
     columns = [leaves.grads, leaves.params, *leaves.state]
     alike = all(a is b for a, b in zip(columns, layout.alike(columns)))

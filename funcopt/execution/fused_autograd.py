@@ -32,7 +32,7 @@ def run(call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     if call.form.what in ("second_vjp", "jvp"):  # third order
         return call.plain(*tensors)
     nested = _functorch.peek_interpreter_stack() is not None
-    if nested or forward_ad._current_level >= 0:
+    if nested or levels.pushing():
         return _Transformed.apply(call, *tensors)
     return _Recorded.apply(call, *tensors)
 

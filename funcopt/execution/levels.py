@@ -29,6 +29,11 @@ def inside() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
+def pushing() -> bool:
+    """Whether a forward-mode level is open, in which any tensor may be dual."""
+    return forward_ad._current_level >= 0
+
+
 def differentiating(tensors: Iterable[Any]) -> bool:
     """Whether a derivative may be asked of what is now computed from ``tensors``.
 
@@ -37,9 +42,7 @@ def differentiating(tensors: Iterable[Any]) -> bool:
     tensors requires grad. ``requires_grad`` alone would not do: it is False inside jvp
     and vmap and for dual tensors. What is no tensor is passed over.
     """
-    if inside():
-        return True
-    if forward_ad._current_level >= 0:
+    if inside() or pushing():
         return True
     return torch.is_grad_enabled() and _any_requires_grad(*tensors)
 
