@@ -28,6 +28,8 @@ class Row:
     like_twin: Flags = field(default_factory=dict)  #: flags that only ours has
     least: Flags = field(default_factory=dict)  #: below which a float makes no sense
     idle: tuple[str, ...] = ()  #: floats that parameters may not depend on at first
+    #: floats that a scalar slot is made of: one number for each leaf
+    per_leaf: tuple[str, ...] = ()
     ulps: int = 2  #: of a half-precision step that torch rounds differently
     #: how far a native step may be from the reference with torch's root, in units in the
     #: last place of the larger of the parameter before and after; see docs/execution.md

@@ -39,7 +39,7 @@ TWINS = [
 ]
 
 #: slots that hold a number per leaf
-SCALAR = {"eta", "mu", "mu_product", "exp_avg_norm_sq"}
+SCALAR = {"eta", "mu", "mu_product", "exp_avg_norm_sq", "weight_sum", "lr_max"}
 
 #: slots that begin as the parameter
 COPIES = {"x0", "z"}

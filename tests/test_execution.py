@@ -491,7 +491,7 @@ REST = "of every kind"
 def test_rates_of_every_kind(name: str, case: Case, rate: str):
     params, lr = ragged(), RATES[rate](ragged())
     with torch.no_grad():
-        if case.row.name == "asgd" and rate in ("leaf-shaped", "broadcast", REST):
+        if "lr" in case.row.per_leaf and rate in ("leaf-shaped", "broadcast", REST):
             for each_name in (name, "reference"):
                 with pytest.raises(fo.HyperparameterError, match="one number per leaf"):
                     steps(case, each_name, params, lr=lr)
@@ -515,10 +515,8 @@ def test_every_hyperparameter_of_every_kind(name: str, case: Case, kind: str):
         factors = tree.map(lambda p: random_like(p, 3).abs() / 10 + 0.85, params)
         return tree.map(lambda x: (x * value).clamp(max=max(value, 0.99)), factors)
 
-    values = {key: spread(value) for key, value in case.floats().items()}
-    scalar = case.row.name in ("nadam", "asgd")  # a number per leaf is made of these
-    if kind == "leaf-shaped" and scalar:
-        values = {"weight_decay": values["weight_decay"]}
+    refused = case.row.per_leaf if kind == "leaf-shaped" else ()
+    values = {k: spread(v) for k, v in case.floats().items() if k not in refused}
     if kind == "leaf-shaped" and name == "native":  # a power is one bit from torch's
         found = steps(case, name, params, **values)
         expected = expected_of(name, case, params, **values)

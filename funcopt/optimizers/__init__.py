@@ -22,6 +22,8 @@ from funcopt.optimizers.novograd import novograd
 from funcopt.optimizers.radam import radam
 from funcopt.optimizers.rmsprop import rmsprop
 from funcopt.optimizers.rprop import rprop
+from funcopt.optimizers.schedule_free_adamw import schedule_free_adamw
+from funcopt.optimizers.schedule_free_sgd import schedule_free_sgd
 from funcopt.optimizers.sgd import sgd
 from funcopt.optimizers.sgld import sgld
 from funcopt.optimizers.signsgd import signsgd, signum
@@ -52,6 +54,8 @@ __all__ = [
     "radam",
     "rmsprop",
     "rprop",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
     "sgd",
     "sgld",
     "signsgd",

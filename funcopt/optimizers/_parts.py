@@ -64,6 +64,42 @@ def adam_step(
     return step_size * (exp_avg / (root(exp_avg_sq) + eps * correction))
 
 
+def schedule_free_step(
+    g: Tensor,
+    y: Tensor,
+    z: Tensor,
+    weight_sum: Number,
+    lr_max: Number,
+    *,
+    step: Any,
+    lr: Number,
+    beta: Number,
+    warmup_steps: Number,
+    r: Number,
+    weight_lr_power: Number,
+) -> tuple[Any, ...]:
+    """y, z, weight_sum and lr_max, after a step by g (Defazio et al., 2024).
+
+    y lies between z, which steps, and x, the weighted average of all z so far: it moves
+    as x does without x being kept.
+    """
+    lr = lr * (step / where(step < warmup_steps, warmup_steps, step))
+    lr_max = where(lr > lr_max, lr, lr_max)
+    largest = where(lr_max > 0, lr_max, sys.float_info.min)  # whose power has a slope
+    weight = step**r * largest**weight_lr_power
+    weight_sum = weight_sum + weight
+    some = weight_sum > 0
+    share = where(some, weight / where(some, weight_sum, 1.0), 0.0)
+    y = towards(y, z, share) + lr * (beta * (1 - share) - 1) * g
+    return y, z - lr * g, weight_sum, lr_max
+
+
+def schedule_free_average(y: Tensor, z: Tensor, beta: Number) -> Tensor:
+    """x, from y = βx + (1 - β)z; y itself at β = 0, where x left no trace in it."""
+    some = beta > 0
+    return towards(y, z, where(some, 1 - 1 / where(some, beta, 1.0), 0.0))
+
+
 def root(x: Tensor) -> Tensor:
     """√x for a denominator √x + ε, with derivative 0 where x is 0.
 

@@ -60,6 +60,32 @@ def torch_stepper(
     return step
 
 
+def schedule_free_stepper(make: Callable[[Any], Any]) -> Stepper:
+    """Of an optimizer of the package schedulefree: parameters y, then averages x."""
+    import torch
+
+    params = [torch.tensor(p, requires_grad=True) for p in start()]
+    optimizer = make(params)
+    optimizer.train()
+
+    def held() -> Arrays:
+        return [p.detach().numpy().copy() for p in params]
+
+    def step(grads: Arrays) -> Arrays:
+        for p, g in zip(params, grads):
+            p.grad = torch.tensor(g)
+        optimizer.step()
+        y = held()
+        optimizer.eval()
+        x = held()
+        optimizer.train()
+        for p, value in zip(params, y):  # which the way there and back has rounded
+            p.detach().copy_(torch.tensor(value))
+        return [*y, *x]
+
+    return step
+
+
 def ascending(stepper: Stepper) -> Stepper:
     """The same on the negative gradients, where a package has no flag for it."""
     return lambda grads: stepper([-g for g in grads])
@@ -71,10 +97,12 @@ def write(
     runs: Iterable[tuple[Mapping[str, Any], Stepper]],
     shapes: Sequence[Shape] = SHAPES,
     given: Sequence[str] = (),
+    evaluated: bool = False,
 ) -> None:
     """The trajectories of several settings, as ``<optimizer>.json``.
 
-    ``given`` names what the problem has for a hyperparameter that is data.
+    ``given`` names what the problem has for a hyperparameter that is data. What a model
+    is ``evaluated`` with stands after the parameters.
     """
     found = {
         "optimizer": optimizer,
@@ -82,6 +110,7 @@ def write(
         "shapes": shapes,
         "steps": KEPT,
         "given": given,
+        "evaluated": evaluated,
         "runs": [
             {"arguments": dict(arguments), "params": trajectory(stepper, shapes)}
             for arguments, stepper in runs

@@ -4,6 +4,9 @@ from row import DECAY, Row, half
 
 import funcopt as fo
 
+# Warming up: with a constant lr the largest so far has a kink.
+WEIGHTS = {"lr": 0.5, "warmup_steps": 9.5, "r": 1.0, "weight_lr_power": 2.0}
+
 ROWS = [
     Row(
         fo.madgrad,
@@ -15,5 +18,19 @@ ROWS = [
         fo.sgld,
         half(weight_decay=DECAY, temperature=(1.0, 0.3), noise=(0.7, -0.4)),
         {"lr": 0.1, "temperature": 0.3, "weight_decay": 0.1, "noise": 0.7},
+    ),
+    Row(
+        fo.schedule_free_sgd,
+        half(weight_decay=DECAY, warmup_steps=(9.5, 12.0), r=(0.0, 1.0)),
+        WEIGHTS | {"momentum": 0.8, "weight_decay": 0.1},
+        per_leaf=tuple(WEIGHTS),
+    ),
+    Row(
+        fo.schedule_free_adamw,
+        half(weight_decay=DECAY, warmup_steps=(9.5, 12.0), r=(0.0, 1.0)),
+        WEIGHTS | {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1},
+        per_leaf=tuple(WEIGHTS),
+        roots=2,
+        powers=2,
     ),
 ]

@@ -104,12 +104,14 @@ ROWS = [
         },
         roots=2,
         first={"mu_product": 1.0},
+        per_leaf=("betas", "momentum_decay"),
         twin=torch.optim.NAdam,
     ),
     Row(
         fo.asgd,
         half(weight_decay=DECAY, lambd=(1e-4, 0.1), t0=(1e6, 0.5)),
         {"lr": 0.1, "lambd": 0.1, "alpha": 0.75, "t0": 0.5, "weight_decay": 0.1},
+        per_leaf=("lr", "lambd", "alpha", "t0"),
         idle=("t0",),  # it is the average's alone
         first={"mu": 1.0},
         twin=torch.optim.ASGD,
