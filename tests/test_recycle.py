@@ -101,6 +101,16 @@ def test_what_nobody_holds_is(size: int):
     assert places[4::2] == [places[4]] * 4 and places[5::2] == [places[5]] * 4
 
 
+def test_steps_that_no_lane_takes_recycle_too():
+    """A rate with a value for each element."""
+    opt, p, places = fo.adam(), large(0, SMALL), []
+    state, lr = opt.init(p), torch.full((SMALL,), 0.1)
+    for step in range(8):
+        p, state = opt.update(large(step, SMALL), state, p, lr=lr)
+        places.append(p.data_ptr())
+    assert places[2::2] == [places[2]] * 3 and places[3::2] == [places[3]] * 3
+
+
 def test_one_that_is_held_keeps_its_set():
     recycler, like = Recycler(), [large(0, n) for n in (3, 5)]
     held = recycler.columns(like, 2)[1][1]

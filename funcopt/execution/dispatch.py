@@ -91,7 +91,11 @@ def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
     executor = _executor(leaves.rule, group)
     alike = layout.alike(streams)
     if not donate:
-        return executor(alike, rows, which)
+        out = None
+        if group.choice.name == "native":  # what writes where it is told to
+            written = sum(map(executor.program.is_stream, executor.program.outputs))
+            out = leaves.rule.recycler.columns(alike[1], written)
+        return executor(alike, rows, which, out=out)
     if any(a is not b for a, b in zip(streams, alike)):
         return _written_over(leaves, executor(alike, rows, which))
     donated = [leaves.params, *leaves.state]

@@ -53,9 +53,11 @@ class Recycler:
             new = Known()
             new.put(made.tensors, [x.nbytes for x in made.tensors])
             self._new.put(like, new)
-        self._made.append(made)
         size, tensors = len(like), made.tensors
-        return [tensors[k : k + size] for k in range(0, len(tensors), size)]
+        columns = [tensors[k : k + size] for k in range(0, len(tensors), size)]
+        # Held by the columns, before another thread may come upon it.
+        self._made.append(made)
+        return columns
 
     def _oldest(self) -> "_Set | None":
         if len(self._made) < 2:
