@@ -36,8 +36,9 @@ class Row:
     roots: int = 0
     #: the same for torch's power of a beta with elements; None where there is none
     powers: int | None = None
-    #: how far kernels may be from the reference whose functions (atan2, not the root)
-    #: they round otherwise, in units in the last place of a leaf's largest number
+    #: how far executors may be apart by a function (atan2, not the root) that kernels
+    #: round in their way, and torch by a leaf's layout: in units in the last place of a
+    #: leaf's largest number
     functions: int = 0
     #: the number that a slot starts from, or the flag that says it, where it is not 0
     first: Mapping[str, float | str] = field(default_factory=dict)

@@ -596,7 +596,7 @@ RATES_OF_TASKS: dict[str, Any] = {
 @pytest.mark.parametrize("case", ONCE, ids=str)
 @pytest.mark.parametrize("name", FAST)
 def test_vmap_is_the_loop(name: str, case: Case, which: str, rate: str, plain: list[str]):
-    """Bit by bit, for each task."""
+    """Bit by bit, for each task, but for functions that are no arithmetic."""
     opt, axes = case.optimizer(), STACKS[which]
     like = leaf_tree()
     params = [random_like(like, 10 + t) for t in range(TASKS)]
@@ -632,7 +632,8 @@ def test_vmap_is_the_loop(name: str, case: Case, which: str, rate: str, plain: l
     if axes["s"] == 0 and case.row.name in ("nadam", "asgd", "radam"):
         assert_close(found, expected, 2e-7)  # a float64 pow against Python's
     else:
-        assert_same(found, expected)
+        eps = torch.finfo(torch.float32).eps
+        assert_close(found, expected, case.row.functions * eps)
     assert not plain
 
 

@@ -42,8 +42,8 @@ def rule(
         alpha = where(step < alpha_warmup, step / alpha_warmup, 1.0) * alpha
     if beta3_warmup:
         done = where(step < beta3_warmup, step / beta3_warmup, 1.0)
-        # 1/ln β is a half-life, but for a factor: that is what rises evenly.
-        rising = exp(1 / ((1 - done) / log(beta1) + done / log(beta3)))
+        fast, slow = 1 / log(beta1), 1 / log(beta3)  # half-lives, but for a factor
+        rising = exp(1 / ((1 - done) * fast + done * slow))
         beta3 = where(step < beta3_warmup, rising, beta3)
     g = -g if maximize else g
     p = decoupled_decay(p, lr, weight_decay)
@@ -126,9 +126,9 @@ def ademamix(
         tensor([0.5074, 0.1174])
     """
     slots = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
-    flags = {"alpha_warmup": alpha_warmup, "beta3_warmup": beta3_warmup}
+    warmups = {"alpha_warmup": alpha_warmup, "beta3_warmup": beta3_warmup}
     return elementwise(
-        partial(rule, **flags, maximize=maximize),
+        partial(rule, **warmups, maximize=maximize),
         name="ademamix",
         slots=dict.fromkeys(slots, torch.zeros_like),
         hyper={

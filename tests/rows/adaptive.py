@@ -5,6 +5,8 @@ from row import DECAY, OFF_ON, Row, half, mixes
 
 import funcopt as fo
 
+WARMUP = {"maximize": False, "betas": (0.7, 0.9, 0.85), "weight_decay": 0.1}
+
 ROWS = [
     Row(
         fo.lion,
@@ -48,8 +50,9 @@ ROWS = [
         fo.ademamix,
         [
             {"maximize": False, "weight_decay": 0.0},
-            {"maximize": False, "alpha_warmup": 4, "beta3_warmup": 3},
-            {"maximize": True, "weight_decay": 0.1, "alpha_warmup": 2, "beta3_warmup": 5},
+            # 1 - β₃ keeps the rounding of a warm-up's eˣ: betas for which that is none
+            {**WARMUP, "alpha_warmup": 4, "beta3_warmup": 3},
+            {**WARMUP, "alpha_warmup": 2, "beta3_warmup": 5, "maximize": True},
         ],
         {
             "lr": 0.1,
