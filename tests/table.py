@@ -2,7 +2,15 @@
 
 import torch
 from row import Case
-from rows import adaptive, averaging, layerwise, matrix, sign, torch_optim
+from rows import (
+    adaptive,
+    averaging,
+    layerwise,
+    matrix,
+    parameter_free,
+    sign,
+    torch_optim,
+)
 
 import funcopt as fo
 from funcopt.execution import choice
@@ -15,6 +23,7 @@ ROWS = [
     *averaging.ROWS,
     *layerwise.ROWS,
     *matrix.ROWS,
+    *parameter_free.ROWS,
     *sign.ROWS,
 ]
 
@@ -38,11 +47,12 @@ TWINS = [
     if case.row.twin
 ]
 
+_SPECS = [case.optimizer().spec for case in CASES]
+_SLOTS = [slot for spec in _SPECS if spec for slot in spec.slots.items()]
 #: slots that hold a number per leaf
-SCALAR = {"eta", "mu", "mu_product", "exp_avg_norm_sq", "weight_sum", "lr_max"}
-
+SCALAR = {name for name, first in _SLOTS if not callable(first)}
 #: slots that begin as the parameter
-COPIES = {"x0", "z"}
+COPIES = {name for name, first in _SLOTS if first is torch.clone}
 
 
 def slots_of(state: State) -> list[str]:

@@ -27,7 +27,7 @@ def step(
     """
     function, inputs = rule.function, (True, True, *(not s for s in rule.scalar))
     rows = [
-        function(g, p, *state, step=t, **values)
+        _apart(function(g, p, *state, step=t, **values), (g, p, *state))
         if p.ndim and p.dtype not in _HALF
         else _promoted(
             function, inputs, rule.outputs, (g, p, *state), {"step": t, **values}
@@ -47,6 +47,14 @@ def of_leaves(leaves: Leaves) -> list[Sequence[Any]]:
         leaves.steps,
         leaves.hyper,
     )
+
+
+def _apart(outputs: Sequence[Any], inputs: Sequence[Any]) -> Sequence[Any]:
+    """The outputs, none of them an input: states are not to share memory."""
+    return [
+        x.clone() if isinstance(x, Tensor) and any(x is y for y in inputs) else x
+        for x in outputs
+    ]
 
 
 def computed(stored: torch.dtype) -> torch.dtype:
@@ -82,8 +90,11 @@ def _promoted(
         x.to(computed(x.dtype)).reshape(x.shape or (1,)) if stream else x
         for x, stream in zip(given, inputs)
     ]
+    made = _apart(function(*wide, **hyper), wide)
+    if not any(outputs):
+        return tuple(made)  # sums
     # A slot has the form that it had; so has a parameter.
-    out = zip(function(*wide, **hyper), given[1:], outputs)
     return tuple(
-        x.to(old.dtype).reshape(old.shape) if stream else x for x, old, stream in out
+        x.to(old.dtype).reshape(old.shape) if stream else x
+        for x, old, stream in zip(made, given[1:], outputs)
     )

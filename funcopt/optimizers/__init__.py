@@ -11,6 +11,7 @@ from funcopt.optimizers.adan import adan
 from funcopt.optimizers.ademamix import ademamix
 from funcopt.optimizers.adopt import adopt
 from funcopt.optimizers.asgd import asgd
+from funcopt.optimizers.dog import dog
 from funcopt.optimizers.lamb import lamb
 from funcopt.optimizers.lars import lars
 from funcopt.optimizers.lion import lion
@@ -19,6 +20,7 @@ from funcopt.optimizers.mars_adamw import mars_adamw
 from funcopt.optimizers.muon import muon
 from funcopt.optimizers.nadam import nadam
 from funcopt.optimizers.novograd import novograd
+from funcopt.optimizers.prodigy import prodigy
 from funcopt.optimizers.radam import radam
 from funcopt.optimizers.rmsprop import rmsprop
 from funcopt.optimizers.rprop import rprop
@@ -43,6 +45,7 @@ __all__ = [
     "adopt",
     "amsgrad",
     "asgd",
+    "dog",
     "lamb",
     "lars",
     "lion",
@@ -51,6 +54,7 @@ __all__ = [
     "muon",
     "nadam",
     "novograd",
+    "prodigy",
     "radam",
     "rmsprop",
     "rprop",

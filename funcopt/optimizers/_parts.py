@@ -144,6 +144,11 @@ def where(condition: Any, a: Number, b: Number) -> Number:
     return torch.where(condition, a, b)
 
 
+def larger(a: Number, b: Number) -> Number:
+    """The larger of two numbers of a leaf."""
+    return where(a > b, a, b)
+
+
 def between(x: Tensor, low: Number, high: Number) -> Tensor:
     """x within [low, high], with derivative 0 by x where it is not."""
     x = where(x < low, low, x)
