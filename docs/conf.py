@@ -14,7 +14,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 2
 
 nitpicky = True  # a reference that leads nowhere is a warning, and so an error
-nitpick_ignore_regex = [("py:exc", r".*\.")]  # a sentence under Raises, not a class
+nitpick_ignore_regex = [("py:exc", r".*\.|Nothing")]  # a sentence, and not a class
 default_role = "any"  # `adam` in a docstring is a link, and must be one
 napoleon_custom_sections = ["Source"]
 autodoc_typehints = "none"  # the arguments' own words say what they take

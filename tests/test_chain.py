@@ -229,6 +229,16 @@ def test_kernels_run_the_whole_chain(name: str, dtype: torch.dtype, executor: st
     assert_moved(found[0], params, everywhere=False)
 
 
+def test_noise_fades_and_is_asked_for():
+    opt, p = fo.chain(fo.add_noise(eta=0.25, gamma=2.0), fo.sgd(lr=1.0)), torch.zeros(3)
+    noise, state = torch.tensor([1.0, -2.0, 0.0]), opt.init(torch.zeros(3))
+    for size in (0.5, 0.25, 0.5 / 3):
+        p, state = opt.update(torch.zeros(3), state, p * 0, noise=noise)
+        assert_close(p, -size * noise, 1e-7)
+    with pytest.raises(fo.HyperparameterError, match="normal_like"):
+        opt.update(torch.zeros(3), state, p)
+
+
 def test_clipping_costs_a_read_more_and_no_write():
     """One kernel for the norm, which writes nothing; one for the step."""
     opt, params = fo.chain(fo.clip_by_global_norm(1.0), fo.adamw()), mixed()

@@ -111,6 +111,14 @@ def root(x: Tensor) -> Tensor:
     return torch.sqrt(x.clamp(min=torch.finfo(x.dtype).tiny))
 
 
+def sqrt(x: Number) -> Number:
+    """√x, with derivative 0 where x is 0."""
+    some = x > 0
+    positive = where(some, x, 1.0)
+    is_tensor = isinstance(positive, Tensor)
+    return where(some, torch.sqrt(positive) if is_tensor else positive**0.5, 0.0)
+
+
 def count(x: Tensor) -> Tensor:
     """How many elements a leaf has, as a sum that is traced with the rule."""
     return torch.ones_like(x).sum()

@@ -4,11 +4,9 @@ from functools import partial
 from math import inf
 from typing import Any
 
-import torch
-
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import Number, coupled_decay, where
+from funcopt.optimizers._parts import Number, coupled_decay, sqrt
 from funcopt.types import HyperValue, Tensor
 
 
@@ -26,15 +24,7 @@ def rule(
     del step  # a chain has no memory
     g = coupled_decay(-g if maximize else g, p, weight_decay)
     variance = 2 * lr * temperature
-    return (p - lr * g + safe_root(variance) * noise,)
-
-
-def safe_root(x: Number) -> Number:
-    """√x, with derivative 0 where x is 0."""
-    some = x > 0
-    positive = where(some, x, 1.0)
-    is_tensor = isinstance(positive, Tensor)
-    return where(some, torch.sqrt(positive) if is_tensor else positive**0.5, 0.0)
+    return (p - lr * g + sqrt(variance) * noise,)
 
 
 def sgld(

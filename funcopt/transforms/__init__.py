@@ -10,7 +10,12 @@ from funcopt.transforms.clip import (
     clip_by_value,
     normalize,
 )
-from funcopt.transforms.gradients import add_decayed_weights, centralize, zero_nans
+from funcopt.transforms.gradients import (
+    add_decayed_weights,
+    add_noise,
+    centralize,
+    zero_nans,
+)
 from funcopt.transforms.groups import from_param_groups
 from funcopt.transforms.master_weights import master_weights
 from funcopt.transforms.partition import freeze, partition
@@ -23,6 +28,7 @@ from funcopt.transforms.trust_region import trust_region
 __all__ = [
     "accumulate",
     "add_decayed_weights",
+    "add_noise",
     "cautious",
     "centralize",
     "chain",

@@ -1,11 +1,12 @@
 """Gradient stages that change what a gradient says, whatever its size."""
 
+from math import inf
 from typing import Any
 
 import torch
 
 from funcopt.hyper import Hyper
-from funcopt.optimizers._parts import Number, coupled_decay
+from funcopt.optimizers._parts import Number, coupled_decay, sqrt
 from funcopt.spec import Spec
 from funcopt.transforms.stage import GradientStage
 from funcopt.types import HyperValue, Tensor
@@ -79,6 +80,53 @@ def centralize() -> GradientStage:
         return (g - g.mean(tuple(range(1, g.ndim)), keepdim=True),)
 
     return GradientStage(Spec(rule, "centralize", slots={}, hyper={}, elementwise=False))
+
+
+def add_noise(
+    eta: HyperValue, gamma: HyperValue = 0.55, noise: HyperValue | None = None
+) -> GradientStage:
+    r"""Add normal noise that fades from step to step; the noise is data.
+
+    .. math:: g' = g + \sqrt{\text{eta} / t^\text{gamma}} \;\, \text{noise}_t
+
+    Args:
+        eta: the variance in the first step, ≥ 0.
+        gamma: how fast it fades, ≥ 0.
+        noise: standard normals, a tree like the parameters that each ``update`` is given
+            (`normal_like` draws it), unless set here.
+
+    Returns:
+        A gradient stage for `chain`; no state.
+
+    Raises:
+        HyperparameterError: a number out of its range; by ``update``, no noise.
+
+    Source:
+        Neelakantan, Vilnis, Le, Sutskever, Kaiser, Kurach, Martens, "Adding gradient
+        noise improves learning for very deep networks", 2015, section 3.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.chain(fo.add_noise(eta=0.01), fo.sgd(lr=1.0))
+        >>> p, generator = torch.zeros(2), torch.Generator().manual_seed(0)
+        >>> noise = fo.normal_like(p, generator)
+        >>> opt.update(torch.ones(2), opt.init(p), p, noise=noise)[0]
+        tensor([-1.1541, -0.9707])
+    """
+
+    def rule(
+        g: Tensor, p: Tensor, *, step: Any, eta: Number, gamma: Number, noise: Number
+    ) -> tuple[Tensor, ...]:
+        return (g + sqrt(eta / step**gamma) * noise,)
+
+    hyper = {
+        "eta": Hyper(eta),
+        "gamma": Hyper(gamma),
+        "noise": Hyper(
+            noise, low=-inf, wanted="as fo.normal_like(params, generator) draws it"
+        ),
+    }
+    return GradientStage(Spec(rule, "add_noise", slots={}, hyper=hyper))
 
 
 def add_decayed_weights(weight_decay: HyperValue) -> GradientStage:
