@@ -93,7 +93,7 @@ class ExactRoots(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.sqrt.default:
-            return torch.from_numpy(np.sqrt(args[0].detach().numpy()))
+            return torch.as_tensor(np.sqrt(args[0].detach().numpy()))
         return func(*args, **(kwargs or {}))
 
 

@@ -90,7 +90,8 @@ def schedule_free_step(
     weight_sum = weight_sum + weight
     some = weight_sum > 0
     share = where(some, weight / where(some, weight_sum, 1.0), 0.0)
-    y = towards(y, z, share) + lr * (beta * (1 - share) - 1) * g
+    # Not by lerp, whose derivative would round 1 - share as the leaf is.
+    y = y + share * (z - y) + lr * (beta * (1 - share) - 1) * g
     return y, z - lr * g, weight_sum, lr_max
 
 
