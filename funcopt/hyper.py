@@ -26,8 +26,9 @@ class Hyper:
 
     The range is [``low``, ``below``), or [``low``, ``most``] where ``most`` is given.
     ``parts`` names the rule's arguments where the public one is a tuple of values
-    (``betas`` → ``beta1, beta2``). ``wanted`` says what every ``update`` has to be given
-    where ``value`` is None.
+    (``betas`` → ``beta1, beta2``); ``optional`` are the places among them where None may
+    stand, which leaves that argument to the rule's own default. ``wanted`` says what
+    every ``update`` has to be given where ``value`` is None.
     """
 
     value: HyperValue
@@ -36,6 +37,7 @@ class Hyper:
     most: float | None = None
     parts: tuple[str, ...] = ()
     wanted: str = ""
+    optional: tuple[int, ...] = ()
 
     def arguments(self, name: str, value: HyperValue) -> dict[str, HyperValue]:
         """The rule's arguments that ``value`` for ``name`` sets, numbers checked."""
@@ -49,6 +51,7 @@ class Hyper:
         return {
             part: self.checked(f"{name}[{i}]", v)
             for i, (part, v) in enumerate(zip(self.parts, value))
+            if v is not None or i not in self.optional
         }
 
     def checked(self, name: str, value: HyperValue) -> HyperValue:
@@ -145,7 +148,7 @@ class Hypers:
             return _interned([{**row, **shared} for row in rows])
         columns = {
             name: _column(name, arguments[name], structure, params, steps)
-            for name in self.arguments
+            for name in arguments
             if name in varying
         }
         names = tuple(columns)
@@ -164,7 +167,7 @@ class Hypers:
         if not isinstance(first, int) or steps.count(first) != len(steps):
             return None
         shared = {}
-        for name in self.arguments:  # the declared order, so that runs repeat
+        for name in arguments:  # the declared order, so that runs repeat
             if name in varying:
                 value = arguments[name]
                 if isinstance(value, Schedule):

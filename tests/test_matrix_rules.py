@@ -130,3 +130,50 @@ def test_muon_is_finite_without_a_gradient(dtype: torch.dtype):
     assert torch.equal(new, zero)
     slope = grad(lambda g: opt.update(g, state, zero)[0].sum())(zero)
     assert slope.isfinite().all() and slope.any()
+
+
+@pytest.mark.parametrize("d, eps", [(1.0, (None, 1e-3)), (1.1, (1e-2, 1.2))])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str
+)
+def test_adafactors_bounds_are_torchs(
+    d: float, eps: Any, dtype: torch.dtype, tolerance: float
+):
+    """Moves that are clipped, parameters that are small, and leaves of one number."""
+    shapes = [(4, 3), (5,), (), (1, 1), (2, 1, 3)]
+    params = random_like([torch.empty(s, dtype=dtype) for s in shapes], 1)
+    copies, hyper = [p.clone() for p in params], {"lr": 0.1, "d": d, "eps": eps}
+    opt, twin = fo.adafactor(**hyper), torch.optim.Adafactor(copies, **hyper)
+    state = opt.init(params)
+    for step in range(50):
+        size = 10.0 ** (step % 5 - 2)
+        grads = [size * g for g in random_like(params, 10 + step)]
+        params, state = opt.update(grads, state, params)
+        for p, g in zip(copies, grads):
+            p.grad = g.clone()
+        twin.step()
+        for ours, theirs in zip(params, copies):
+            assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(1)
+
+
+def test_adafactors_derivative_past_its_bounds():
+    opt, p = fo.adafactor(lr=0.1, d=1.0, eps=(1e-3, 3.0)), torch.ones(3, 2).double()
+    g = random_like(p, 1)
+    _, state = opt.update(g, opt.init(p), p)
+    given = [(5 * g).requires_grad_(), p.requires_grad_()]
+    assert torch.autograd.gradcheck(lambda g, p: opt.update(g, state, p)[0], given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_shampoo_is_finite_at_equal_eigenvalues(dtype: torch.dtype):
+    """A gradient that is zero, one of equal singular values, one of rank one."""
+    one = torch.eye(3, dtype=dtype)
+    for g in (0 * one, one, torch.ones_like(one)):
+        opt, p = fo.shampoo(), torch.zeros_like(one)
+
+        def outer(g: Tensor, opt: Any = opt, p: Tensor = p) -> Tensor:
+            new, state = opt.update(g, opt.init(p), p)
+            return (opt.update(g, state, new)[0] * torch.arange(3)).sum()
+
+        assert grad(outer)(g).isfinite().all()
+        assert grad(lambda g, f=outer: grad(f)(g).sum())(g).isfinite().all()

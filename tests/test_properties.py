@@ -76,7 +76,8 @@ def test_nothing_changes_form(case: Case, params: Tree, data: Any):
     state = opt.init(params)
     form = describe((params, state))
     for slot in slots_of(state):
-        assert describe(state[slot]) == describe(params)
+        own = describe(state[slot]), describe(params)
+        assert own[0] == own[1] or not case.row.elementwise and own[0][0] == own[1][0]
     for seed in range(3):
         leaves, structure = tree.flatten(random_like(params, seed))
         given = [g if data.draw(st.booleans()) else None for g in leaves]

@@ -2,6 +2,7 @@
 
 from funcopt.optimizers.adabelief import adabelief
 from funcopt.optimizers.adadelta import adadelta
+from funcopt.optimizers.adafactor import adafactor
 from funcopt.optimizers.adagrad import adagrad
 from funcopt.optimizers.adam import adam, amsgrad
 from funcopt.optimizers.adam_atan2 import adam_atan2
@@ -28,6 +29,7 @@ from funcopt.optimizers.schedule_free_adamw import schedule_free_adamw
 from funcopt.optimizers.schedule_free_sgd import schedule_free_sgd
 from funcopt.optimizers.sgd import sgd
 from funcopt.optimizers.sgld import sgld
+from funcopt.optimizers.shampoo import shampoo
 from funcopt.optimizers.signsgd import signsgd, signum
 from funcopt.optimizers.sophia_g import sophia_g
 from funcopt.optimizers.yogi import yogi
@@ -35,6 +37,7 @@ from funcopt.optimizers.yogi import yogi
 __all__ = [
     "adabelief",
     "adadelta",
+    "adafactor",
     "adagrad",
     "adam",
     "adam_atan2",
@@ -62,6 +65,7 @@ __all__ = [
     "schedule_free_sgd",
     "sgd",
     "sgld",
+    "shampoo",
     "signsgd",
     "signum",
     "sophia_g",

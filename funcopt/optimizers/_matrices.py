@@ -1,5 +1,6 @@
 """Functions of whole matrices that rules are made of."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,3 +76,40 @@ def _pullback(x: Tensor, coefficients: Any, steps: int, eps: float, _: Any) -> A
         return y.mT if x.shape[-2] > x.shape[-1] else y
 
     return torch.func.vjp(iteration, x)[1]
+
+
+def inverse_root(x: Tensor, power: int) -> Tensor:
+    """x^(-1/power) of a symmetric positive matrix, by a coupled Newton iteration.
+
+    Products of matrices alone, always as many: it batches, and has all derivatives, also
+    where eigenvalues are equal, of which those of ``eigh`` are NaN. The machine epsilon
+    times the size and length of x is added to its eigenvalues.
+    """
+    one = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    squares = (x * x).sum()
+    there = squares > 0
+    # Every eigenvalue is then in (0, 1], from which the iteration converges.
+    scale = torch.where(there, squares, 1.0).sqrt()
+    # Rounding leaves eigenvalues below 0, from which it would not.
+    ridge = max(x.shape[-1], 1) * torch.finfo(x.dtype).eps
+    m, root = x / scale + ridge * one, one
+    for _ in range(_ROUNDS[x.dtype]):
+        t = ((power + 1) * one - m) / power
+        root, m = root @ t, torch.linalg.matrix_power(t, power) @ m
+    return torch.where(there, root / scale ** (1 / power), one)
+
+
+#: until an eigenvalue of machine epsilon has grown to 1, and six to settle
+_ROUNDS = {torch.float32: 25, torch.float64: 46}
+
+
+def renewed(
+    step: Any, every: int, make: Callable[[], Tensor], old: Tensor | None
+) -> Tensor:
+    """What ``make`` gives at the first of ``every`` so many steps, else ``old``."""
+    if every == 1 or old is None:
+        return make()
+    due = (step - 1) % every == 0
+    if isinstance(due, bool):
+        return make() if due else old.clone()
+    return torch.where(due, make(), old)  # unequal tasks: all pay

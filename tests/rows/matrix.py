@@ -2,7 +2,7 @@
 
 import torch
 from oracles import Muon
-from row import DECAY, Row, half
+from row import DECAY, OFF_ON, Row, half, mixes
 
 import funcopt as fo
 
@@ -27,6 +27,30 @@ ROWS = [
         like_twin={"ns_dtype": torch.bfloat16},
         shapes=MATRICES,
         few=((2, 2), (2, 2)),
+        elementwise=False,
+    ),
+    Row(
+        fo.adafactor,
+        # At d = 1 a step lies at the edge of its bound: test_matrix_rules goes over it.
+        half(weight_decay=DECAY, d=(1.5, 2.0)),
+        {"lr": 0.1, "beta2_decay": -0.8, "eps": (1e-3, 0.01), "d": 1.5}
+        | {"weight_decay": 0.1},
+        least={"d": 1.0},
+        idle=("eps", "d"),  # bounds
+        twin=torch.optim.Adafactor,
+        shapes=((4, 3), (5,), (2, 3, 2), (2,), (2, 2)),
+        few=((2,), (2, 2)),
+        elementwise=False,
+    ),
+    Row(
+        fo.shampoo,
+        mixes(
+            maximize=OFF_ON, weight_decay=DECAY, precondition_frequency=(1, 2), eps=(0.1,)
+        )[::3],
+        {"lr": 0.3, "weight_decay": 0.1},
+        shapes=((4, 3), (5,), (2, 3, 2), (), (0, 3)),
+        few=((2,), (2, 2)),
+        rounding=1e-12,
         elementwise=False,
     ),
 ]
