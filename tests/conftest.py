@@ -22,6 +22,8 @@ with warnings.catch_warnings():
 # its core the two wait for each other: seconds for what takes milliseconds.
 torch.set_num_threads(1)
 
+collect_ignore_glob = ["published/*.py"]  # scripts, of packages that are not here
+
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("repeatable")
 
