@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 from row import Case
-from table import ENDS
+from table import QUICK
 
 with warnings.catch_warnings():
     # torch loads this at the first dual tensor, and warns of its own use of TorchScript
@@ -30,14 +30,14 @@ settings.load_profile("repeatable")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For the slow run: mixes of flags between a rule's first and last, and foreach.
+    """For the slow run: most mixes of flags, and foreach.
 
     (The walk over lists is torch's own operations; kernels are what can be wrong.)
     """
     for item in items:
         callspec = getattr(item, "callspec", None)
         case = callspec.params.get("case") if callspec else None
-        between = isinstance(case, Case) and case not in ENDS
+        between = isinstance(case, Case) and case not in QUICK
         if between or (callspec and "foreach" in callspec.params.values()):
             item.add_marker(pytest.mark.slow)
 
