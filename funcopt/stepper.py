@@ -146,7 +146,8 @@ class Stepper:
             for slot in self.slots
         ]
         steps = levels.scalars_of(state["step"])
-        values = self.hypers.per_leaf({}, structure, p, steps)
+        last = levels.scalars_of(state["step"].clamp(min=1))  # a schedule's first is 0
+        values = self.hypers.per_leaf({}, structure, p, last)
         evaluated = self.spec.evaluated
         assert evaluated is not None
         new = [

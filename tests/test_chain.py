@@ -420,3 +420,12 @@ def test_what_to_evaluate_with():
         assert opt.eval_params(state, p)[0].tolist() == [-2.0, -2.0]
     opt = fo.chain(fo.clip_by_value(1.0), fo.sgd(lr=1.0))
     assert opt.eval_params(opt.init(params), params) is params
+
+
+def test_before_the_first_step_a_schedule_is_asked_for_its_first_value():
+    seen = []
+    decay = fo.Schedule(lambda count: seen.append(count) or 0.5)
+    opt = fo.chain(fo.sgd(lr=0.1), fo.ema(decay))
+    params = [torch.ones(2)]
+    assert torch.equal(opt.eval_params(opt.init(params), params)[0], params[0])
+    assert seen == [0]
