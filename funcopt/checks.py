@@ -13,7 +13,7 @@ Form: TypeAlias = tuple[Any, ...]  #: shape, dtype, device and layout
 
 
 def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
-    """Each leaf must be ``None`` or a dense tensor of real floating-point numbers."""
+    """Each leaf must be ``None`` or a dense tensor of floating-point numbers."""
     for i, leaf in enumerate(leaves):
         if leaf is None:
             continue
@@ -22,11 +22,23 @@ def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
                 f"params['{tree.paths(structure)[i]}'] is {type(leaf).__name__}, not a "
                 "tensor; keep other data outside of params"
             )
-        if not leaf.is_floating_point() or leaf.layout is not torch.strided:
+        continuous = leaf.is_floating_point() or leaf.is_complex()
+        if not continuous or leaf.layout is not torch.strided:
             raise LeafError(
                 f"params['{tree.paths(structure)[i]}'] is {leaf.dtype}, {leaf.layout}; "
-                "the rule takes dense real floating-point leaves. Put integer tensors "
+                "the rule takes dense floating-point leaves. Put integer tensors "
                 "with the buffers; a sparse leaf must be made dense"
+            )
+
+
+def check_real(leaves: Sequence[Any], structure: tree.Structure, name: str) -> None:
+    """No leaf may be complex: a sum over it is not that of its parts."""
+    for i, leaf in enumerate(leaves):
+        if leaf is not None and leaf.is_complex():
+            raise LeafError(
+                f"params['{tree.paths(structure)[i]}'] is {leaf.dtype}, and {name} takes "
+                "real leaves: it looks at a leaf as a whole, not at every number for "
+                "itself. Give complex leaves to another optimizer, by fo.partition"
             )
 
 
@@ -119,9 +131,9 @@ def _all_alike(
     if live is not None:
         params, grads, *slots = [[c[i] for i in live] for c in (params, grads, *slots)]
     expected = _describe(params)
-    # Slots that look like params have passed init: these are floats, and dense.
+    # Slots that look like params have passed init: no integers, and dense.
     if not slots and not all(
-        dtype.is_floating_point and layout is torch.strided
+        (dtype.is_floating_point or dtype.is_complex) and layout is torch.strided
         for _, dtype, _, layout in expected
     ):
         return False

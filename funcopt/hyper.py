@@ -172,7 +172,7 @@ class Hypers:
                 value = arguments[name]
                 if isinstance(value, Schedule):
                     value = _at(value, first - 1)
-                if isinstance(value, Tensor) and value.ndim:
+                if isinstance(value, Tensor) and (value.ndim or value.is_complex()):
                     return None
                 if not isinstance(value, (Tensor, Real)):
                     return None
@@ -237,15 +237,15 @@ def _column(
                 atom = known[key, step]
             else:
                 atom = known[key, step] = _scalar(_at(atom, step - 1), name)
-        if p is not None and isinstance(atom, Tensor) and atom.ndim:
+        if p is not None and _is_leaf_shaped(atom):
             if not _fits(atom, p):
                 raise HyperparameterError(
                     f"{name} at '{tree.paths(structure)[i]}' has shape "
-                    f"{tuple(atom.shape)} on {atom.device}, the parameter "
-                    f"{tuple(p.shape)} on {p.device}; give a 0-d tensor, or one that "
-                    "broadcasts to the parameter"
+                    f"{tuple(atom.shape)} on {atom.device} ({atom.dtype}), the parameter "
+                    f"{tuple(p.shape)} on {p.device} ({p.dtype}); give a 0-d tensor, or "
+                    "one that broadcasts to the parameter"
                 )
-            atom = atom.to(p.dtype)
+            atom = _per_element(atom, p)
         column.append(atom)
     return column
 
@@ -265,7 +265,7 @@ def _at(schedule: Schedule, count: Any) -> Any:
 def _scalar(value: Any, name: str) -> Any:
     """A float, or a float64 scalar: 1 - beta**t would lose its digits in float32."""
     if isinstance(value, Tensor):
-        if value.dtype is torch.float64 or value.ndim:
+        if value.dtype is torch.float64 or _is_leaf_shaped(value):
             return value  # `to` takes as long to find that there is nothing to do
         return value.to(torch.float64)
     if isinstance(value, Real):
@@ -275,7 +275,23 @@ def _scalar(value: Any, name: str) -> Any:
     )
 
 
+def _is_leaf_shaped(value: Any) -> bool:
+    """A complex number is a value for each part of a complex leaf, though it be 0-d."""
+    return isinstance(value, Tensor) and (value.ndim > 0 or value.is_complex())
+
+
+def _per_element(atom: Tensor, p: Tensor) -> Tensor:
+    """A value for each number of the leaf, or for each part of a complex one."""
+    if not p.is_complex():
+        return atom.to(p.dtype)
+    if atom.is_complex():
+        return torch.view_as_real(atom.to(p.dtype).resolve_conj())
+    return atom.to(p.dtype.to_real()).unsqueeze(-1)  # both parts share it
+
+
 def _fits(atom: Tensor, p: Tensor) -> bool:
+    if atom.is_complex() and not p.is_complex():
+        return False
     if atom.device != p.device or atom.ndim > p.ndim:
         return False
     pairs = zip(reversed(atom.shape), reversed(p.shape))

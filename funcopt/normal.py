@@ -11,12 +11,13 @@ def normal_like(params: Tree, generator: torch.Generator) -> Tree:
     """A tree of independent standard normals: the noise of a step, as data.
 
     Args:
-        params: a tree of floating-point tensors; a ``None`` leaf stays one.
+        params: a tree of floating-point or complex tensors; a ``None`` leaf stays one.
         generator: what the numbers come from, and what moves on. They are drawn on its
             device and then go to each leaf's, so that a seed gives the same anywhere.
 
     Returns:
-        A tree like ``params``: each leaf of its shape, dtype and device.
+        A tree like ``params``: each leaf of its shape, dtype and device; of a complex
+        number each part is a standard normal.
 
     Raises:
         HyperparameterTypeError: no generator: noise that cannot be repeated is not drawn.
@@ -46,6 +47,10 @@ def normal_like(params: Tree, generator: torch.Generator) -> Tree:
 
 
 def _normal(p: Tensor, path: str, generator: torch.Generator) -> Tensor:
+    if isinstance(p, Tensor) and p.is_complex():  # both parts as wide: they step apart
+        return torch.view_as_complex(
+            _normal(torch.view_as_real(p.resolve_conj()), path, generator)
+        )
     if not isinstance(p, Tensor) or not p.is_floating_point():
         what = p.dtype if isinstance(p, Tensor) else type(p).__name__
         raise LeafError(

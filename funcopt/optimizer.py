@@ -49,8 +49,9 @@ class Optimizer:
 
     Raises:
         StructureError: a tree that does not fit params, a leaf of another shape.
-        LeafError: a leaf that is no dense floating-point tensor, or a gradient of
-            another dtype or device than its parameter.
+        LeafError: a leaf that is no dense floating-point or complex tensor, a complex one
+            for a rule that takes its leaf whole, or a gradient of another dtype or device
+            than its parameter.
         UnknownHyperparameterError, HyperparameterError, HyperparameterTypeError: by
             ``update``, for what ``hyper`` names.
 

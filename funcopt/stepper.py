@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 
-from funcopt import tree
+from funcopt import complex_leaves, tree
 from funcopt.checks import (
     FormOf,
     check_leaves,
     check_matrices,
     check_params,
+    check_real,
     check_state,
 )
 from funcopt.errors import HyperparameterError
@@ -70,12 +72,15 @@ class Stepper:
         """The state before the first step; see `Optimizer`."""
         leaves, structure = tree.flatten(params)
         check_params(leaves, structure)
+        if not self.spec.elementwise:
+            check_real(leaves, structure, self.spec.name)
         if self.spec.matrices:
             check_matrices(leaves, structure, self.spec.name)
         state: State = {"step": _filled(leaves, 0, torch.int64)}
         for slot, first in self.slots.items():
             if callable(first):
-                values = [None if p is None else first(p) for p in leaves]
+                start = partial(complex_leaves.slot, first)
+                values = [None if p is None else start(p) for p in leaves]
                 state[slot] = tree.unflatten(structure, values)
             else:
                 state[slot] = _filled(leaves, first, torch.float64)
@@ -115,19 +120,30 @@ class Stepper:
         steps = _next_steps(state["step"], live)
         numbers = levels.scalars_of(steps)
         values = self.hypers.per_leaf(overrides, structure, p, numbers)
+        live_g, live_p, *slots = [_pick(column, live) for column in (g, p, *old.values())]
+        halved = complex_leaves.are_among(live_p) and live_p
+        if halved:
+            if not self.spec.elementwise:
+                check_real(p, structure, self.spec.name)
+            if donate:
+                complex_leaves.check_writable([live_p, *slots])
+            live_g, live_p, *slots = [
+                [*map(complex_leaves.parts, column)]
+                for column in (live_g, live_p, *slots)
+            ]
         leaves = Leaves(
-            self.rule,
-            _pick(g, live),
-            _pick(p, live),
-            [_pick(column, live) for column in old.values()],
-            _pick(numbers, live),
-            _pick(values, live),
+            self.rule, live_g, live_p, slots, _pick(numbers, live), _pick(values, live)
         )
         for names, measure in self.measures:
             leaves = _with_totals(leaves, names, measure, execution)
         held = [state[key] for key in self.vectors]
         columns, lane = dispatch.step(leaves, execution, donate, held)
-        if lane is not None and live is None and not self.measures:
+        if halved:
+            columns = [
+                complex_leaves.rejoined(column, halved) if stream else column
+                for column, stream in zip(columns, self.rule.outputs)
+            ]
+        elif lane is not None and live is None and not self.measures:
             if len(self.lanes) >= _MOST_LANES and structure not in self.lanes:
                 self.lanes.clear()
             tensors = [*chain(g, p, *map(trees.__getitem__, self.trees)), *held]
@@ -150,11 +166,12 @@ class Stepper:
         values = self.hypers.per_leaf({}, structure, p, last)
         evaluated = self.spec.evaluated
         assert evaluated is not None
+        parts = complex_leaves.parts
         new = [
-            None if x is None else evaluated(x, *slots, step=t, **hyper)
+            None if x is None else evaluated(*map(parts, (x, *slots)), step=t, **hyper)
             for x, t, hyper, *slots in zip(p, steps, values, *columns)
         ]
-        return tree.unflatten(structure, new)
+        return tree.unflatten(structure, complex_leaves.rejoined(new, p))
 
     def _again(
         self,

@@ -90,6 +90,7 @@ def learned() -> Tensor:
 
 
 LEARNED = learned()
+COMPLEX = torch.ones(2) * 1j
 
 
 def tasks_of(x: Given, batch: Any, **how: Any) -> Any:
@@ -611,7 +612,49 @@ CASES = [
             "torch.int64",
         ),
         ("bool leaf", lambda x: init_with(x, torch.ones(2) > 0), "torch.bool"),
-        ("complex leaf", lambda x: init_with(x, torch.ones(2) * 1j), "torch.complex64"),
+        (
+            "complex leaf, of a rule that needs it whole",
+            lambda x: fo.lamb().init(with_weight(x.params, COMPLEX)),
+            "params['layer.weight']",
+            "torch.complex64",
+            "lamb takes real leaves",
+        ),
+        (
+            "complex leaf, of a rule that needs it whole, in update",
+            lambda x: fo.lars().update(
+                COMPLEX,
+                {**fo.lars().init(torch.ones(2)), "momentum_buffer": COMPLEX},
+                COMPLEX,
+            ),
+            "params['<root>']",
+            "torch.complex64",
+        ),
+        (
+            "complex matrix",
+            lambda x: fo.muon().init(COMPLEX.reshape(1, 2)),
+            "muon takes real leaves",
+        ),
+        (
+            "real gradient of a complex leaf",
+            lambda x: SGD.update(torch.ones(2), SGD.init(COMPLEX), COMPLEX),
+            "grads at '<root>'",
+            "torch.float32",
+            "torch.complex64",
+        ),
+        (
+            "complex gradient of a real leaf",
+            lambda x: grad_of(x, torch.ones(2, 3) * 1j),
+            "grads at 'layer.weight'",
+            "torch.complex64",
+        ),
+        (
+            "another optimizer's slot, real for complex",
+            lambda x: ADAM.update(
+                COMPLEX, {**ADAM.init(COMPLEX), "exp_avg": torch.ones(2)}, COMPLEX
+            ),
+            "state['exp_avg']",
+            "torch.float32",
+        ),
         (
             "sparse leaf",
             lambda x: init_with(x, torch.ones(2, 3).to_sparse()),

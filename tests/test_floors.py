@@ -19,6 +19,7 @@ FLOORS = {
     "funcopt.types": 0,
     "funcopt.tree": 1,
     "funcopt.checks": 2,
+    "funcopt.complex_leaves": 1,
     "funcopt.normal": 2,
     "funcopt.listed": 4,
     "funcopt.select": 2,
