@@ -271,4 +271,4 @@ def test_a_group_may_be_given_as_an_iterator_and_is_not_changed():
 
 def test_no_groups_and_empty_groups():
     assert fo.from_param_groups([]) == ([], {})
-    assert fo.from_param_groups([{"params": []}], lr=0.1) == ([[]], {"lr": [0.1]})
+    assert fo.from_param_groups([{"params": []}], lr=0.1) == ([[]], {"lr": 0.1})

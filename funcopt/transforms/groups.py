@@ -112,7 +112,7 @@ def _refuse_shared(params: list[Tree]) -> None:
 
 
 def _transpose(name: str, values: list[Any]) -> HyperValue:
-    if all(isinstance(v, Real | tuple) and v == values[0] for v in values):
+    if all(_is_number(v) and v == values[0] for v in values):
         return values[0]  # a number that chooses a formula may be one of them
     if any(
         value is None or isinstance(value, bool | str | torch.dtype) for value in values
@@ -126,3 +126,9 @@ def _transpose(name: str, values: list[Any]) -> HyperValue:
     if all(isinstance(value, tuple) for value in values):
         return tuple(list(column) for column in zip(*values))
     return values
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one, or a tuple of some."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, Real) for part in parts)
