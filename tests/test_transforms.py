@@ -257,7 +257,7 @@ def check_compiled(case: Case, form: Callable[[Tensor], Any], backend: Any) -> N
         lr = torch.tensor(rate, dtype=torch.float64)
         expected = update(grads, state, params, lr)
         found = compiled(grads, state, params, lr)
-        assert_close(found, expected, 1e-14)
+        assert_close(found, expected, case.row.rounding)
         params, state = expected
     assert_moved(params, start)
 

@@ -14,13 +14,17 @@ from funcopt.execution.executor import Column
 from funcopt.execution.leaves import Leaves
 from funcopt.types import Tensor
 
+#: numbers of a leaf up to which a stack is faster: on a CPU larger ones, one by one, stay
+#: in its caches; elsewhere it is a guess
+_MOST, _MOST_ELSEWHERE = 1 << 14, 1 << 20
+
 
 def refuses(leaves: Leaves) -> str | None:
     """Why there is nothing to stack, as a sentence, or None."""
     if leaves.rule.elementwise or leaves.rule.norms or leaves.rule.sums:
         return "only leaves of a rule that needs each whole are stacked"
     if all(len(which) == 1 for which in _stacks(leaves)):
-        return "no two leaves are alike in shape, hyperparameters and step"
+        return "no two small leaves are alike in shape, hyperparameters and step"
     return None
 
 
@@ -44,6 +48,8 @@ def _stacks(leaves: Leaves) -> list[list[int]]:
     ):
         numbers = (id(x) if isinstance(x, Tensor) else x for x in own)
         key = p.shape, p.dtype, p.device, id(values), *numbers
+        if p.numel() > (_MOST if p.device.type == "cpu" else _MOST_ELSEWHERE):
+            key = i
         found.setdefault(key, []).append(i)
     return list(found.values())
 

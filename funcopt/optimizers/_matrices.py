@@ -46,56 +46,107 @@ class Orthogonalized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        pull = _pullback(*ctx.saved_tensors, *ctx.how)
-        return *pull(cotangent), None, None, None, None
+        (x,) = ctx.saved_tensors
+        return *_pullback(_iteration, x, *ctx.how[:-1])(cotangent), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        # By reverse mode twice: forward mode is not nested in forward mode.
-        pull = _pullback(*ctx.saved_tensors, *ctx.how)
-        along: Any = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(tangent))
-        return along[1](tangent)[0].contiguous()
+        (x,) = ctx.saved_tensors
+        return _pushed(_pullback(_iteration, x, *ctx.how[:-1]), tangent)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, *how: Any) -> tuple[Tensor, int]:
         return Orthogonalized.apply(x.movedim(in_dims[0], 0), *how), 0
 
 
-def _pullback(x: Tensor, coefficients: Any, steps: int, eps: float, _: Any) -> Any:
-    """The derivative of the iteration at ``x``, as a function of a cotangent."""
+def _iteration(x: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor:
+    """Newton-Schulz in x's own dtype, of operations with all derivatives."""
     a, b, c = coefficients
+    squares = (x * x).sum((-2, -1), keepdim=True)
+    free = squares > eps**2
+    y = x / torch.where(free, torch.where(free, squares, 1.0).sqrt(), eps)
+    y = y.mT if x.shape[-2] > x.shape[-1] else y
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = a * y + (b * gram + c * gram @ gram) @ y
+    return y.mT if x.shape[-2] > x.shape[-1] else y
 
-    def iteration(x: Tensor) -> Tensor:
-        squares = (x * x).sum((-2, -1), keepdim=True)
-        free = squares > eps**2
-        y = x / torch.where(free, torch.where(free, squares, 1.0).sqrt(), eps)
-        y = y.mT if x.shape[-2] > x.shape[-1] else y
-        for _ in range(steps):
-            gram = y @ y.mT
-            y = a * y + (b * gram + c * gram @ gram) @ y
-        return y.mT if x.shape[-2] > x.shape[-1] else y
 
-    return torch.func.vjp(iteration, x)[1]
+def _pullback(function: Callable[..., Tensor], x: Tensor, *how: Any) -> Any:
+    """The derivative of ``function`` at ``x``, as a function of a cotangent."""
+    return torch.func.vjp(lambda x: function(x, *how), x)[1]
+
+
+def _pushed(pull: Any, tangent: Tensor) -> Tensor:
+    """Along a tangent: by reverse mode twice, for forward is not nested in forward."""
+    along: Any = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(tangent))
+    return along[1](tangent)[0].contiguous()
 
 
 def inverse_root(x: Tensor, power: int) -> Tensor:
-    """x^(-1/power) of a symmetric positive matrix, by a coupled Newton iteration.
+    """x^(-1/power) of a symmetric positive matrix, with all derivatives.
 
-    Products of matrices alone, always as many: it batches, and has all derivatives, also
-    where eigenvalues are equal, of which those of ``eigh`` are NaN. The machine epsilon
-    times the size and length of x is added to its eigenvalues.
+    Rounding leaves eigenvalues below 0: to each is added the machine epsilon times the
+    norm and the length of x. Of a zero matrix it is the identity.
     """
-    one = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    squares = (x * x).sum()
-    there = squares > 0
-    # Every eigenvalue is then in (0, 1], from which the iteration converges.
-    scale = torch.where(there, squares, 1.0).sqrt()
-    # Rounding leaves eigenvalues below 0, from which it would not.
+    x = (x + x.mT) / 2  # what eigenvalues are made of; else only half of x is read
+    if torch.compiler.is_compiling():
+        return _newton(x, power)
+    return InverseRoot.apply(x, power)
+
+
+class InverseRoot(torch.autograd.Function):
+    """By eigenvalues; its derivative by `_newton`.
+
+    That of eigenvectors is NaN where two eigenvalues are equal, as in the identity; and
+    products alone, of which there must be a hundred, take many times as long.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, power: int) -> Tensor:
+        scale, ridge, one = _regularized(x)
+        values, vectors = torch.linalg.eigh(x / scale)
+        values = (values.clamp(min=0) + ridge) ** (-1 / power)
+        root = (vectors * values.unsqueeze(-2)) @ vectors.mT / scale ** (1 / power)
+        return torch.where(
+            (x != 0).any(-1, keepdim=True).any(-2, keepdim=True), root, one
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, ctx.power = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        return *_pullback(_newton, *ctx.saved_tensors, ctx.power)(cotangent), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        return _pushed(_pullback(_newton, *ctx.saved_tensors, ctx.power), tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, power: int) -> tuple[Tensor, int]:
+        return InverseRoot.apply(x.movedim(in_dims[0], 0), power), 0
+
+
+def _regularized(x: Tensor) -> tuple[Tensor, float, Tensor]:
+    """x's norm, 1 in place of 0; what is added to eigenvalues beside it; the identity."""
+    squares = (x * x).sum((-2, -1), keepdim=True)
+    scale = torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 1.0)
     ridge = max(x.shape[-1], 1) * torch.finfo(x.dtype).eps
+    return scale, ridge, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+
+
+def _newton(x: Tensor, power: int) -> Tensor:
+    """The inverse root by a coupled Newton iteration: products, always as many."""
+    scale, ridge, one = _regularized(x)
     m, root = x / scale + ridge * one, one
     for _ in range(_ROUNDS[x.dtype]):
         t = ((power + 1) * one - m) / power
         root, m = root @ t, torch.linalg.matrix_power(t, power) @ m
+    there = (x != 0).any(-1, keepdim=True).any(-2, keepdim=True)
     return torch.where(there, root / scale ** (1 / power), one)
 
 

@@ -98,7 +98,8 @@ def shampoo(
     Note:
         A leaf of more than two axes is the matrix of its first by the others. A vector
         has one sum, ``left``, and its root of the power -1/2; the rest are empty. The
-        roots are made by an iteration of products, and have every derivative. The sums
+        derivative of the roots is that of an iteration of products, which is finite also
+        where eigenvalues are equal; it costs many times what the roots do. The sums
         are as large as the squares of a leaf's sides: give vocabularies and the like to
         another optimizer, by `partition`.
 
@@ -109,13 +110,13 @@ def shampoo(
 
     Example:
         >>> import torch, funcopt as fo
-        >>> opt = fo.shampoo(lr=0.5)
+        >>> opt = fo.shampoo(lr=0.5, eps=0.1)
         >>> p = torch.tensor([[1.0, -0.2]])
         >>> state = opt.init(p)
         >>> for _ in range(5):
         ...     p, state = opt.update(2 * p, state, p)      # the gradient of p²
         >>> p
-        tensor([[ 0.0560, -0.0116]])
+        tensor([[ 0.0588, -0.0118]])
     """
     if not eps > 0 or precondition_frequency < 1:
         raise HyperparameterError(
