@@ -92,9 +92,10 @@ def muon(
 
     Note:
         The iteration runs in bfloat16 whatever the leaf is, as in torch; its derivative
-        is that of the same iteration in the leaf's dtype. Leaves of one shape are
-        stacked and iterated at once, which rounds bfloat16 in another order than one
-        after another (``execution="reference"``).
+        is that of the same iteration in the leaf's dtype (under ``torch.compile``, of
+        bfloat16's operations). Small leaves of one shape are stacked and iterated at
+        once, which may round bfloat16 otherwise than one after another
+        (``execution="reference"``).
 
     Source:
         Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein, "Muon: an optimizer for
