@@ -179,3 +179,11 @@ def test_shampoo_is_finite_at_equal_eigenvalues(dtype: torch.dtype):
 
         assert grad(outer)(g).isfinite().all()
         assert grad(lambda g, f=outer: grad(f)(g).sum())(g).isfinite().all()
+
+
+def test_adafactors_groups_may_leave_an_eps_to_the_dtype():
+    p = [torch.ones(2, 2), torch.ones(2)]
+    groups = [{"params": p[:1]}, {"params": p[1:], "lr": 0.5}]
+    params, hyper = fo.from_param_groups(groups, lr=0.1, eps=(None, 1e-3))
+    new, _ = fo.adafactor(**hyper).update(params, fo.adafactor().init(params), params)
+    assert torch.allclose(new[0][0], 0.9 * p[0]) and torch.allclose(new[1][0], 0.5 * p[1])

@@ -129,6 +129,7 @@ def _transpose(name: str, values: list[Any]) -> HyperValue:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one, or a tuple of some."""
-    parts = value if isinstance(value, tuple) else (value,)
-    return all(isinstance(part, Real) for part in parts)
+    """Whether it is one, or a tuple of some, which may have gaps."""
+    if isinstance(value, tuple):
+        return all(part is None or isinstance(part, Real) for part in value)
+    return isinstance(value, Real)
