@@ -118,6 +118,10 @@ def refuses(error: type[Exception], builtin: type[Exception], *rows: Any) -> lis
     return [Case(row[0], row[1], error, builtin, row[2:]) for row in rows]
 
 
+def total(p: Any) -> Tensor:
+    return loss(p, None)
+
+
 CASES = [
     *refuses(
         fo.HyperparameterError,
@@ -869,6 +873,19 @@ COMPOSED = [
         ("no calls", lambda x: fo.accumulate(SGD, 0), "k", "0"),
         ("True calls", lambda x: fo.accumulate(SGD, True), "k", "True"),
         ("negative rho", lambda x: fo.sam(SGD, rho=-1.0), "rho", "-1"),
+        ("no iterations", lambda x: fo.lbfgs(max_iter=0), "max_iter", "≥ 1", "0"),
+        ("half an iteration", lambda x: fo.lbfgs(max_iter=0.5), "max_iter", "0.5"),  # pyright: ignore[reportArgumentType]
+        ("no evaluations", lambda x: fo.lbfgs(max_eval=0), "max_eval", "≥ 1", "0"),
+        ("no history", lambda x: fo.lbfgs(history_size=0), "history_size", "0"),
+        ("True rows", lambda x: fo.lbfgs(history_size=True), "history_size", "True"),
+        ("unknown search", lambda x: fo.lbfgs(line_search_fn="wolfe"), "'strong_wolfe'",
+         "'wolfe'"),
+        ("negative lr of lbfgs", lambda x: fo.lbfgs(lr=-1.0), "lr", "-1"),
+        ("negative tolerance", lambda x: fo.lbfgs(tolerance_grad=-1.0), "tolerance_grad"),
+        ("rates of groups", lambda x: fo.lbfgs(lr={"layer": 0.1, "scale": 1.0}), "lr",
+         "as one", "'layer'"),
+        ("rates of elements",
+         lambda x: step(x, fo.lbfgs(), lr=torch.ones(4), loss_fn=total), "lr", "(4,)"),
     ),
     *refuses(
         fo.HyperparameterTypeError,
@@ -882,6 +899,8 @@ COMPOSED = [
         ("a stage not made", lambda x: fo.chain(fo.normalize, SGD), "link 0", "calling"),  # pyright: ignore[reportArgumentType]
         ("project onto a word", lambda x: fo.project("box"), "'box'"),  # pyright: ignore[reportArgumentType]
         ("a cautious partition", lambda x: fo.cautious(HALVES), "one rule", "partition"),
+        ("lbfgs without a loss", lambda x: step(x, fo.lbfgs()), "loss_fn", "None"),
+        ("a loss that is a number", lambda x: step(x, fo.lbfgs(), loss_fn=1.0), "1.0"),
         ("sam without a loss", lambda x: step(x, fo.sam(SGD)), "loss_fn", "None"),
         ("rounding without a generator",
          lambda x: step(x, fo.master_weights(SGD, stochastic=True)), "generator"),
@@ -891,17 +910,37 @@ COMPOSED = [
         TypeError,
         ("unknown to a chain", lambda x: step(x, CLIPPED, momentun=0.9), "momentun",
          "max_norm"),
+        ("unknown to lbfgs", lambda x: step(x, fo.lbfgs(), momentum=0.9, loss_fn=total),
+         "momentum", "tolerance_grad"),
         ("unknown to links", lambda x: step(x, IN_TURN, momentun=0.9), "momentun"),
     ),
     *refuses(
         fo.StructureError,
         ValueError,
+        (
+            "history of another length",
+            lambda x: step(x, fo.lbfgs(), fo.lbfgs(history_size=3).init(x.params),
+                           loss_fn=total),
+            "old_dirs", "(3, 13)", "(100, 13)",
+        ),
         ("state of another chain", lambda x: step(x, CLIPPED, x.state), "exp_avg"),
         ("state of no links", lambda x: step(x, IN_TURN, x.state), "gradient_stages"),
     ),
     *refuses(
         fo.LeafError,
         TypeError,
+        (
+            "history of another dtype",
+            lambda x: step(x, fo.lbfgs(), loss_fn=total, state=fo.lbfgs().init(
+                tree.map(Tensor.double, x.params))),
+            "lbfgs's state['d']", "float64", "float32",
+        ),
+        (
+            "leaves on two devices",
+            lambda x: fo.lbfgs().init(
+                with_weight(x.params, torch.ones(2, device="meta"))),
+            "one device", "cpu, meta",
+        ),
         ("float16 rounded at random",
          lambda x: fo.master_weights(SGD, stochastic=True).init(
              tree.map(lambda p: p.half(), x.params)), "float16", "bfloat16"),
@@ -909,6 +948,16 @@ COMPOSED = [
     *refuses(
         fo.ExecutionError,
         RuntimeError,
+        (
+            "lbfgs by kernels",
+            lambda x: step(x, fo.lbfgs(), loss_fn=total, execution="native"),
+            "reference", "'native'",
+        ),
+        (
+            "lbfgs donated with a learned rate",
+            lambda x: step(x, fo.lbfgs(), loss_fn=total, donate=True, lr=LEARNED),
+            "donate",
+        ),
         *(
             (f"{what} donated under grad",
              lambda x, opt=opt: torch.func.grad(

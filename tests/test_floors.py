@@ -66,6 +66,8 @@ FLOORS = {
     "funcopt.spec": 3.9,
     "funcopt.stepper": 4,
     "funcopt.optimizer": 4.5,
+    "funcopt.flat": 4.7,
+    "funcopt.optimizers._line_search": 5,
     "funcopt.optimizers._parts": 5,
     "funcopt.optimizers._matrices": 5,
     "funcopt.optimizers": 5.9,

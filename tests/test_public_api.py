@@ -5,9 +5,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from row import Row
 from table import ROWS
 
@@ -122,14 +124,25 @@ def by_name(row: Row) -> str:
     return row.name
 
 
+# What asks for the loss steps by no rule on a leaf: it has tests of its own instead of a
+# row, in the file named here.
+ASK_FOR_THE_LOSS = {"lbfgs": "test_lbfgs.py"}
+
+
 def test_every_optimizer_has_a_row():
-    assert sorted(row.name for row in ROWS) == sorted(optimizers.__all__)
+    names = [*(row.name for row in ROWS), *ASK_FOR_THE_LOSS]
+    assert sorted(names) == sorted(optimizers.__all__)
+    for name, file in ASK_FOR_THE_LOSS.items():
+        assert f"fo.{name}(" in Path(__file__).with_name(file).read_text()
+        assert getattr(fo, name)().spec is None
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if in_torch(row)], ids=by_name)
-def test_a_factory_takes_what_torch_optim_takes(row: Row):
-    ours, theirs = row.factory, row.twin
-    assert theirs is not None
+IN_TORCH = [(row.factory, row.twin) for row in ROWS if in_torch(row)]
+IN_TORCH += [(fo.lbfgs, torch.optim.LBFGS)]
+
+
+@pytest.mark.parametrize("ours, theirs", IN_TORCH, ids=lambda x: x.__name__)
+def test_a_factory_takes_what_torch_optim_takes(ours: Any, theirs: Any):
     execution = {"params", "foreach", "fused", "capturable", "differentiable"}
     wanted = {
         name: parameter.default

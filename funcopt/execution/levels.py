@@ -132,6 +132,17 @@ def scalars_of(vector: Tensor) -> list[Any]:
     return list(values)
 
 
+def seen(tensor: Tensor) -> Tensor | None:
+    """The values, of every task of a batch, to look at and not to compute with.
+
+    An accelerator is waited for. None while compiling or tracing, and of a subclass.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    found = _physical(tensor)
+    return found if type(found) is Tensor and not found.is_meta else None
+
+
 def _is_batch(tensor: Tensor) -> bool:
     """Whether vmap is all that keeps the values from being read."""
     if torch._C._len_torch_dispatch_stack():

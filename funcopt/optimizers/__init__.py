@@ -15,6 +15,7 @@ from funcopt.optimizers.asgd import asgd
 from funcopt.optimizers.dog import dog
 from funcopt.optimizers.lamb import lamb
 from funcopt.optimizers.lars import lars
+from funcopt.optimizers.lbfgs import lbfgs
 from funcopt.optimizers.lion import lion
 from funcopt.optimizers.madgrad import madgrad
 from funcopt.optimizers.mars_adamw import mars_adamw
@@ -51,6 +52,7 @@ __all__ = [
     "dog",
     "lamb",
     "lars",
+    "lbfgs",
     "lion",
     "madgrad",
     "mars_adamw",

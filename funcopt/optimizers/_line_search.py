@@ -1,0 +1,144 @@
+"""A line search by the strong Wolfe conditions; each task of a batch stops on its own."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from funcopt.flat import everywhere
+from funcopt.types import Tensor
+
+_DECREASE = 1e-4  # c₁ of Nocedal and Wright
+_CURVATURE = 0.9  # c₂
+
+
+class Point(NamedTuple):
+    """A place on the line: its distance, the loss, the gradient, and that along d."""
+
+    t: Tensor
+    loss: Tensor
+    g: Tensor
+    slope: Tensor
+
+
+def pick(condition: Tensor, a: Point, b: Point) -> Point:
+    """``a`` where the condition holds, else ``b``."""
+    return Point(*(torch.where(condition, x, y) for x, y in zip(a, b)))
+
+
+def strong_wolfe(
+    at: Callable[[Tensor], Point],
+    start: Point,
+    t: Tensor,
+    width: Tensor,
+    tolerance_change: Tensor,
+    most: Tensor,
+    limit: int,
+    running: Tensor,
+) -> tuple[Point, Tensor]:
+    """A point that is lower and flatter than ``start``, and how often ``at`` was used.
+
+    Where neither is found, it is the lowest end of the interval that was left.
+
+    Args:
+        at: evaluates the loss at a distance.
+        start: the point at distance 0.
+        t: the first distance to try.
+        width: of the direction, its largest element in magnitude.
+        tolerance_change: an interval that moves no parameter further is not divided.
+        most: how many trials may follow the first one.
+        limit: a number that ``most`` never exceeds.
+        running: who takes part; who does not gets ``start`` and 0.
+    """
+    asked = running
+    tried = asked.to(torch.int64)
+    new = pick(asked, at(torch.where(asked, t, 0.0)), start)
+    previous = first = second = start  # the interval's ends, as torch orders them
+    low_first = torch.ones_like(running)
+    zooming = doubtful = torch.zeros_like(running)
+    for turn in range(limit + 1):
+        spent = turn >= most
+        high_loss = new.loss > start.loss + _DECREASE * new.t * start.slope
+        flat = new.slope.abs() <= -_CURVATURE * start.slope
+
+        # Those that look for an interval: the trial may be its far end.
+        seeking = running & ~zooming
+        above = high_loss | (new.loss >= previous.loss) if turn > 1 else high_loss
+        found = seeking & ~spent & ~above & flat
+        closed = seeking & ~spent & ~found & (above | (new.slope >= 0))
+
+        # Those that have one: the trial replaces one of its ends.
+        low, high = pick(low_first, first, second), pick(low_first, second, first)
+        zoom = running & zooming
+        worse = high_loss | (new.loss >= low.loss)
+        beyond = ~flat & (new.slope * (high.t - low.t) >= 0)
+        found = found | (zoom & ~worse & flat)
+        high = pick(worse, new, pick(beyond, low, high))
+        low = pick(worse, low, new)
+        first, second = (
+            pick(zoom, pick(low_first, low, high), first),
+            pick(zoom, pick(low_first, high, low), second),
+        )
+
+        ended = seeking & (found | spent)
+        first = pick(closed, previous, pick(ended, pick(found, new, start), first))
+        second = pick(closed | ended, new, second)
+        ordered = closed | ended | (zoom & worse)
+        low_first = torch.where(ordered, first.loss <= second.loss, low_first)
+        zooming = zooming | closed
+
+        narrow = zooming & ((second.t - first.t).abs() * width < tolerance_change)
+        running = running & ~(found | spent | narrow)
+        if turn == limit or everywhere(~running):
+            break
+
+        far = _cubic(previous, new, new.t + 0.01 * (new.t - previous.t), new.t * 10)
+        near, unsure = _inside(first, second, doubtful)
+        doubtful = torch.where(running & zooming, unsure, doubtful)
+        previous = pick(running & ~zooming, new, previous)
+        t = torch.where(running, torch.where(zooming, near, far), new.t)
+        new = pick(running, at(t), new)
+        tried = tried + running
+    return pick(asked, pick(low_first, first, second), start), tried
+
+
+def _inside(first: Point, second: Point, doubtful: Tensor) -> tuple[Tensor, Tensor]:
+    """Where to divide an interval, and whether that came too close to an end.
+
+    The second time it does so, or at an end itself, a tenth of the interval is kept.
+    """
+    least, most = _sorted(first.t, second.t)
+    t = _cubic(first, second, least, most)
+    margin = 0.1 * (most - least)
+    close = (_sorted(most - t, t - least)[0]) < margin
+    moved = close & (doubtful | (t >= most) | (t <= least))
+    away = torch.where(
+        (t - most).abs() < (t - least).abs(), most - margin, least + margin
+    )
+    return torch.where(moved, away, t), close & ~moved
+
+
+def _sorted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.where(b < a, b, a), torch.where(b > a, b, a)
+
+
+def _cubic(a: Point, b: Point, least: Tensor, most: Tensor) -> Tensor:
+    """The minimum of the cubic through both points, within bounds.
+
+    The middle of the bounds, where there is none; torch has NaN where it divides by 0.
+    """
+    swapped = a.t > b.t
+    a, b = pick(swapped, b, a), pick(swapped, a, b)
+    apart = b.t - a.t
+    there = apart > 0
+    d1 = a.slope + b.slope - 3 * (a.loss - b.loss) / torch.where(there, -apart, 1.0)
+    squared = d1 * d1 - a.slope * b.slope
+    real = squared > 0
+    d2 = torch.where(real, torch.where(real, squared, 1.0).sqrt(), 0.0)
+    below = b.slope - a.slope + 2 * d2
+    there = there & (squared >= 0) & (below != 0)
+    ratio = (b.slope + d2 - d1) / torch.where(there, below, 1.0)
+    t = b.t - apart * ratio
+    t = torch.where(least > t, least, t)
+    t = torch.where(most < t, most, t)
+    return torch.where(there & ratio.isfinite(), t, (least + most) / 2)
