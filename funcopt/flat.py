@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from funcopt import tree
+from funcopt import complex_leaves, tree
 from funcopt.checks import check_leaves, check_params, check_state
+from funcopt.complex_leaves import parts
 from funcopt.errors import (
     ExecutionError,
     HyperparameterError,
@@ -117,18 +118,27 @@ def flat(
 
         def merged(x: Tensor) -> Tree:
             """The tree whose leaves with a gradient are parts of x."""
-            parts = iter(x.split([leaf.numel() for leaf in p if leaf is not None]))
-            new: list[Any] = [None if leaf is None else next(parts) for leaf in p]
-            chosen = [
-                leaf if g[i] is None else new[i].view(leaf.shape).to(leaf.dtype)
-                for i, leaf in enumerate(p)
+            reals = [None if leaf is None else parts(leaf) for leaf in p]
+            sizes = [leaf.numel() for leaf in reals if leaf is not None]
+            pieces = iter(x.split(sizes))
+            new: list[Any] = [None if leaf is None else next(pieces) for leaf in reals]
+            new = [
+                # A complex number cannot begin anywhere in memory: its parts are cloned.
+                leaf
+                if leaf is None
+                else (new[i].clone() if p[i].is_complex() else new[i])
+                .view(leaf.shape)
+                .to(leaf.dtype)
+                for i, leaf in enumerate(reals)
             ]
+            whole = complex_leaves.rejoined(new, p)
+            chosen = [p[i] if g[i] is None else leaf for i, leaf in enumerate(whole)]
             return tree.unflatten(structure, chosen)
 
         moves = None
         if len(live) < sum(leaf is not None for leaf in p):
             marks = [
-                None if leaf is None else torch.full_like(leaf, g[i] is not None)
+                None if leaf is None else torch.full_like(parts(leaf), g[i] is not None)
                 for i, leaf in enumerate(p)
             ]
             moves = _vector(marks, p, like) > 0
@@ -158,7 +168,7 @@ def _form(leaves: Sequence[Any], name: str) -> dict[str, Any]:
         )
     dtype = torch.float32
     for leaf in found:
-        dtype = torch.promote_types(dtype, leaf.dtype)
+        dtype = torch.promote_types(dtype, parts(leaf).dtype)
     return {"dtype": dtype, "device": devices.pop()}
 
 
@@ -166,12 +176,19 @@ def _vector(
     leaves: Sequence[Any], params: Sequence[Any], like: Mapping[str, Any]
 ) -> Tensor:
     """The leaves in a row, 0 for those that are None where params are not."""
-    parts = [
-        torch.zeros(p.numel(), **like) if x is None else x.reshape(-1).to(like["dtype"])
+    pieces = [
+        torch.zeros(parts(p).numel(), **like)
+        if x is None
+        else _reals(x).reshape(-1).to(like["dtype"])
         for x, p in zip(leaves, params)
         if p is not None
     ]
-    return torch.cat(parts) if parts else torch.zeros(0, **like)
+    return torch.cat(pieces) if pieces else torch.zeros(0, **like)
+
+
+def _reals(x: Tensor) -> Tensor:
+    """The parts of a complex leaf, not in its memory: nor is then their gradient."""
+    return torch.stack([x.real, x.imag], -1) if x.is_complex() else x
 
 
 def _check_slots(

@@ -44,11 +44,21 @@ def logistic(p: Tree) -> Tensor:
     return torch.nn.functional.binary_cross_entropy_with_logits(score, LABELS) + penalty
 
 
+def complex_least_squares(p: Tree) -> Tensor:
+    error = torch.complex(INPUTS[:, :2], INPUTS[:, 2:]) @ p["c"] + p["b"] - LABELS
+    return error.abs().square().mean()
+
+
 # Each with a start, and a rate at which steps without a search go downhill.
 PROBLEMS: dict[str, tuple[Loss, Any, float]] = {
     "quadratic": (quadratic, drawn(6), 0.5),
     "rosenbrock": (rosenbrock, torch.tensor([-1.2, 1.0]).double(), 0.1),
     "logistic": (logistic, {"w": drawn(2, 2), "b": drawn(1)}, 0.8),
+    "complex": (
+        complex_least_squares,
+        {"c": torch.complex(*drawn(2, 2)), "b": drawn(1)},
+        0.5,
+    ),
 }
 
 
@@ -219,7 +229,7 @@ def test_each_task_may_have_its_own_rate(search: Any):
 
 
 @searches
-@pytest.mark.parametrize("problem", ["rosenbrock", "logistic"])
+@pytest.mark.parametrize("problem", ["rosenbrock", "logistic", "complex"])
 def test_derivatives_are_those_of_the_steps(problem: str, search: Any):
     loss, start, rate = PROBLEMS[problem]
     opt = fo.lbfgs(max_iter=3, history_size=2, line_search_fn=search)

@@ -14,13 +14,14 @@ _CURVED = 1e-10  # y·s of a pair that is remembered
 Slots = dict[str, Tensor]
 
 
-def direction(g: Tensor, y: Tensor, s: Tensor, ro: Tensor, scale: Tensor) -> Tensor:
+def direction(
+    g: Tensor, y: Tensor, s: Tensor, ro: Tensor, products: Tensor, scale: Tensor
+) -> Tensor:
     """-H·g by the rows of y, s and ρ, the oldest first; a row with ρ = 0 has no part.
 
-    The two loops of the recursion are the substitutions in two triangular systems: so
-    they cost a few operations, and not some for each row.
+    The two loops of the recursion are the substitutions in two triangular systems, made
+    of the ``products`` s·y: so they cost a few operations, and not some for each row.
     """
-    products = s @ y.T
     newer = (ro[:, None] * products).triu(1)
     older = (ro[:, None] * products.T).tril(-1)
     alpha = _solved(newer, ro * -(s @ g), upper=True)
@@ -59,6 +60,7 @@ def rule(
     size = slots["ro"].shape[0]
     known = min(size, most((slots["ro"] > 0).sum(), size))
     memory = [slots[key][size - known :] for key in ("old_dirs", "old_stps", "ro")]
+    products = memory[1] @ memory[0].T
     f = loss(x).to(x.dtype)
     evals = torch.ones_like(n_iter)
     done = _largest(g) <= tolerance_grad
@@ -71,12 +73,13 @@ def rule(
         ys, yy = y @ s, y @ y
         curved = ~done & (ys > _CURVED)
         ys = where(curved, ys, 1.0)
+        products = _bordered(products, memory[1] @ y, memory[0] @ s, ys, curved, size)
         memory = [
             _pushed(rows, row, curved, size)
             for rows, row in zip(memory, (y, s, 1 / ys), strict=True)
         ]
         scale = where(curved, ys / where(curved, yy, 1.0), scale)
-        way = direction(g, *memory, scale)
+        way = direction(g, *memory, products, scale)
         if moves is not None:
             way = where(moves, way, 0.0)
         d, last_g, last_f = (
@@ -144,9 +147,21 @@ def _largest(x: Tensor) -> Tensor:
 
 def _pushed(rows: Tensor, row: Tensor, new: Tensor, size: int) -> Tensor:
     """The rows and, where it is ``new``, the row after them; the last ``size``."""
+    if everywhere(~new):
+        return rows
     row = row[None]
     longer = torch.cat([rows, row])[-size:]
+    if everywhere(new):  # which spares two copies of a long history
+        return longer
     return torch.where(new, longer, torch.cat([torch.zeros_like(row), rows])[-size:])
+
+
+def _bordered(
+    products: Tensor, right: Tensor, below: Tensor, corner: Tensor, new: Tensor, size: int
+) -> Tensor:
+    """The products of rows that are `_pushed`."""
+    columns = _pushed(products.T, right, new, size).T
+    return _pushed(columns, torch.cat([below, corner[None]])[-size:], new, size)
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:
