@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from funcopt import complex_leaves, tree
+from funcopt import tree
 from funcopt.checks import check_leaves, check_params, check_state
 from funcopt.complex_leaves import parts
 from funcopt.errors import (
@@ -118,21 +118,10 @@ def flat(
 
         def merged(x: Tensor) -> Tree:
             """The tree whose leaves with a gradient are parts of x."""
-            reals = [None if leaf is None else parts(leaf) for leaf in p]
-            sizes = [leaf.numel() for leaf in reals if leaf is not None]
+            sizes = [parts(leaf).numel() for leaf in p if leaf is not None]
             pieces = iter(x.split(sizes))
-            new: list[Any] = [None if leaf is None else next(pieces) for leaf in reals]
-            new = [
-                # A complex number cannot begin anywhere in memory: its parts are cloned.
-                leaf
-                if leaf is None
-                else (new[i].clone() if p[i].is_complex() else new[i])
-                .view(leaf.shape)
-                .to(leaf.dtype)
-                for i, leaf in enumerate(reals)
-            ]
-            whole = complex_leaves.rejoined(new, p)
-            chosen = [p[i] if g[i] is None else leaf for i, leaf in enumerate(whole)]
+            new = [leaf if leaf is None else _like(next(pieces), leaf) for leaf in p]
+            chosen = [p[i] if g[i] is None else leaf for i, leaf in enumerate(new)]
             return tree.unflatten(structure, chosen)
 
         moves = None
@@ -186,9 +175,18 @@ def _vector(
     return torch.cat(pieces) if pieces else torch.zeros(0, **like)
 
 
-def _reals(x: Tensor) -> Tensor:
-    """The parts of a complex leaf, not in its memory: nor is then their gradient."""
-    return torch.stack([x.real, x.imag], -1) if x.is_complex() else x
+# A complex number cannot begin anywhere in memory, as its parts in the vector do: they
+# are copied, and not viewed, for the sake of their gradients, too.
+
+
+def _reals(leaf: Tensor) -> Tensor:
+    return torch.stack([leaf.real, leaf.imag], -1) if leaf.is_complex() else leaf
+
+
+def _like(piece: Tensor, leaf: Tensor) -> Tensor:
+    """The part of the vector that is the leaf's, in its form."""
+    piece = piece.view(parts(leaf).shape).to(parts(leaf).dtype)
+    return torch.complex(*piece.unbind(-1)) if leaf.is_complex() else piece
 
 
 def _check_slots(

@@ -241,6 +241,8 @@ def test_derivatives_are_those_of_the_steps(problem: str, search: Any):
 
     inputs = [torch.tensor(rate).double(), *(leaf.clone() for leaf in leaves)]
     assert torch.autograd.gradcheck(two, [x.requires_grad_() for x in inputs])
+    if problem == "complex":
+        return  # jacrev takes real inputs only
     inputs = [x.detach() for x in inputs]
     every = tuple(range(len(inputs)))
     backward, forward = jacrev(two, every)(*inputs), jacfwd(two, every)(*inputs)
