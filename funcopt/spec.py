@@ -32,6 +32,9 @@ class Spec:
     matrices: bool = False  #: whether a leaf must have two axes
     totals: Sequence[Totals] = ()
     evaluated: Callable[..., Any] | None = None
+    #: what is done with a sparse gradient: "" refuses it, "rows" steps what it names,
+    #: "dense" makes it dense; "only" steps what it names, and refuses dense ones
+    sparse: str = ""
 
     @property
     def norms_only(self) -> bool:

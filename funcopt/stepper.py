@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from funcopt import complex_leaves, tree
+from funcopt import complex_leaves, sparse_rows, tree
 from funcopt.checks import (
     FormOf,
     check_leaves,
@@ -63,6 +63,8 @@ class Stepper:
             if callable(first) and not spec.norms_only
         }
         self.lanes: dict[tree.Structure, Known[Lane]] = {}
+        #: what steps the entries of a sparse gradient
+        self.lazy = Stepper(replace(spec, sparse="")) if spec.sparse else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies make lanes of their own."""
@@ -112,6 +114,12 @@ class Stepper:
             for slot in self.trees
         }
         live = _live(g, p)
+        if self.lazy is not None:
+            if self.spec.sparse == "only":
+                sparse_rows.check_all(g, structure, self.spec.name)
+            if sparse_rows.are_among(g):
+                given = {"execution": execution, **overrides}
+                return self._lazily(g, p, structure, state, trees, donate, given)
         check_leaves(g, p, trees, live, structure, self.forms)
         old = {
             slot: levels.scalars_of(state[slot]) if self.scalar[slot] else trees[slot]
@@ -150,6 +158,37 @@ class Stepper:
             self.lanes.setdefault(structure, Known()).put(tensors, lane)
         columns = _merge((p, *old.values()), columns, live)
         return self._result(structure, params, state, columns, steps, donate)
+
+    def _lazily(
+        self,
+        grads: list[Any],
+        params: list[Any],
+        structure: tree.Structure,
+        state: State,
+        slots: dict[str, list[Any]],
+        donate: bool,
+        given: dict[str, Any],
+    ) -> tuple[Tree, State]:
+        """A step by gradients of which some are sparse."""
+        decay = given.get("weight_decay", self.hypers.arguments.get("weight_decay", 0.0))
+        grads = sparse_rows.check(grads, params, structure, decay)
+        here = [p if sparse_rows.are_among([g]) else g for g, p in zip(grads, params)]
+        check_leaves(here, params, slots, _live(grads, params), structure, self.forms)
+        assert self.lazy is not None
+        if self.spec.sparse == "dense":
+            whole = [g.to_dense() if sparse_rows.are_among([g]) else g for g in grads]
+            trees = [tree.unflatten(structure, x) for x in (whole, params)]
+            return self.lazy.update(trees[0], state, trees[1], donate=donate, **given)
+        p, new = sparse_rows.step(
+            self.lazy.update, grads, params, state, slots, structure, donate, given
+        )
+        if donate:
+            for key in self.vectors:
+                state[key].copy_(new[key])
+            return tree.unflatten(structure, p), state
+        for slot in slots:
+            new[slot] = tree.unflatten(structure, new[slot])
+        return tree.unflatten(structure, p), new
 
     def eval_params(self, state: State, params: Tree) -> Tree:
         """What to evaluate with; see `Optimizer`. No derivative is lost."""

@@ -64,6 +64,7 @@ FLOORS = {
     "funcopt.execution.dispatch": 3,
     "funcopt.execution": 3.5,
     "funcopt.spec": 3.9,
+    "funcopt.sparse_rows": 3.9,
     "funcopt.stepper": 4,
     "funcopt.optimizer": 4.5,
     "funcopt.flat": 4.7,

@@ -130,7 +130,11 @@ ASK_FOR_THE_LOSS = {"lbfgs": "test_lbfgs.py"}
 
 
 def test_every_optimizer_has_a_row():
-    names = [*(row.name for row in ROWS), *ASK_FOR_THE_LOSS]
+    names = [
+        *(row.name for row in ROWS),
+        *ASK_FOR_THE_LOSS,
+        "sparse_adam",
+    ]  # test_sparse.py
     assert sorted(names) == sorted(optimizers.__all__)
     for name, file in ASK_FOR_THE_LOSS.items():
         assert f"fo.{name}(" in Path(__file__).with_name(file).read_text()
@@ -138,7 +142,7 @@ def test_every_optimizer_has_a_row():
 
 
 IN_TORCH = [(row.factory, row.twin) for row in ROWS if in_torch(row)]
-IN_TORCH += [(fo.lbfgs, torch.optim.LBFGS)]
+IN_TORCH += [(fo.lbfgs, torch.optim.LBFGS), (fo.sparse_adam, torch.optim.SparseAdam)]
 
 
 @pytest.mark.parametrize("ours, theirs", IN_TORCH, ids=lambda x: x.__name__)

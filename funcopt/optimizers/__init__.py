@@ -33,6 +33,7 @@ from funcopt.optimizers.sgld import sgld
 from funcopt.optimizers.shampoo import shampoo
 from funcopt.optimizers.signsgd import signsgd, signum
 from funcopt.optimizers.sophia_g import sophia_g
+from funcopt.optimizers.sparse_adam import sparse_adam
 from funcopt.optimizers.yogi import yogi
 
 __all__ = [
@@ -71,5 +72,6 @@ __all__ = [
     "signsgd",
     "signum",
     "sophia_g",
+    "sparse_adam",
     "yogi",
 ]

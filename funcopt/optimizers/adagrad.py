@@ -4,8 +4,9 @@ from functools import partial
 from typing import Any
 
 from funcopt.hyper import Hyper
-from funcopt.optimizer import Optimizer, elementwise
+from funcopt.optimizer import Optimizer, from_spec
 from funcopt.optimizers._parts import Number, coupled_decay, filled, root
+from funcopt.spec import Spec
 from funcopt.types import HyperValue, Tensor
 
 
@@ -77,14 +78,17 @@ def adagrad(
         tensor([ 0.6977, -0.0102])
     """
     start = filled("initial_accumulator_value", initial_accumulator_value)
-    return elementwise(
-        partial(rule, maximize=maximize),
-        name="adagrad",
-        slots={"sum": start},
-        hyper={
-            "lr": Hyper(lr),
-            "lr_decay": Hyper(lr_decay),
-            "weight_decay": Hyper(weight_decay),
-            "eps": Hyper(eps),
-        },
+    return from_spec(
+        Spec(
+            partial(rule, maximize=maximize),
+            "adagrad",
+            {"sum": start},
+            {
+                "lr": Hyper(lr),
+                "lr_decay": Hyper(lr_decay),
+                "weight_decay": Hyper(weight_decay),
+                "eps": Hyper(eps),
+            },
+            sparse="rows",
+        )
     )

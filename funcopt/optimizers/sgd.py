@@ -7,7 +7,7 @@ import torch
 
 from funcopt.errors import HyperparameterError
 from funcopt.hyper import Hyper
-from funcopt.optimizer import Optimizer, elementwise
+from funcopt.optimizer import Optimizer, from_spec
 from funcopt.optimizers._parts import (
     Number,
     coupled_decay,
@@ -15,6 +15,7 @@ from funcopt.optimizers._parts import (
     where,
     zero_everywhere,
 )
+from funcopt.spec import Spec
 from funcopt.types import HyperValue, Tensor
 
 
@@ -109,16 +110,19 @@ def sgd(
             f"dampening={dampening}"
         )
     if zero_everywhere(momentum):
-        return elementwise(
-            partial(rule, maximize=maximize), name="sgd", slots={}, hyper=common
+        return from_spec(
+            Spec(partial(rule, maximize=maximize), "sgd", {}, common, sparse="rows")
         )
-    return elementwise(
-        partial(momentum_rule, nesterov=nesterov, maximize=maximize),
-        name="sgd",
-        slots={"momentum_buffer": torch.zeros_like},
-        hyper={
-            **common,
-            "momentum": Hyper(momentum),
-            "dampening": Hyper(dampening, low=float("-inf")),
-        },
+    return from_spec(
+        Spec(
+            partial(momentum_rule, nesterov=nesterov, maximize=maximize),
+            "sgd",
+            {"momentum_buffer": torch.zeros_like},
+            {
+                **common,
+                "momentum": Hyper(momentum),
+                "dampening": Hyper(dampening, low=float("-inf")),
+            },
+            sparse="dense",
+        )
     )

@@ -1,0 +1,110 @@
+"""A sparse gradient steps the entries that it names, by the rule of whole leaves."""
+
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, TypeAlias
+
+import torch
+
+from funcopt import select, tree
+from funcopt.errors import HyperparameterError, LeafError, StructureError
+from funcopt.execution import donation
+from funcopt.types import State, Tensor, Tree
+
+At: TypeAlias = tuple[Tensor, ...] | None  #: which entries; None is all of a leaf
+
+
+def are_among(grads: Sequence[Any]) -> bool:
+    """Whether a gradient is sparse."""
+    return any(isinstance(g, Tensor) and g.layout is torch.sparse_coo for g in grads)
+
+
+def check_all(grads: Sequence[Any], structure: tree.Structure, name: str) -> None:
+    """Each gradient must be sparse."""
+    for i, g in enumerate(grads):
+        if g is not None and not are_among([g]):
+            raise LeafError(
+                f"grads at '{tree.paths(structure)[i]}' is dense, and {name} takes "
+                "sparse ones (torch.sparse_coo, as nn.Embedding(sparse=True) gives); "
+                "give dense ones to fo.adam, by fo.partition"
+            )
+
+
+def check(
+    grads: Sequence[Any],
+    params: Sequence[Any],
+    structure: tree.Structure,
+    weight_decay: Any,
+) -> list[Any]:
+    """The gradients coalesced; raises unless they fit their parameters."""
+    decays = select.values(weight_decay)
+    if not all(isinstance(value, Real) and value == 0 for value in decays):
+        raise HyperparameterError(
+            "weight_decay moves every number of a leaf and a sparse gradient only some: "
+            "leave it out, or give .to_dense()"
+        )
+    found = list(grads)
+    for i, (g, p) in enumerate(zip(grads, params)):
+        if not are_among([g]) or not isinstance(p, Tensor):
+            continue  # others are looked at with the slots
+        where = f"grads at '{tree.paths(structure)[i]}'"
+        if g.shape != p.shape:
+            raise StructureError(
+                f"{where} has shape {tuple(g.shape)}, its parameter {tuple(p.shape)}"
+            )
+        if (g.dtype, g.device) != (p.dtype, p.device) or not g.sparse_dim():
+            raise LeafError(
+                f"{where} is {g.dtype} on {g.device} with {g.sparse_dim()} sparse axes, "
+                f"its parameter is {p.dtype} on {p.device}; cast, move or give "
+                ".to_dense()"
+            )
+        found[i] = g.coalesce()
+    return found
+
+
+def step(
+    update: Callable[..., tuple[Tree, State]],
+    grads: Sequence[Any],
+    params: Sequence[Any],
+    state: State,
+    slots: Mapping[str, Sequence[Any]],
+    structure: tree.Structure,
+    donate: bool,
+    given: Mapping[str, Any],
+) -> tuple[list[Any], dict[str, Any]]:
+    """New parameters, and a new state with lists for trees.
+
+    ``update`` is given the entries that gradients name as if they were the leaves.
+    """
+    at = [g.indices().unbind() if are_among([g]) else None for g in grads]
+    values = [g if i is None else g.values() for g, i in zip(grads, at)]
+    if donate:
+        columns = [[x for x in c if x is not None] for c in (params, *slots.values())]
+        hyper = [x for value in given.values() for x in tree.leaves(value)]
+        donation.check([g for g in values if g is not None], columns, hyper)
+
+    def few(column: Sequence[Any]) -> Tree:
+        picked = [x if i is None else x[i] for x, i in zip(column, at)]
+        return tree.unflatten(structure, picked)
+
+    some = {**state, **{slot: few(column) for slot, column in slots.items()}}
+    p, new = update(tree.unflatten(structure, values), some, few(params), **given)
+    put = _written if donate else _replaced
+    made = {
+        slot: put(column, tree.leaves(new[slot]), at) for slot, column in slots.items()
+    }
+    return put(params, tree.leaves(p), at), {**new, **made}
+
+
+def _replaced(old: Sequence[Any], new: Sequence[Any], at: Sequence[At]) -> list[Any]:
+    return [y if i is None else x.index_put(i, y) for x, y, i in zip(old, new, at)]
+
+
+def _written(old: Sequence[Any], new: Sequence[Any], at: Sequence[At]) -> list[Any]:
+    with torch.no_grad():
+        for x, y, i in zip(old, new, at):
+            if i is not None:
+                x.index_put_(i, y)
+            elif x is not y:
+                x.copy_(y)
+    return list(old)

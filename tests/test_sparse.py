@@ -1,0 +1,169 @@
+"""Sparse gradients: the numbers of torch.optim, entries that are not named untouched."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trees import assert_close
+
+import funcopt as fo
+from funcopt.types import Tree
+
+STEPS, ROWS = 30, 7
+Twin = Callable[..., torch.optim.Optimizer]
+
+#: torch.optim makes some in a way of which torch warns
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+coo = partial(torch.sparse_coo_tensor, check_invariants=True)
+
+CASES: list[tuple[Callable[..., fo.Optimizer], Twin, dict[str, Any]]] = [
+    (fo.sgd, torch.optim.SGD, {}),
+    (fo.sgd, torch.optim.SGD, {"maximize": True}),
+    (fo.sgd, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}),
+    (fo.sgd, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    (fo.adagrad, torch.optim.Adagrad, {"lr_decay": 0.1}),
+    (fo.adagrad, torch.optim.Adagrad, {"initial_accumulator_value": 0.1, "eps": 0.01}),
+    (fo.sparse_adam, torch.optim.SparseAdam, {}),
+    (fo.sparse_adam, torch.optim.SparseAdam, {"maximize": True, "betas": (0.8, 0.9)}),
+]
+each = pytest.mark.parametrize("factory, twin, flags", CASES)
+
+
+def sparse_grads(step: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Rows, some of them twice, and single elements; other ones at each step."""
+    generator = torch.Generator().manual_seed(step)
+    count = step % 5  # none at all, too
+    rows = torch.randint(ROWS, (1, count), generator=generator)
+    values = torch.randn(count, 3, generator=generator, dtype=dtype)
+    spots = torch.randint(3, (2, 4), generator=generator)
+    numbers = torch.randn(4, generator=generator, dtype=dtype)
+    return {
+        "rows": coo(rows, values, (ROWS, 3)),
+        "spots": coo(spots, numbers, (3, 3)),
+    }
+
+
+def start(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(99)
+    shapes = {"rows": (ROWS, 3), "spots": (3, 3)}
+    return {
+        key: torch.randn(shape, generator=generator, dtype=dtype)
+        for key, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str
+)
+@each
+def test_trajectory(
+    factory: Callable[..., fo.Optimizer],
+    twin: Twin,
+    flags: dict[str, Any],
+    dtype: torch.dtype,
+    tolerance: float,
+    donate: bool,
+):
+    opt, params = factory(lr=0.1, **flags), start(dtype)
+    copies = {key: p.clone() for key, p in params.items()}
+    theirs = twin([*copies.values()], lr=0.1, **flags)
+    state = opt.init(params)
+    for step in range(STEPS):
+        grads = sparse_grads(step, dtype)
+        for key, copy in copies.items():
+            copy.grad = grads[key].clone()
+        theirs.step()
+        old = {key: p.clone() for key, p in params.items()}
+        new, state = opt.update(grads, state, params, donate=donate)
+        assert (new["rows"] is params["rows"]) == donate
+        if not donate:
+            assert all(torch.equal(params[key], old[key]) for key in old)
+        params = new
+        assert_close(params, copies, tolerance)
+    for slot in state.keys() - {"step"}:
+        held = {key: theirs.state[copy][slot] for key, copy in copies.items()}
+        held = {k: x.to_dense() for k, x in held.items()}
+        assert_close(state[slot], held, tolerance)
+    assert state["step"].tolist() == [STEPS] * 2
+
+
+@each
+def test_what_is_not_named_is_not_touched(
+    factory: Callable[..., fo.Optimizer], twin: Twin, flags: dict[str, Any]
+):
+    if "momentum" in flags:
+        pytest.skip("momentum goes on everywhere")
+    opt, p = factory(lr=0.1, **flags), start()["rows"]
+    g = coo(torch.tensor([[1, 4, 1]]), torch.ones(3, 3).double(), p.shape)
+    new, state = opt.update(g, opt.init(p), p)
+    assert (new != p).any(1).nonzero().flatten().tolist() == [1, 4]
+    first = opt.init(p)
+    for slot in state.keys() - {"step"}:
+        changed = (state[slot] != first[slot]).any(1)
+        assert changed.nonzero().flatten().tolist() == [1, 4]
+
+
+def test_dense_and_sparse_and_none():
+    opt, params = fo.adagrad(lr=0.1), {**start(), "dense": torch.ones(2), "no": None}
+    params["gap"] = torch.ones(2)
+    grads: Tree = {**sparse_grads(3), "dense": torch.ones(2), "no": None, "gap": None}
+    plain = {k: g if g is None else g.to_dense() for k, g in grads.items()}
+    found = opt.update(grads, opt.init(params), params)
+    expected = opt.update(plain, opt.init(params), params)
+    assert_close(found[0], expected[0], 1e-15)
+    assert_close(found[1]["sum"], expected[1]["sum"], 1e-15)
+    assert found[0]["gap"] is params["gap"]
+    assert found[1]["step"].tolist() == expected[1]["step"].tolist()
+
+
+@pytest.mark.parametrize("factory", [fo.sgd, fo.adagrad, fo.sparse_adam])
+def test_derivative(factory: Callable[..., fo.Optimizer]):
+    """By parameter, value and rate."""
+    opt = factory(lr=0.1, eps=0.1) if factory is not fo.sgd else fo.sgd()
+    at = torch.tensor([[0, 2]])
+
+    def end(p: Tensor, values: Tensor, lr: Tensor) -> Tensor:
+        state = opt.init(p)
+        for _ in range(2):
+            g = coo(at, values * p[at[0]], p.shape)
+            p, state = opt.update(g, state, p, lr=lr)
+        return p
+
+    inputs = [torch.rand(4, 2), torch.rand(2, 2) + 1, torch.tensor(0.1)]
+    inputs = [x.double().requires_grad_() for x in inputs]
+
+    assert torch.autograd.gradcheck(end, inputs)
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda p, g: fo.adagrad(weight_decay=0.1), fo.HyperparameterError, "to_dense"),
+        (lambda p, g: fo.sgd(weight_decay=0.1), fo.HyperparameterError, "weight_decay"),
+        (lambda p, g: fo.adam(), fo.LeafError, "to_dense"),
+        (lambda p, g: fo.rmsprop(), fo.LeafError, "to_dense"),
+    ],
+)
+def test_refused(call: Any, error: type[Exception], words: str):
+    p, g = start(), sparse_grads(3)
+    opt = call(p, g)
+    with pytest.raises(error, match=words):
+        opt.update(g, opt.init(p), p)
+
+
+def test_misfits():
+    p, opt = start(), fo.sparse_adam()
+    grads, state = sparse_grads(3), fo.sparse_adam().init(p)
+    with pytest.raises(fo.LeafError, match="'rows' is dense.*sparse_adam"):
+        opt.update({**grads, "rows": p["rows"]}, state, p)
+    with pytest.raises(fo.StructureError, match=r"shape \(3, 3\)"):
+        opt.update({**grads, "rows": grads["spots"]}, state, p)
+    with pytest.raises(fo.LeafError, match="float32"):
+        opt.update({**grads, "rows": grads["rows"].float()}, state, p)
+    p["rows"].requires_grad_()
+    with pytest.raises(fo.FuncoptError, match="donate"):
+        opt.update(grads, state, p, donate=True)
