@@ -70,6 +70,12 @@ class Case:
         ]
         return "-".join([self.row.name, *words])
 
+    @property
+    def together(self) -> bool:
+        """Whether what a leaf does depends on the others: sums over the tree."""
+        spec = self.optimizer().spec
+        return bool(spec and spec.totals)
+
     def optimizer(self, **hyper: Any) -> fo.Optimizer:
         return self.row.factory(**{"lr": self.row.floats["lr"], **self.flags, **hyper})
 
