@@ -375,6 +375,22 @@ def test_a_leaf_without_a_gradient_stays(name: str):
     assert tree.leaves(new)[1] is not tree.leaves(params)[1]
 
 
+def test_an_optimizer_that_asks_for_the_loss():
+    """It is asked at the parameters; stages are for the gradients that are given."""
+    params = {"w": torch.tensor([2.0, -1.0]).double()}
+
+    def loss_fn(p: Any) -> Tensor:
+        return (p["w"] ** 2).sum()
+
+    for inner in (fo.lbfgs(max_iter=2), fo.sam(fo.sgd(lr=0.1))):
+        opt = fo.chain(fo.zero_nans(), inner, fo.ema(0.5))
+        grads = grad(loss_fn)(params)
+        new, _ = opt.update(grads, opt.init(params), params, loss_fn=loss_fn)
+        plain, _ = inner.update(grads, inner.init(params), params, loss_fn=loss_fn)
+        assert_same(new, plain)
+        assert loss_fn(new) < loss_fn(params)
+
+
 def test_the_stages_of_a_chain_of_chains_keep_their_place():
     inner = fo.chain(fo.clip_by_value(0.5), fo.sgd(lr=0.1))
     outer = fo.chain(fo.add_decayed_weights(0.2), inner, fo.ema(0.5))

@@ -5,7 +5,6 @@ from typing import Any
 from funcopt import tree
 from funcopt.errors import HyperparameterTypeError, StructureError
 from funcopt.execution import donation
-from funcopt.hyper import unknown
 from funcopt.optimizer import Optimizer, from_spec
 from funcopt.transforms.stage import GradientStage, ParameterStage, Stage, joined
 from funcopt.types import HyperValue, State, Tree
@@ -96,6 +95,9 @@ def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> 
             links[key] = from_spec(joined(sides[0], None, sides[1], name, hyper))
             hyper |= links[key].hyper
 
+    # What no link has is the optimizer's to know, as the loss_fn of `lbfgs`, or to refuse.
+    owner = {name: key for key, link in links.items() for name in link.hyper}
+
     def init(params: Tree) -> State:
         return {key: link.init(params) for key, link in links.items()}
 
@@ -108,9 +110,6 @@ def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> 
         execution: str | None = None,
         **overrides: HyperValue,
     ) -> tuple[Tree, State]:
-        for key in overrides:
-            if key not in hyper:
-                raise unknown(key, hyper, name)
         if not isinstance(state, dict) or state.keys() != links.keys():
             raise StructureError(
                 f"{name} keeps a state for each of {sorted(links)}; this one is another "
@@ -124,7 +123,9 @@ def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> 
             """A link's step, of the leaves that have a gradient."""
             if key not in links:
                 return values
-            given = {k: v for k, v in overrides.items() if k in links[key].hyper}
+            given = {
+                k: v for k, v in overrides.items() if owner.get(k, "optimizer") == key
+            }
             made, new_state[key] = links[key].update(
                 values, state[key], old, execution=execution, **given
             )
