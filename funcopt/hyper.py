@@ -191,7 +191,12 @@ class Hypers:
 
 
 def _interned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, one object for those that are equal: so executors know which share."""
+    """The rows, one object for those that are equal: so executors know which share.
+
+    Not for a compiler: it would make a graph for each tensor that it saw the id of.
+    """
+    if torch.compiler.is_compiling():
+        return rows
     known: dict[Any, dict[str, Any]] = {}
     return [known.setdefault(tuple(map(_identity, row.values())), row) for row in rows]
 

@@ -34,10 +34,16 @@ def check(
     grads: Sequence[Any],
     params: Sequence[Any],
     structure: tree.Structure,
-    weight_decay: Any,
+    hyper: Mapping[str, Any],
 ) -> list[Any]:
     """The gradients coalesced; raises unless they fit their parameters."""
-    decays = select.values(weight_decay)
+    for name, value in hyper.items():
+        if any(isinstance(x, Tensor) and x.ndim for x in select.values(value)):
+            raise HyperparameterError(
+                f"{name} has a value for each element, and a sparse gradient is of some: "
+                "give a number for a leaf, or .to_dense()"
+            )
+    decays = select.values(hyper.get("weight_decay", 0.0))
     if not all(isinstance(value, Real) and value == 0 for value in decays):
         raise HyperparameterError(
             "weight_decay moves every number of a leaf and a sparse gradient only some: "

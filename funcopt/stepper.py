@@ -170,8 +170,9 @@ class Stepper:
         given: dict[str, Any],
     ) -> tuple[Tree, State]:
         """A step by gradients of which some are sparse."""
-        decay = given.get("weight_decay", self.hypers.arguments.get("weight_decay", 0.0))
-        grads = sparse_rows.check(grads, params, structure, decay)
+        own = {k: v for k, v in given.items() if k in self.hypers.declared}
+        hyper = {**self.hypers.arguments, **own}
+        grads = sparse_rows.check(grads, params, structure, hyper)
         here = [p if sparse_rows.are_among([g]) else g for g, p in zip(grads, params)]
         check_leaves(here, params, slots, _live(grads, params), structure, self.forms)
         assert self.lazy is not None

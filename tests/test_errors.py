@@ -872,6 +872,11 @@ COMPOSED = [
         ("alpha of 2", lambda x: fo.chain(SGD, fo.lookahead(2, 2.0)), "alpha", "[0, 1]"),
         ("no calls", lambda x: fo.accumulate(SGD, 0), "k", "0"),
         ("True calls", lambda x: fo.accumulate(SGD, True), "k", "True"),
+        ("rates of elements, of which few have a gradient",
+         lambda x: SGD.update(
+             {**x.grads, "scale": torch.ones(4).to_sparse()}, SGD.init(x.params),
+             x.params, lr={"layer": 0.1, "scale": torch.ones(4)}),
+         "lr", "each element", "to_dense"),
         ("negative rho", lambda x: fo.sam(SGD, rho=-1.0), "rho", "-1"),
         ("no iterations", lambda x: fo.lbfgs(max_iter=0), "max_iter", "≥ 1", "0"),
         ("half an iteration", lambda x: fo.lbfgs(max_iter=0.5), "max_iter", "0.5"),  # pyright: ignore[reportArgumentType]

@@ -49,6 +49,11 @@ def spread(hyper: Any) -> list[Any]:
 PRECISION = {torch.float64: 1e-14, torch.float32: 1e-6}
 
 
+def precision(case: Case, dtype: torch.dtype) -> float:
+    """Of a batch and a loop; as many times more as the row's sums of products need."""
+    return PRECISION[dtype] * case.row.rounding / PRECISION[torch.float64]
+
+
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_vmap_is_a_loop(case: Case, dtype: torch.dtype):
@@ -57,7 +62,7 @@ def test_vmap_is_a_loop(case: Case, dtype: torch.dtype):
     rows = tasks(case, dtype)
     expected = stack([opt.update(*row) for row in rows])
     result = vmap(opt.update)(*stack(rows))
-    assert_close(result, expected, PRECISION[dtype])
+    assert_close(result, expected, precision(case, dtype))
     start = stack([params for _, _, params in rows])
     assert_moved(result[0], start, everywhere=case.row.moves)
 
@@ -72,10 +77,12 @@ def test_vmap_with_hyperparameters_of_each_task(case: Case, dtype: torch.dtype):
         return opt.update(*row, **hyper)
 
     expected = stack([update(row, hyper) for row, hyper in zip(rows, values)])
-    assert_close(vmap(update)(stack(rows), stack(values)), expected, PRECISION[dtype])
+    assert_close(
+        vmap(update)(stack(rows), stack(values)), expected, precision(case, dtype)
+    )
     shared = stack([update(row, values[1]) for row in rows])
     found = vmap(update, in_dims=(0, None))(stack(rows), values[1])
-    assert_close(found, shared, PRECISION[dtype])
+    assert_close(found, shared, precision(case, dtype))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

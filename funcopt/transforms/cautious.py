@@ -57,5 +57,12 @@ def cautious(opt: Optimizer, *, maximize: bool = False) -> Optimizer:
 
     name = f"cautious({spec.name})"
     return from_spec(
-        replace(spec, rule=rule, name=name, elementwise=False, norms=spec.norms_only)
+        replace(
+            spec,
+            rule=rule,
+            name=name,
+            elementwise=False,
+            norms=spec.norms_only,
+            sparse="",  # the mean is over all of a leaf
+        )
     )

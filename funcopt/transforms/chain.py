@@ -85,7 +85,8 @@ def _name(link: Any) -> str:
 
 def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> Optimizer:
     """The links one by one, for an optimizer that is more than one rule."""
-    links = {"optimizer": opt}
+    main = "optimizer"
+    links = {main: opt}
     hyper: dict[str, HyperValue] = dict(opt.hyper)
     for key, specs, sides in (
         ("gradient_stages", before, (before, [])),
@@ -95,7 +96,7 @@ def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> 
             links[key] = from_spec(joined(sides[0], None, sides[1], name, hyper))
             hyper |= links[key].hyper
 
-    # What no link has is the optimizer's to know, as the loss_fn of `lbfgs`, or to refuse.
+    # What no link has is the optimizer's to know (lbfgs has a loss_fn), or to refuse.
     owner = {name: key for key, link in links.items() for name in link.hyper}
 
     def init(params: Tree) -> State:
@@ -123,9 +124,7 @@ def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> 
             """A link's step, of the leaves that have a gradient."""
             if key not in links:
                 return values
-            given = {
-                k: v for k, v in overrides.items() if owner.get(k, "optimizer") == key
-            }
+            given = {k: v for k, v in overrides.items() if owner.get(k, main) == key}
             made, new_state[key] = links[key].update(
                 values, state[key], old, execution=execution, **given
             )
