@@ -197,6 +197,7 @@ def test_finite_at_a_dead_unit(case: Case, start: str, dtype: torch.dtype):
     assert slopes["hyper"]["lr"] != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_finite_at_every_size_of_gradient(case: Case, dtype: torch.dtype):
