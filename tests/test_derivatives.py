@@ -250,6 +250,7 @@ CORNERS: dict[str, tuple[fo.Optimizer, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("corner", CORNERS)
 def test_finite_in_the_corners(corner: str, dtype: torch.dtype):

@@ -234,7 +234,11 @@ def test_half_precision(case: Case, dtype: torch.dtype):
     run.assert_moved()
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_half_precision_is_a_float32_step_rounded_once(case: Case, dtype: torch.dtype):
     """Zero gradients too: in float16 eps would be nothing, and 0/0 the step."""

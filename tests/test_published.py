@@ -20,7 +20,11 @@ RUNS = [
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize("record, run", RUNS)
 def test_trajectory(record: dict[str, Any], run: dict[str, Any], dtype: torch.dtype):
     opt = getattr(fo, record["optimizer"])(**run["arguments"])
