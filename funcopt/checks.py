@@ -48,8 +48,8 @@ def check_matrices(leaves: Sequence[Any], structure: tree.Structure, name: str) 
         if leaf is not None and leaf.ndim != 2:
             raise StructureError(
                 f"{name} takes matrices, but params['{tree.paths(structure)[i]}'] has "
-                f"shape {tuple(leaf.shape)}; give the others to another optimizer, by "
-                f"fo.partition({{'matrices': fo.{name}(), 'others': fo.adamw()}}, labels)"
+                f"shape {tuple(leaf.shape)}; give it to another optimizer, by "
+                "fo.partition({'matrices': ..., 'others': ...}, labels)"
             )
 
 

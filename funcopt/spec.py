@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from funcopt.hyper import Hyper
 from funcopt.types import RuleFunction, SlotStart, Tensor
@@ -34,18 +34,9 @@ class Spec:
     evaluated: Callable[..., Any] | None = None
     #: what is done with a sparse gradient: "" refuses it, "rows" steps what it names,
     #: "dense" makes it dense; "only" steps what it names, and refuses dense ones
-    sparse: str = ""
+    sparse: Literal["", "rows", "dense", "only"] = ""
 
     @property
-    def norms_only(self) -> bool:
-        """Whether elements of a leaf meet in sums over it, or nowhere."""
+    def traceable(self) -> bool:
+        """Whether it does the same whatever a leaf's shape, as a kernel does."""
         return self.elementwise or self.norms
-
-    @property
-    def arguments(self) -> list[str]:
-        """The rule's keywords but for the step and the totals."""
-        return [
-            argument
-            for name, hyper in self.hyper.items()
-            for argument in hyper.parts or (name,)
-        ]

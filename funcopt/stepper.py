@@ -49,7 +49,7 @@ class Stepper:
             name = f"{spec.name}'s {', '.join(totals)}"
             measure = _together([*totals.values()])
             rule = Rule(
-                measure, name, scalar, arguments, False, spec.norms_only, len(totals)
+                measure, name, scalar, arguments, False, spec.traceable, len(totals)
             )
             self.measures.append(([*totals], rule))
             arguments = (*arguments, *totals)
@@ -60,7 +60,7 @@ class Stepper:
         self.forms = {
             slot: FormOf(first)
             for slot, first in slots.items()
-            if callable(first) and not spec.norms_only
+            if callable(first) and not spec.traceable
         }
         self.lanes: dict[tree.Structure, Known[Lane]] = {}
         #: what steps the entries of a sparse gradient

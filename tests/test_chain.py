@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from row import Case
+from table import ENDS
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 from trees import assert_close, assert_moved, assert_same, mixed, random_like, small
@@ -237,6 +239,24 @@ def test_noise_fades_and_is_asked_for():
         assert_close(p, -size * noise, 1e-7)
     with pytest.raises(fo.HyperparameterError, match="normal_like"):
         opt.update(torch.zeros(3), state, p)
+
+
+@pytest.mark.parametrize("case", ENDS, ids=str)
+def test_a_stage_that_does_nothing_changes_nothing(case: Case):
+    """Around every rule of the table, whatever it asks of its leaves."""
+    params = case.mixed()
+    inner = case.optimizer(**case.floats())
+    opt = fo.chain(fo.clip_by_value(1e9), inner, fo.ema(0.5))
+    expected = steps(inner, params, 3, execution="reference")
+    found, state = steps(opt, params, 3, execution="reference")
+    assert_same(found, expected[0])
+    assert_same({k: v for k, v in state.items() if k != "ema"}, expected[1])
+
+
+def test_a_chain_asks_of_leaves_what_its_optimizer_asks():
+    opt = fo.chain(fo.clip_by_global_norm(1.0), fo.muon())
+    with pytest.raises(fo.StructureError, match="takes matrices.*'bias'.*partition"):
+        opt.init({"weight": torch.ones(2, 2), "bias": torch.ones(2)})
 
 
 def test_clipping_costs_a_read_more_and_no_write():

@@ -62,7 +62,7 @@ def cautious(opt: Optimizer, *, maximize: bool = False) -> Optimizer:
             rule=rule,
             name=name,
             elementwise=False,
-            norms=spec.norms_only,
+            norms=spec.traceable,
             sparse="",  # the mean is over all of a leaf
         )
     )

@@ -139,7 +139,7 @@ def joined(
         names.slots,
         names.hyper,
         elementwise=all(spec.elementwise for spec in specs),
-        norms=all(spec.norms_only for spec in specs),
+        norms=all(spec.traceable for spec in specs),
         matrices=any(spec.matrices for spec in specs),
         totals=[
             {part.arguments[key]: measured(k, total) for key, total in totals.items()}
