@@ -16,8 +16,9 @@ from funcopt.errors import (
     StructureError,
 )
 from funcopt.execution import donation, levels
-from funcopt.hyper import Hyper, Hypers
+from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
+from funcopt.per_leaf import Hypers
 from funcopt.select import ByName
 from funcopt.types import State, Tensor, Tree
 

@@ -1,22 +1,19 @@
-"""Hyperparameters as data: what one may be, and its value for each leaf."""
+"""What a hyperparameter may be: its declaration, and the errors for what it is not."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from numbers import Real
 from typing import Any, final
 
-import torch
-
-from funcopt import select, tree
+from funcopt import select
 from funcopt.errors import (
     HyperparameterError,
     HyperparameterTypeError,
     UnknownHyperparameterError,
 )
 from funcopt.schedules.schedule import Schedule
-from funcopt.types import HyperMapping, HyperValue, Tensor
+from funcopt.types import HyperValue, Tensor
 
 
 @final
@@ -89,215 +86,9 @@ class Hyper:
         return self.low <= number < self.below
 
 
-class Hypers:
-    """The hyperparameters of one optimizer, and their values for each leaf."""
-
-    def __init__(self, declared: Mapping[str, Hyper], owner: str) -> None:
-        self.declared = dict(declared)
-        self.owner = owner
-        self.arguments: dict[str, HyperValue] = {}
-        #: those that every update has to be given
-        self.awaited = [n for n, h in declared.items() if h.wanted and h.value is None]
-        for name, hyper in self.declared.items():
-            if name in self.awaited:
-                self.arguments[name] = None
-            else:
-                self.arguments |= hyper.arguments(name, hyper.value)
-        # A copy: what the caller does to his dict later is not this optimizer's affair.
-        self.arguments = {
-            name: select.copied(value) for name, value in self.arguments.items()
-        }
-        # Trees of plain numbers give the same values at every call on one structure.
-        self._constant = {k for k, v in self.arguments.items() if _is_constant(v)}
-        self._constants = lru_cache(maxsize=32)(self._spread_constants)
-        self._varying = self.arguments.keys() - self._constant
-
-    def check_given(self, overrides: HyperMapping) -> None:
-        """Raises unless ``overrides`` has what every update has to be given."""
-        for name in self.awaited:
-            if name not in overrides:
-                raise HyperparameterError(
-                    f"{self.owner} needs {name} at every update, "
-                    f"{self.declared[name].wanted}: update(..., {name}={name})"
-                )
-
-    def per_leaf(
-        self,
-        overrides: HyperMapping,
-        structure: tree.Structure,
-        params: Sequence[Any],
-        steps: Sequence[Any],
-    ) -> list[dict[str, Any]]:
-        """The rule's keyword arguments for each leaf, whose updates are ``steps``."""
-        compiling = torch.compiler.is_compiling()
-        rows = (self._spread_constants if compiling else self._constants)(structure)
-        if not overrides and not self._varying:
-            return rows
-        arguments, varying = dict(self.arguments), set(self._varying)
-        for name, value in overrides.items():
-            if name not in self.declared:
-                raise unknown(name, self.declared, self.owner)
-            given = self.declared[name].arguments(name, value)
-            arguments |= given
-            varying |= given.keys()
-        varying -= {name for name in self.awaited if arguments[name] is None}
-        shared = self._shared(arguments, varying, steps)
-        if shared is not None:
-            if all(row is rows[0] for row in rows):
-                return [{**rows[0], **shared}] * len(rows)
-            return _interned([{**row, **shared} for row in rows])
-        columns = {
-            name: _column(name, arguments[name], structure, params, steps)
-            for name in arguments
-            if name in varying
-        }
-        names = tuple(columns)
-        return _interned(
-            [
-                {**row, **dict(zip(names, values))}
-                for row, values in zip(rows, zip(*columns.values()))
-            ]
-        )
-
-    def _shared(
-        self, arguments: HyperMapping, varying: set[str], steps: Sequence[Any]
-    ) -> dict[str, Any] | None:
-        """What varies, if it is the same for every leaf, whatever its shape."""
-        first = steps[0] if steps else None
-        if not isinstance(first, int) or steps.count(first) != len(steps):
-            return None
-        shared = {}
-        for name in arguments:  # the declared order, so that runs repeat
-            if name in varying:
-                value = arguments[name]
-                if isinstance(value, Schedule):
-                    value = _at(value, first - 1)
-                if isinstance(value, Tensor) and (value.ndim or value.is_complex()):
-                    return None
-                if not isinstance(value, (Tensor, Real)):
-                    return None
-                shared[name] = _scalar(value, name)
-        return shared
-
-    def _spread_constants(self, structure: tree.Structure) -> list[dict[str, Any]]:
-        names = [name for name in self.arguments if name in self._constant]
-        columns = [
-            [float(v) for v in select.per_leaf(self.arguments[n], structure, n)]
-            for n in names
-        ]
-        if not columns:
-            return [{}] * structure.num_leaves
-        return _interned([dict(zip(names, values)) for values in zip(*columns)])
-
-
-def _interned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, one object for those that are equal: so executors know which share.
-
-    Not for a compiler: it would make a graph for each tensor that it saw the id of.
-    """
-    if torch.compiler.is_compiling():
-        return rows
-    known: dict[Any, dict[str, Any]] = {}
-    return [known.setdefault(tuple(map(_identity, row.values())), row) for row in rows]
-
-
-def _identity(value: Any) -> Any:
-    return id(value) if isinstance(value, Tensor) else value
-
-
 def unknown(name: str, known: Mapping[str, Any], owner: str) -> Exception:
     """The error for a hyperparameter that ``owner`` does not have."""
     return UnknownHyperparameterError(
         f"{owner} has no hyperparameter '{name}'; it has {', '.join(known) or 'none'}. "
         "(Flags, and slots a zero leaves out, are fixed when the optimizer is made.)"
     )
-
-
-def _is_constant(value: HyperValue) -> bool:
-    return value is not None and all(isinstance(v, Real) for v in select.values(value))
-
-
-def _column(
-    name: str,
-    value: HyperValue,
-    structure: tree.Structure,
-    params: Sequence[Any],
-    steps: Sequence[Any],
-) -> list[Any]:
-    """One argument's value for each leaf, ready for arithmetic."""
-
-    def scalar(number: Any) -> Any:
-        return number if isinstance(number, Schedule) else _scalar(number, name)
-
-    value = select.map_values(scalar, value)  # before the leaves share it: one cast
-    column: list[Any] = []
-    known: dict[tuple[int, int], Any] = {}  # of a schedule and count: leaves share it
-    for i, atom in enumerate(select.per_leaf(value, structure, name)):
-        p = params[i]
-        if isinstance(atom, Schedule):
-            key, step = id(atom), steps[i]
-            if not isinstance(step, int):
-                atom = _scalar(_at(atom, step - 1), name)
-            elif (key, step) in known:
-                atom = known[key, step]
-            else:
-                atom = known[key, step] = _scalar(_at(atom, step - 1), name)
-        if p is not None and _is_leaf_shaped(atom):
-            if not _fits(atom, p):
-                raise HyperparameterError(
-                    f"{name} at '{tree.paths(structure)[i]}' has shape "
-                    f"{tuple(atom.shape)} on {atom.device} ({atom.dtype}), the parameter "
-                    f"{tuple(p.shape)} on {p.device} ({p.dtype}); give a 0-d tensor, or "
-                    "one that broadcasts to the parameter"
-                )
-            atom = _per_element(atom, p)
-        column.append(atom)
-    return column
-
-
-def _at(schedule: Schedule, count: Any) -> Any:
-    """Its value, and never the number 0.
-
-    That is traced as a program of its own: a schedule that begins or ends at 0 would have
-    another kernel built in the midst of training.
-    """
-    value = schedule(count)
-    if isinstance(value, Real) and value == 0:
-        return torch.zeros((), dtype=torch.float64)
-    return value
-
-
-def _scalar(value: Any, name: str) -> Any:
-    """A float, or a float64 scalar: 1 - beta**t would lose its digits in float32."""
-    if isinstance(value, Tensor):
-        if value.dtype is torch.float64 or _is_leaf_shaped(value):
-            return value  # `to` takes as long to find that there is nothing to do
-        return value.to(torch.float64)
-    if isinstance(value, Real):
-        return float(value)
-    raise HyperparameterTypeError(
-        f"the Schedule of {name} must give a float or a tensor, not {value!r}"
-    )
-
-
-def _is_leaf_shaped(value: Any) -> bool:
-    """A complex number is a value for each part of a complex leaf, though it be 0-d."""
-    return isinstance(value, Tensor) and (value.ndim > 0 or value.is_complex())
-
-
-def _per_element(atom: Tensor, p: Tensor) -> Tensor:
-    """A value for each number of the leaf, or for each part of a complex one."""
-    if not p.is_complex():
-        return atom.to(p.dtype)
-    if atom.is_complex():
-        return torch.view_as_real(atom.to(p.dtype).resolve_conj())
-    return atom.to(p.dtype.to_real()).unsqueeze(-1)  # both parts share it
-
-
-def _fits(atom: Tensor, p: Tensor) -> bool:
-    if atom.is_complex() and not p.is_complex():
-        return False
-    if atom.device != p.device or atom.ndim > p.ndim:
-        return False
-    pairs = zip(reversed(atom.shape), reversed(p.shape))
-    return all(a == b or a == 1 for a, b in pairs)

@@ -1,6 +1,6 @@
 """``init`` and ``update`` of one rule: trees become lists of leaves, and trees again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from funcopt import complex_leaves, sparse_rows, tree
+from funcopt import complex_leaves, sparse_rows, tree, vectors
 from funcopt.checks import (
     FormOf,
     check_leaves,
@@ -17,15 +17,15 @@ from funcopt.checks import (
     check_real,
     check_state,
 )
-from funcopt.errors import HyperparameterError
 from funcopt.execution import choice, dispatch, levels
 from funcopt.execution.guard import Known
 from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
-from funcopt.hyper import Hypers
+from funcopt.per_leaf import Hypers
 from funcopt.spec import Spec
-from funcopt.types import HyperValue, RuleFunction, State, Tensor, Tree
+from funcopt.totals import Measure
+from funcopt.types import HyperValue, State, Tensor, Tree
 
 _MOST_LANES = 64  # structures of params that one optimizer remembers
 
@@ -44,14 +44,9 @@ class Stepper:
         }
         self.hypers = Hypers(spec.hyper, spec.name)
         scalar, arguments = tuple(self.scalar.values()), tuple(self.hypers.arguments)
-        self.measures: list[tuple[Sequence[str], Rule]] = []
-        for totals in spec.totals:
-            name = f"{spec.name}'s {', '.join(totals)}"
-            measure = _together([*totals.values()])
-            rule = Rule(
-                measure, name, scalar, arguments, False, spec.traceable, len(totals)
-            )
-            self.measures.append(([*totals], rule))
+        self.measures: list[Measure] = []
+        for totals in spec.totals:  # a later one is given the earlier ones
+            self.measures.append(Measure(spec, totals, scalar, arguments))
             arguments = (*arguments, *totals)
         self.rule = Rule(
             spec.rule, spec.name, scalar, arguments, spec.elementwise, spec.norms
@@ -78,14 +73,14 @@ class Stepper:
             check_real(leaves, structure, self.spec.name)
         if self.spec.matrices:
             check_matrices(leaves, structure, self.spec.name)
-        state: State = {"step": _filled(leaves, 0, torch.int64)}
+        state: State = {"step": vectors.filled(leaves, 0, torch.int64)}
         for slot, first in self.slots.items():
             if callable(first):
                 start = partial(complex_leaves.slot, first)
                 values = [None if p is None else start(p) for p in leaves]
                 state[slot] = tree.unflatten(structure, values)
             else:
-                state[slot] = _filled(leaves, first, torch.float64)
+                state[slot] = vectors.filled(leaves, first, torch.float64)
         return state
 
     def update(
@@ -125,7 +120,7 @@ class Stepper:
             slot: levels.scalars_of(state[slot]) if self.scalar[slot] else trees[slot]
             for slot in self.slots
         }
-        steps = _next_steps(state["step"], live)
+        steps = vectors.next_steps(state["step"], live)
         numbers = levels.scalars_of(steps)
         values = self.hypers.per_leaf(overrides, structure, p, numbers)
         live_g, live_p, *slots = [_pick(column, live) for column in (g, p, *old.values())]
@@ -142,8 +137,8 @@ class Stepper:
         leaves = Leaves(
             self.rule, live_g, live_p, slots, _pick(numbers, live), _pick(values, live)
         )
-        for names, measure in self.measures:
-            leaves = _with_totals(leaves, names, measure, execution)
+        for measure in self.measures:
+            leaves = measure.added_to(leaves, execution)
         held = [state[key] for key in self.vectors]
         columns, lane = dispatch.step(leaves, execution, donate, held)
         if halved:
@@ -255,7 +250,7 @@ class Stepper:
         for slot, column in zip(self.slots, columns[1:]):
             if self.scalar[slot]:
                 what = f"{self.rule.name}'s '{slot}'"
-                new[slot] = _vector(column, state[slot], what, structure)
+                new[slot] = vectors.of_column(column, state[slot], what, structure)
             elif not donate:
                 new[slot] = tree.unflatten(structure, column)
         if donate:
@@ -263,34 +258,6 @@ class Stepper:
                 state[key].copy_(vector)
             return params, state
         return tree.unflatten(structure, columns[0]), new
-
-
-def _together(functions: Sequence[Callable[..., Any]]) -> RuleFunction:
-    """What is measured of a leaf: the functions' sums, in one sweep."""
-
-    def measure(*inputs: Any, **hyper: Any) -> tuple[Any, ...]:
-        return tuple(function(*inputs, **hyper) for function in functions)
-
-    return measure
-
-
-def _with_totals(
-    leaves: Leaves, names: Sequence[str], measure: Rule, execution: str | None
-) -> Leaves:
-    """The leaves with each sum over all of them among their hyperparameters."""
-    sums, _ = dispatch.step(replace(leaves, rule=measure), execution)
-    totals = dict(zip(names, map(_total, sums)))
-    spread = {id(row): {**row, **totals} for row in leaves.hyper}
-    return replace(leaves, hyper=[spread[id(row)] for row in leaves.hyper])
-
-
-def _total(sums: Sequence[Any]) -> Tensor:
-    """A 0-d float64 tensor, that the totals of a step are never taken for constants."""
-    if all(isinstance(x, float) for x in sums):
-        return torch.tensor(sum(sums), dtype=torch.float64)
-    device = next(x.device for x in sums if isinstance(x, Tensor))
-    scalars = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in sums]
-    return torch.stack(scalars).sum()
 
 
 def _live(grads: Sequence[Any], params: Sequence[Any]) -> list[int] | None:
@@ -317,37 +284,3 @@ def _merge(
         for i, value in zip(live, values):
             column[i] = value
     return merged
-
-
-def _filled(leaves: Sequence[Any], value: float, dtype: torch.dtype) -> Tensor:
-    """A vector with ``value`` for each leaf."""
-    devices = {p.device for p in leaves if p is not None}
-    device = devices.pop() if len(devices) == 1 else torch.device("cpu")
-    return torch.full((len(leaves),), value, dtype=dtype, device=device)
-
-
-def _vector(
-    column: Sequence[Any], old: Tensor, what: str, structure: tree.Structure
-) -> Tensor:
-    """The numbers of a scalar slot, floats or 0-d tensors, as the next ``old``."""
-    like = {"dtype": torch.float64, "device": old.device}
-    if all(isinstance(x, float) for x in column):
-        return torch.tensor(column, **like)
-    for i, x in enumerate(column):
-        if isinstance(x, Tensor) and x.ndim:
-            raise HyperparameterError(
-                f"{what} is one number per leaf, but at '{tree.paths(structure)[i]}' it "
-                f"would have shape {tuple(x.shape)}: the hyperparameters that it is made "
-                "of must be floats or 0-d tensors"
-            )
-    return torch.stack([torch.as_tensor(x, **like) for x in column])
-
-
-def _next_steps(steps: Tensor, live: list[int] | None) -> Tensor:
-    """Steps count per leaf: a leaf without a gradient does not step."""
-    if live is None:
-        return steps + 1
-    mask = [0] * steps.shape[0]
-    for i in live:
-        mask[i] = 1
-    return steps + torch.tensor(mask, device=steps.device)

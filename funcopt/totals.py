@@ -1,0 +1,59 @@
+"""Sums over the whole tree that a rule asks for: measured, then given as numbers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from funcopt.execution import dispatch
+from funcopt.execution.leaves import Leaves
+from funcopt.execution.rule import Rule
+from funcopt.spec import Spec, Totals
+from funcopt.types import Tensor
+
+
+class Measure:
+    """Some of a rule's totals, which one sweep of the leaves gives.
+
+    ``arguments`` are the keywords that its functions are given.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        totals: Totals,
+        scalar: tuple[bool, ...],
+        arguments: tuple[str, ...],
+    ) -> None:
+        functions = [*totals.values()]
+
+        def sums(*inputs: Any, **hyper: Any) -> tuple[Any, ...]:
+            return tuple(function(*inputs, **hyper) for function in functions)
+
+        self._names = [*totals]
+        self._rule = Rule(
+            sums,
+            f"{spec.name}'s {', '.join(totals)}",
+            scalar,
+            arguments,
+            elementwise=False,
+            norms=spec.traceable,
+            sums=len(totals),
+        )
+
+    def added_to(self, leaves: Leaves, execution: str | None) -> Leaves:
+        """The leaves with each sum over all of them among their hyperparameters."""
+        sums, _ = dispatch.step(replace(leaves, rule=self._rule), execution)
+        totals = dict(zip(self._names, map(_total, sums)))
+        spread = {id(row): {**row, **totals} for row in leaves.hyper}
+        return replace(leaves, hyper=[spread[id(row)] for row in leaves.hyper])
+
+
+def _total(sums: Sequence[Any]) -> Tensor:
+    """A 0-d float64 tensor, that the totals of a step are never taken for constants."""
+    if all(isinstance(x, float) for x in sums):
+        return torch.tensor(sum(sums), dtype=torch.float64)
+    device = next(x.device for x in sums if isinstance(x, Tensor))
+    scalars = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in sums]
+    return torch.stack(scalars).sum()
