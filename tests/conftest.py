@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 from row import Case
-from table import QUICK
+from table import PLAINEST, QUICK
 
 with warnings.catch_warnings():
     # torch loads this at the first dual tensor, and warns of its own use of TorchScript
@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         callspec = getattr(item, "callspec", None)
         case = callspec.params.get("case") if callspec else None
-        between = isinstance(case, Case) and case not in QUICK
+        quick = PLAINEST if item.get_closest_marker("costly") else QUICK
+        between = isinstance(case, Case) and case not in quick
         if between or (callspec and "foreach" in callspec.params.values()):
             item.add_marker(pytest.mark.slow)
 

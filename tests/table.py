@@ -38,6 +38,13 @@ QUICK = [
     *(Case(row, row.combinations[-1]) for row in ROWS),
     *(case for case in ENDS if str(case) in ("sgd", "adamw")),
 ]
+#: what it takes of a costly test: one of each kind
+PLAINEST = [
+    case
+    for case in QUICK
+    if str(case) in ("sgd", "adamw")
+    or case.row.name in ("rmsprop", "adadelta", "lamb", "muon", "prodigy")
+]
 #: those of kernels, of which every element goes its own way
 ELEMENTWISE = [case for case in CASES if case.row.elementwise]
 ELEMENTWISE_ENDS = [case for case in ENDS if case.row.elementwise]

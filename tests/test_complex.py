@@ -179,6 +179,7 @@ def two(opt: fo.Optimizer, params: Tree) -> Tree:
     return params
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", LAST, ids=str)
 def test_derivatives(case: Case):
     """torch's convention: the gradient of the parts, as the parts of one number."""

@@ -84,6 +84,7 @@ def three_steps(case: Case) -> tuple[FlatFunction, Any]:
     return flat(unroll, point)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradcheck_of_a_step(case: Case):
     function, point = one_step(case)
@@ -97,6 +98,7 @@ def test_gradgradcheck_of_a_step(case: Case):
     assert gradgradcheck(function, point)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", DESCENDING, ids=str)
 def test_gradcheck_of_three_steps(case: Case):
     function, point = three_steps(case)
@@ -164,6 +166,7 @@ def point_with_eps(case: Case, eps: float) -> dict[str, Any]:
     return hyper | {"eps": (first, *old[1:]) if isinstance(old, tuple) else first}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", EPS, ids=str)
 @pytest.mark.parametrize("start", ["zeros", "random"])
 @pytest.mark.parametrize("case", DESCENDING, ids=str)

@@ -499,6 +499,7 @@ def test_rates_of_every_kind(name: str, case: Case, rate: str):
             check(case, name, params, lr=lr)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", ["per leaf", "0-d", "leaf-shaped"])
 @pytest.mark.parametrize("case", ONCE, ids=str)
 @pytest.mark.parametrize("name", FAST)
@@ -539,6 +540,7 @@ def test_a_zero_among_others_leaves_the_term_out_there_alone(name: str):
 # --- purity and donation
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", QUICK, ids=str)
 @pytest.mark.parametrize("case", ONCE, ids=str)
 @pytest.mark.parametrize("name", FAST)

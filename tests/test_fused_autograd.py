@@ -144,6 +144,7 @@ def costly(dtypes: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case, dtype", costly(TOLERANCE))
 @pytest.mark.parametrize("name", FAST)
 def test_gradients_of_a_step(name: str, case: Case, dtype: torch.dtype, plain: list[str]):
@@ -201,6 +202,7 @@ RATES: dict[str, Callable[[Tree], Any]] = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("case", [FEW[0], FEW[1], FEW[3]], ids=str)
 @pytest.mark.parametrize("name", FAST)
@@ -530,6 +532,7 @@ def test_sums_do_not_depend_on_threads():
     assert found[0] == found[1] == found[2] != 0
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", ONCE, ids=str)
 @pytest.mark.parametrize("name", FAST)
 def test_a_dead_unit_has_finite_derivatives(name: str, case: Case):

@@ -290,7 +290,12 @@ def test_estimate():
 # Stopping and going on --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ALL)
+def one_quick(names: list[str]) -> list[Any]:
+    """The names; runs with all but the first are slow."""
+    return [names[0], *(pytest.param(name, marks=pytest.mark.slow) for name in names[1:])]
+
+
+@pytest.mark.parametrize("name", one_quick(ALL))
 def test_resumed_equals_uninterrupted_bit_for_bit(name: str, run):
     run("--method", name, "--iterations", 4, "--out", "whole")
     run("--method", name, "--iterations", 2, "--out", "halves")
@@ -311,7 +316,7 @@ def test_time_limits_a_run_but_does_not_change_it(run):
     assert same_training(progress("timed"), progress("counted"))
 
 
-@pytest.mark.parametrize("where", ["sample", "update", "save"])
+@pytest.mark.parametrize("where", one_quick(["sample", "update", "save"]))
 def test_interrupt_keeps_whole_iterations(
     where: str, run, monkeypatch: pytest.MonkeyPatch, capsys
 ):

@@ -464,7 +464,7 @@ def test_a_module_s_own_parameters_under_no_grad_keep_no_graph(tasks: Any):
     assert distance(found, expected) < 1e-12
 
 
-@pytest.mark.parametrize("tasks", ["vmap", "loop"])
+@pytest.mark.parametrize("tasks", ["vmap", pytest.param("loop", marks=pytest.mark.slow)])
 def test_meta_training_keeps_no_tensor_alive(tasks: Any):
     case = problem("mlp")
     theta, outer = with_lr(case, 0.3), fo.adam(lr=0.01)

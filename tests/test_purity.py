@@ -52,6 +52,7 @@ def assert_no_sharing(*trees: Any) -> None:
     assert len(found) == len(set(found))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "requires_grad"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -72,6 +73,7 @@ def test_init_and_update(case: Case, dtype: torch.dtype, requires_grad: bool):
     seen.assert_untouched()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_where_a_hyperparameter_is_zero(case: Case):
     """lr = 0 gives the same numbers, but not the same memory."""
@@ -152,6 +154,7 @@ def test_unroll(case: Case, mode: Any):
     assert run.buffers["count"] == 4 and run.buffers["mean"].tolist() == [4.0] * 3
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("path", ["vmap", "loop"])
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_meta_value_and_grad(case: Case, path: Any):

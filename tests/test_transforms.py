@@ -206,6 +206,7 @@ def test_eager_autograd_is_func_grad(case: Case):
     assert all(x.any() for path, x in zip(paths, expected) if case.drives(path))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_hessian(case: Case):
     outer, point, _ = outer_of(case)
