@@ -22,7 +22,7 @@ for prefix, module in MODULES.items():
     NAMES |= {f"{prefix}.{name}": getattr(module, name) for name in module.__all__}
 ERRORS = {n: x for n, x in NAMES.items() if n.endswith("Error")}
 # Results: their fields are documented where they stand.
-RECORDS = {"Unrolled": fo.Unrolled, "schedules.Plateau": fo.schedules.Plateau}
+RECORDS = {n: x for n, x in NAMES.items() if hasattr(x, "_fields")}
 CALLABLES = {n: x for n, x in NAMES.items() if n not in ERRORS and n not in RECORDS}
 CLASSES = {n: x for n, x in CALLABLES.items() if inspect.isclass(x)}
 

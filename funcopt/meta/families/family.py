@@ -1,0 +1,107 @@
+"""What the families of meta-learning have in common: a start, an inner loop, a loss."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from funcopt import select, tree
+from funcopt.errors import HyperparameterError, StructureError
+from funcopt.types import LossFunction, Tensor, Tree
+from funcopt.unroll import Unrolled
+
+Adapt = Callable[..., Unrolled]
+
+
+class Family(NamedTuple):
+    """What is learned across tasks (θ), and how a task is learned from it."""
+
+    init: Callable[[Tree], Tree]  #: a network's fresh parameters → θ
+    adapt: Adapt  #: ``(theta, support, steps=K)`` → `Unrolled`, differentiable
+    task_loss: Callable[..., Any]  #: ``(theta, (support, query))`` → what θ is judged by
+    params: Callable[[Tree], Tree]  #: θ → the parameters of the unadapted network
+
+
+def itself(params: Tree) -> Tree:
+    """θ is the network's parameters, where nothing else is learned."""
+    return params
+
+
+def learned(
+    adapt: Adapt,
+    loss_fn: LossFunction,
+    init: Callable[[Tree], Tree] = itself,
+    params: Callable[[Tree], Tree] = itself,
+) -> Family:
+    """The family whose meta-loss is the query loss after adaptation to the support."""
+
+    def task_loss(theta: Tree, task: Tree) -> Any:
+        support, query = pair(task)
+        return judged(loss_fn, adapt(theta, support), query)
+
+    return Family(init, adapt, task_loss, params)
+
+
+def judged(loss_fn: LossFunction, run: Unrolled, query: Tree) -> Any:
+    """The loss, or (loss, aux), of what was learned on data of its own."""
+    buffers = {} if run.buffers is None else {"buffers": tree.map(_copy, run.buffers)}
+    return loss_fn(run.params, query, **buffers)
+
+
+def _copy(buffer: Tensor) -> Tensor:
+    return buffer.clone()  # batch norm writes into it: the run's own stay
+
+
+def pair(task: Tree) -> tuple[Tree, Tree]:
+    """A task's support and query set."""
+    if isinstance(task, Mapping) and task.keys() == {"support", "query"}:
+        return task["support"], task["query"]
+    if isinstance(task, tuple | list) and len(task) == 2:
+        return task[0], task[1]
+    raise StructureError(
+        "a task is a pair (support, query), or a dict with these two keys, not "
+        f"{list(task) if isinstance(task, Mapping) else type(task).__name__}"
+    )
+
+
+def split(params: Tree, part: str) -> tuple[Tree, Tree]:
+    """The leaves whose path the glob fits, and the others; ``None`` for what is not."""
+    leaves, structure = tree.flatten(params)
+    chosen = select.by_name({part: True}, default=False)
+    inside = select.per_leaf(chosen, structure, "adapted")
+    one, other = (
+        tree.unflatten(
+            structure, [x if i is which else None for x, i in zip(leaves, inside)]
+        )
+        for which in (True, False)
+    )
+    return one, other
+
+
+def merged(one: Tree, other: Tree) -> Tree:
+    """The two parts of a `split` as one tree again."""
+    leaves, structure = tree.flatten(one)
+    rest = tree.flatten_like(structure, other, "other")
+    return tree.unflatten(
+        structure, [y if x is None else x for x, y in zip(leaves, rest)]
+    )
+
+
+def first_rates(lr: Any, params: Tree) -> Tree:
+    """A tree like params of the numbers that the learned rates start from."""
+    structure = tree.flatten(params)[1]
+    values = select.per_leaf(lr, structure, "lr")
+    for path, value in zip(tree.paths(structure), values):
+        if not isinstance(value, float | int) and not (
+            isinstance(value, Tensor) and not value.ndim
+        ):
+            raise HyperparameterError(
+                f"the learned rate of '{path}' starts from a number, not {value!r}; make "
+                "the inner optimizer with one: fo.sgd(lr=0.1)"
+            )
+    return tree.unflatten(structure, values)
+
+
+def filled(like: Tensor, shape: Any, value: Any) -> Tensor:
+    """A tensor of one value, which may be a 0-d tensor."""
+    return torch.zeros(shape, dtype=like.dtype, device=like.device) + value

@@ -1,0 +1,80 @@
+"""Reptile: move to where the tasks' own training ends."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from funcopt import tree
+from funcopt.meta.families.family import Family, itself, judged, pair
+from funcopt.optimizer import Optimizer
+from funcopt.types import LossFunction, Tree
+from funcopt.unroll import Unrolled, unroll
+
+
+def reptile(
+    loss_fn: LossFunction,
+    inner: Optimizer,
+    *,
+    steps: int,
+    batches: Callable[[Tree], Tree] | None = None,
+    **options: Any,
+) -> Family:
+    r"""Move θ towards the end of each task's training; no meta-loss is differentiated.
+
+    .. math::
+        g = \theta - \theta_K, \qquad \text{the gradient of } \tfrac12
+        \lVert \theta - \theta_K \rVert^2 \text{ with } \theta_K \text{ held fixed}
+
+    That half square is what ``task_loss`` gives, so that `value_and_grad` and an outer
+    optimizer serve as for every family; the paper's θ ← θ + ε(θ_K - θ) is
+    ``fo.sgd(lr=ε)``. Training sees all of a task's data: there is no query loss.
+
+    Args:
+        loss_fn: as in `maml`.
+        inner: as in `maml`; Adam with β₁ = 0 in the paper.
+        steps: K ≥ 0.
+        batches: from a task to a tree [K, ...] of its minibatches. By default each step
+            takes all that the task holds, support and query joined along their first
+            axes.
+        options: as in `maml`. With ``has_aux`` aux is of the query after adaptation to
+            the support alone, as in every family (which costs a second inner loop).
+
+    Returns:
+        A `Family`, as of `maml`.
+
+    Raises:
+        Whatever `maml` raises.
+
+    Source:
+        Nichol, Achiam, Schulman, "On first-order meta-learning algorithms", 2018.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> def loss(p, target):
+        ...     return ((p - target) ** 2).mean()
+        >>> family = fo.meta.reptile(loss, fo.sgd(lr=0.25), steps=1)
+        >>> tasks = torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [3.0]])
+        >>> fo.meta.value_and_grad(family.task_loss)(torch.zeros(1), tasks)
+        (tensor(0.6250), tensor([-1.]))
+    """
+
+    def adapt(theta: Tree, support: Tree, steps: int = steps) -> Unrolled:
+        return unroll(inner, loss_fn, theta, support, steps=steps, **options)
+
+    def task_loss(theta: Tree, task: Tree) -> Any:
+        support, query = pair(task)
+        start = tree.detach(theta)
+        if batches is None:
+            joined = tree.map(lambda a, b: torch.cat([a, b]), support, query)
+            run = adapt(start, joined)
+        else:
+            dealt = batches(task)
+            run = unroll(inner, loss_fn, start, batches=dealt, steps=steps, **options)
+        ways = tree.map(lambda p, end: (p - end).square().sum(), theta, run.params)
+        loss = torch.stack([x for x in tree.leaves(ways) if x is not None]).sum() / 2
+        if not options.get("has_aux"):
+            return loss
+        return loss, judged(loss_fn, adapt(start, support), query)[1]
+
+    return Family(itself, adapt, task_loss, itself)

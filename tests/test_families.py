@@ -1,0 +1,419 @@
+"""The families of meta-learning, each against the same written out by autograd alone."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.nn.functional import linear, tanh
+
+import funcopt as fo
+from funcopt import tree
+
+LR, STEPS, TASKS = 0.2, 3, 4
+FAMILIES = ("maml", "fomaml", "anil", "cavia", "metasgd", "lslr", "reptile")
+RATES = ("metasgd", "lslr")
+NOT_LEARNED = {"cavia": "context"}
+
+Params = dict[str, Tensor]
+Points = tuple[Tensor, Tensor]
+
+
+def network(p: Params, x: Tensor) -> Tensor:
+    """[n, 2] → [n]; the context is an input beside x."""
+    context = p["context"].expand(x.shape[0], 2)
+    hidden = tanh(linear(torch.cat([x, context], 1), p["body.weight"], p["body.bias"]))
+    return linear(hidden, p["head.weight"], p["head.bias"]).squeeze(1)
+
+
+def loss(p: Params, points: Points) -> Tensor:
+    x, y = points
+    return ((network(p, x) - y) ** 2).mean()
+
+
+def loss_and_worst(p: Params, points: Points) -> tuple[Tensor, Tensor]:
+    x, y = points
+    errors = (network(p, x) - y) ** 2
+    return errors.mean(), errors.max()
+
+
+def params() -> Params:
+    shapes = {
+        "body.weight": (3, 4),
+        "body.bias": (3,),
+        "head.weight": (1, 3),
+        "head.bias": (1,),
+        "context": (2,),
+    }
+    return {name: 0.7 * torch.randn(shape).double() for name, shape in shapes.items()}
+
+
+def tasks() -> tuple[Points, Points]:
+    def points(n: int) -> Points:
+        x = torch.randn(TASKS, n, 2).double()
+        return x, x.prod(2) + torch.randn(TASKS, 1).double()
+
+    return points(5), points(6)
+
+
+def family(name: str, opt: fo.Optimizer | None = None, **options: Any) -> fo.meta.Family:
+    options.setdefault("steps", STEPS)
+    return getattr(fo.meta, name)(loss, opt or fo.sgd(lr=LR), **options)
+
+
+def theta_of(name: str) -> Any:
+    """θ of a fresh network; no two learned rates are alike."""
+    theta = family(name).init(params())
+    if name in RATES:
+        theta["lr"] = tree.map(lambda r: r * (0.5 + torch.rand_like(r)), theta["lr"])
+    return theta
+
+
+def one(batch: Any, i: int) -> Any:
+    return tree.map(lambda x: x[i], batch)
+
+
+# By hand ------------------------------------------------------------------------------
+
+
+def rate(name: str, theta: Any, leaf: str, k: int) -> Any:
+    if name == "lslr":
+        return theta["lr"][leaf][min(k, STEPS - 1)]
+    return theta["lr"][leaf] if name == "metasgd" else LR
+
+
+def descended(name: str, theta: Any, points: Points, steps: int = STEPS) -> list[Params]:
+    """The parameters before, between and after the inner steps."""
+    p = dict(theta["params"] if name in RATES else theta)
+    if name == "cavia":
+        p["context"] = torch.zeros(2).double().requires_grad_()
+    moved = {"anil": ("head.weight", "head.bias"), "cavia": ("context",)}.get(name, [*p])
+    path = [p]
+    for k in range(steps):
+        grads = torch.autograd.grad(
+            loss(p, points), [p[n] for n in moved], create_graph=True
+        )
+        if name == "fomaml":
+            grads = [g.detach() for g in grads]
+        steps_made = {n: rate(name, theta, n, k) * g for n, g in zip(moved, grads)}
+        p = {n: x - steps_made[n] if n in steps_made else x for n, x in p.items()}
+        path.append(p)
+    return path
+
+
+def by_hand(name: str, theta: Any, weights: Tensor | None = None) -> tuple[Tensor, Any]:
+    """The mean over the tasks of what the paper asks for, and its gradient."""
+    theta = tree.map(lambda x: x.clone().requires_grad_(), theta)
+    total = torch.zeros(()).double()
+    for i in range(TASKS):
+        support, query = one(tasks_of_test, i)
+        if name == "reptile":
+            whole = torch.cat([support[0], query[0]]), torch.cat([support[1], query[1]])
+            end = tree.detach(descended(name, theta, whole)[-1])
+            total = total + sum(((theta[n] - end[n]) ** 2).sum() for n in theta) / 2
+        else:
+            path = descended(name, theta, support)[1:]
+            every = torch.stack([loss(p, query) for p in path])
+            total = total + (every[-1] if weights is None else (weights * every).sum())
+    leaves = tree.leaves(theta)
+    grads = torch.autograd.grad(total / TASKS, leaves, materialize_grads=True)
+    return total.detach() / TASKS, tree.unflatten(tree.flatten(theta)[1], list(grads))
+
+
+tasks_of_test: Any = None
+
+
+@pytest.fixture(autouse=True)
+def drawn() -> None:
+    global tasks_of_test
+    tasks_of_test = tasks()
+
+
+def close(found: Any, wanted: Any) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["loop", "vmap"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_meta_gradient_is_the_papers(name: str, how: Any):
+    theta = theta_of(name)
+    value, grads = fo.meta.value_and_grad(family(name).task_loss, tasks=how)(
+        theta, tasks_of_test
+    )
+    wanted, wanted_grads = by_hand(name, theta)
+    close(value, wanted)
+    close(grads, wanted_grads)
+    parts = grads["params"] if name in RATES else grads
+    nonzero = {leaf for leaf, g in parts.items() if g.abs().max() > 1e-4}
+    assert nonzero == {*parts} - {NOT_LEARNED.get(name)}
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.4, 1.0])
+def test_the_multi_step_loss_is_the_weighted_one(progress: float):
+    theta, weights = theta_of("lslr"), fo.meta.step_weights(STEPS, progress).double()
+    judged = partial(family("lslr").task_loss, weights=weights)
+    value, grads = fo.meta.value_and_grad(judged)(theta, tasks_of_test)
+    wanted, wanted_grads = by_hand("lslr", theta, weights)
+    close(value, wanted)
+    close(grads, wanted_grads)
+
+
+# What they share, and what tells them apart ---------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adaptation_goes_on_beyond_the_steps_of_training(name: str):
+    theta, (support, _) = theta_of(name), one(tasks_of_test, 0)
+    followed = tree.map(lambda x: x.clone().requires_grad_(), theta)
+    for steps in (0, 2, STEPS + 4):
+        run = fo.meta.adapt(family(name), followed, support, steps=steps)
+        close(run.params, tree.detach(descended(name, followed, support, steps)[-1]))
+        assert run.losses.shape == (steps,)
+        assert not any(x.requires_grad for x in tree.leaves(run.params))
+    default = fo.meta.adapt(family(name), theta, support).params
+    close(default, family(name).adapt(theta, support).params)
+    close(fo.meta.adapt(family(name), theta, support, steps=STEPS).params, default)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_many_tasks_adapt_at_once(name: str):
+    theta, (supports, _) = theta_of(name), tasks_of_test
+    many = vmap(lambda s: fo.meta.adapt(family(name), theta, s).params)(supports)
+    for i in range(TASKS):
+        single = fo.meta.adapt(family(name), theta, one(supports, i))
+        close(one(many, i), single.params)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_unadapted_network(name: str):
+    given = params()
+    unadapted = family(name).params(family(name).init(given))
+    for leaf, value in given.items():
+        start = torch.zeros_like(value) if leaf == NOT_LEARNED.get(name) else value
+        assert torch.equal(unadapted[leaf], start)
+    start = fo.meta.adapt(
+        family(name), family(name).init(given), one(tasks_of_test, 0)[0], steps=0
+    )
+    close(start.params, unadapted)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_aux_is_of_the_query_after_adaptation(name: str):
+    theta = theta_of(name)
+    plain = fo.meta.value_and_grad(family(name).task_loss)(theta, tasks_of_test)
+    with_aux = getattr(fo.meta, name)(
+        loss_and_worst, fo.sgd(lr=LR), steps=STEPS, has_aux=True
+    )
+    (value, worst), grads = fo.meta.value_and_grad(with_aux.task_loss, has_aux=True)(
+        theta, tasks_of_test
+    )
+    close((value, grads), plain)
+    support, query = one(tasks_of_test, 1)
+    adapted = fo.meta.adapt(family(name), theta, support).params
+    close(worst[1], loss_and_worst(adapted, query)[1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("opt", [fo.adam(lr=LR), fo.sgd(lr=LR, momentum=0.9)], ids=repr)
+@pytest.mark.slow
+def test_any_inner_optimizer(name: str, opt: fo.Optimizer):
+    """The gradient, where it is the exact one, is the slope along a random way."""
+    kind, theta = family(name, opt), theta_of(name)
+    mean = fo.meta.value_and_grad(kind.task_loss, tasks="vmap")
+    _, grads = mean(theta, tasks_of_test)
+    if name in ("fomaml", "reptile"):
+        assert all(torch.isfinite(g).all() for g in tree.leaves(grads))
+        return
+    way = tree.map(torch.randn_like, theta)
+
+    def value(distance: float) -> Tensor:
+        at = tree.map(lambda x, w: x + distance * w, theta, way)
+        return mean(at, tasks_of_test)[0]
+
+    slope = (value(1e-5) - value(-1e-5)) / 2e-5
+    along = sum((g * w).sum() for g, w in zip(tree.leaves(grads), tree.leaves(way)))
+    torch.testing.assert_close(along, slope, rtol=1e-5, atol=1e-8)
+
+
+def test_equal_rates_make_maml_of_those_who_learn_them():
+    start = params()
+    wanted = fo.meta.value_and_grad(family("maml").task_loss)(start, tasks_of_test)
+    for name in RATES:
+        value, grads = fo.meta.value_and_grad(family(name).task_loss)(
+            family(name).init(start), tasks_of_test
+        )
+        close((value, grads["params"]), wanted)
+
+
+def test_first_order_is_the_query_gradient_where_adaptation_ends():
+    theta = params()
+    support, query = one(tasks_of_test, 0)
+    end = family("maml").adapt(theta, support).params
+    close(torch.func.grad(family("fomaml").task_loss)(theta, (support, query)),
+          torch.func.grad(loss)(end, query))  # fmt: skip
+
+
+def test_the_context_is_not_learned():
+    theta = params()
+    outer = fo.adamw(lr=0.1)
+    state, start = outer.init(theta), family("cavia").params(theta)
+    for _ in range(3):
+        _, grads = fo.meta.value_and_grad(family("cavia").task_loss)(start, tasks_of_test)
+        start, state = outer.update(grads, state, start)
+    assert not start["context"].count_nonzero()
+    assert all(start[n].ne(theta[n]).any() for n in theta if n != "context")
+
+
+def test_reptile_by_sgd_is_the_papers_interpolation():
+    theta, kind = params(), family("reptile")
+    _, grads = fo.meta.value_and_grad(kind.task_loss)(theta, tasks_of_test)
+    outer = fo.sgd(lr=0.25)
+    found, _ = outer.update(grads, outer.init(theta), theta)
+    support, query = tasks_of_test
+    wholes = tree.map(lambda a, b: torch.cat([a, b], 1), support, query)
+    ends = [kind.adapt(theta, one(wholes, i)).params for i in range(TASKS)]
+    for leaf, p in theta.items():
+        mean = torch.stack([end[leaf] for end in ends]).mean(0)
+        close(found[leaf], p + 0.25 * (mean - p))
+
+
+def test_reptile_in_minibatches():
+    def halves(task: tuple[Points, Points]) -> Points:
+        (x, y), _ = task
+        return x[:4].view(2, 2, 2), y[:4].view(2, 2)
+
+    theta, task = params(), one(tasks_of_test, 0)
+    kind = family("reptile", steps=2, batches=halves)
+    grads = torch.func.grad(kind.task_loss)(theta, task)
+    x, y = halves(task)
+    single = family("maml", steps=1)
+    end = single.adapt(single.adapt(theta, (x[0], y[0])).params, (x[1], y[1])).params
+    close(grads, tree.map(lambda p, q: p - q, theta, end))
+
+
+def test_weights_anneal_to_the_last_step():
+    weights = [fo.meta.step_weights(5, t) for t in (0.0, 0.3, 0.9, 1.0, 7.0)]
+    for w in weights:
+        assert float(w.sum()) == pytest.approx(1)
+    assert weights[0].tolist() == pytest.approx([0.2] * 5)
+    assert all(late[0] < early[0] for early, late in zip(weights[:3], weights[1:4]))
+    assert weights[3].tolist() == weights[4].tolist() == [0, 0, 0, 0, 1]
+
+
+def test_rates_start_from_the_inner_optimizers():
+    opt = fo.sgd(lr=fo.by_name({"head*": 0.5}, default=torch.tensor(0.1)))
+    theta = family("lslr", opt).init(params())
+    assert theta["lr"]["head.bias"].tolist() == [0.5] * STEPS
+    assert theta["lr"]["context"].tolist() == pytest.approx([0.1] * STEPS)
+    assert family("metasgd", opt).init(params())["lr"]["context"].shape == (2,)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_buffers_are_carried_and_not_changed(name: str):
+    """Running statistics: the inner loop's go on to the query, and ours stay."""
+
+    def normed(p: Params, points: Points, *, buffers: Params) -> Tensor:
+        x, y = points
+        x = torch.nn.functional.batch_norm(
+            x, buffers["mean"], buffers["var"], training=True, momentum=0.5
+        )
+        return loss(p, (x, y)) + buffers["mean"].square().sum()
+
+    buffers = {"mean": torch.zeros(2).double(), "var": torch.ones(2).double()}
+    kind = getattr(fo.meta, name)(normed, fo.sgd(lr=LR), steps=2, buffers=buffers)
+    theta = kind.init(params())
+    ways = [
+        fo.meta.value_and_grad(kind.task_loss, tasks=how)(theta, tasks_of_test)
+        for how in ("loop", "vmap")
+    ]
+    close(*ways)
+    run = fo.meta.adapt(kind, theta, one(tasks_of_test, 0)[0])
+    assert run.buffers["mean"].count_nonzero() and not buffers["mean"].count_nonzero()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_task_is_a_pair_or_a_dict(name: str):
+    theta, (support, query) = theta_of(name), one(tasks_of_test, 0)
+    kind = family(name)
+    close(
+        kind.task_loss(theta, {"query": query, "support": support}),
+        kind.task_loss(theta, [support, query]),
+    )
+    for task in ((support, query, query), {"train": support, "test": query}, support[0]):
+        with pytest.raises(fo.StructureError, match="a pair .support, query."):
+            kind.task_loss(theta, task)
+
+
+BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
+    "no step to have a rate": (
+        lambda: family("lslr", steps=0),
+        fo.HyperparameterError,
+        "a rate for each step; steps=0",
+    ),
+    "weights of another number of steps": (
+        lambda: family("lslr").task_loss(
+            theta_of("lslr"), one(tasks_of_test, 0), torch.ones(2)
+        ),
+        fo.StructureError,
+        r"weights must be \[3\], one for each step, got \[2\]",
+    ),
+    "a rate that is a schedule": (
+        lambda: family("metasgd", fo.sgd(lr=fo.Schedule(float))).init(params()),
+        fo.HyperparameterError,
+        "learned rate of 'body.bias' starts from a number, not .*Schedule",
+    ),
+    "nothing to adapt": (
+        lambda: family("anil", adapted="tail*").adapt(params(), one(tasks_of_test, 0)[0]),
+        fo.HyperparameterError,
+        r"the glob 'tail\*' fits none of the parameters",
+    ),
+    "annealing before it begins": (
+        lambda: fo.meta.step_weights(3, -0.1),
+        fo.HyperparameterError,
+        "progress at least 0, got 3, -0.1",
+    ),
+    "fewer steps than none": (
+        lambda: fo.meta.adapt(
+            family("maml"), params(), one(tasks_of_test, 0)[0], steps=-1
+        ),
+        fo.HyperparameterError,
+        "steps must be at least 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_is_said(what: str):
+    wrong, error, words = BAD[what]
+    with pytest.raises(error, match=words):
+        wrong()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_meta_training_on_sine_waves_lowers_the_loss(name: str):
+    def draw(count: int) -> tuple[Points, Points]:
+        amplitude, phase = torch.rand(2, count, 1) * torch.tensor([[[2.0]], [[math.pi]]])
+        x = torch.rand(count, 20, 2) * 6 - 3
+        y = (1 + amplitude) * torch.sin(x[..., 0] + phase)
+        return (x[:, :10], y[:, :10]), (x[:, 10:], y[:, 10:])
+
+    kind = family(name, fo.sgd(lr=0.1), steps=2)
+    theta = kind.init(tree.map(lambda p: p.float(), params()))
+    outer = fo.adam(lr=0.02)
+    state, mean = outer.init(theta), fo.meta.value_and_grad(kind.task_loss)
+
+    def error(theta: Any) -> Tensor:
+        support, query = draw(200)
+        adapted = vmap(lambda s: fo.meta.adapt(kind, theta, s).params)(support)
+        return vmap(loss)(adapted, query).mean()
+
+    before = error(theta)
+    for _ in range(150):
+        _, grads = mean(theta, draw(16))
+        theta, state = outer.update(grads, state, theta)
+    assert error(theta) < 0.9 * before
