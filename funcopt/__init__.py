@@ -2,6 +2,7 @@
 
 from funcopt import meta, optimizers, projections, schedules, transforms
 from funcopt.errors import (
+    CompileError,
     ExecutionError,
     FuncoptError,
     GradientLostError,
@@ -23,6 +24,7 @@ from funcopt.tree import detach
 from funcopt.unroll import Unrolled, per_step, unroll
 
 __all__ = [
+    "CompileError",
     "ExecutionError",
     "FuncoptError",
     "GradientLostError",

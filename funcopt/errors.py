@@ -31,3 +31,7 @@ class GradientLostError(FuncoptError, RuntimeError):
 
 class ExecutionError(FuncoptError, RuntimeError):
     """An execution was asked for by name that cannot run this step."""
+
+
+class CompileError(FuncoptError, RuntimeError):
+    """A function was to be compiled that cannot be, or the compiler failed."""

@@ -62,12 +62,11 @@ def without_none(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]
     torch.func knows ``None`` as no leaf of its own: it gets the list.
     """
     found, structure = flatten(tree)
+    gaps = [leaf is None for leaf in found]  # rebuild keeps no tensor alive
 
     def rebuild(present: Sequence[Any]) -> Tree:
         rest = iter(present)
-        return unflatten(
-            structure, [None if leaf is None else next(rest) for leaf in found]
-        )
+        return unflatten(structure, [None if gap else next(rest) for gap in gaps])
 
     return [leaf for leaf in found if leaf is not None], rebuild
 

@@ -89,6 +89,7 @@ FLOORS = {
     "funcopt.meta.families": 8.3,
     "funcopt.meta.families.*": 8.2,
     "funcopt.meta": 8.5,
+    "funcopt.meta.compiled": 7.9,
     "funcopt.meta.*": 8,
     "funcopt": 9,
 }

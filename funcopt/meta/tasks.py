@@ -1,6 +1,7 @@
 """The mean of a task loss over a batch of tasks, and its gradient."""
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from funcopt import tree
 from funcopt.errors import HyperparameterError, LeafError, StructureError
 from funcopt.listed import Listed
+from funcopt.meta.compiled import Compiled
 from funcopt.types import Tensor, Tree
 
 Randomness = Literal["error", "different", "same"]
@@ -20,6 +22,7 @@ def value_and_grad(
     chunk_size: int | None = None,
     has_aux: bool = False,
     randomness: Randomness = "error",
+    compile: bool = False,
 ) -> Callable[[Tree, Tree], tuple[Any, Tree]]:
     r"""The meta-loss and the meta-gradient over a batch of tasks.
 
@@ -43,6 +46,14 @@ def value_and_grad(
         randomness: what random operations do across tasks: "different" numbers for each,
             the "same" for all, or an "error" (under vmap), as in ``torch.func.vmap``.
             In a loop and in chunks "same" rewinds the CPU's generator only.
+        compile: run the whole of it (inner gradients, updates, meta-gradient) as one
+            compiled graph; of "loop", one task's, and of chunks, one chunk's. The first
+            call with a structure, shapes, strides and dtypes takes seconds to minutes,
+            later ones none; the guide says when it pays.
+            ``task_loss`` may then ask for no value (``.item()``, ``if`` on a tensor);
+            Python numbers that it closes over are frozen, tensors are read at each
+            call; the results have no graph, so call it under ``torch.no_grad()`` where
+            an input requires grad. Random numbers are other ones than without.
 
     Returns:
         ``f(theta, tasks) -> (loss, grads)``, with ``has_aux`` ``((loss, aux), grads)``.
@@ -53,6 +64,10 @@ def value_and_grad(
         StructureError: by ``f``, for tasks whose leading axes differ, or are empty.
         LeafError: by ``f``, for a leaf of theta that is no floating-point tensor.
         HyperparameterError: an unknown ``tasks`` or ``randomness``, a chunk size below 1.
+        CompileError: by ``f``, with ``compile``: ``task_loss`` asks for a value, or the
+            compiler fails; the message says where.
+        GradientLostError: by ``f``, with ``compile``, where a derivative of its result
+            would be asked for.
 
     Source:
         Finn, Abbeel, Levine, "Model-agnostic meta-learning", 2017, algorithm 1.
@@ -80,6 +95,25 @@ def value_and_grad(
     def value_and_aux(theta: Tree, task: Tree) -> tuple[Tensor, Tree]:
         return task_loss(theta, task) if has_aux else (task_loss(theta, task), None)
 
+    def alone(theta: Tree, batch: Tree) -> tuple[Tensor, Tree, Tree]:
+        listed = Listed(value_and_aux, theta, tree.map(itemgetter(0), batch))
+        grads, out = listed.grad(*listed.inputs)
+        loss, aux = listed.rebuild(out)
+        return loss, listed.like_first(grads), tree.map(lambda x: x.unsqueeze(0), aux)
+
+    def together(theta: Tree, batch: Tree) -> tuple[Tensor, Tree, Tree]:
+        listed = Listed(value_and_aux, theta, batch)
+        many = torch.func.vmap(listed.grad, in_dims=(None, 0), randomness=randomness)
+        grads, out = many(*listed.inputs)
+        loss, aux = listed.rebuild(out)
+        return loss.sum(0), listed.like_first([g.sum(0) for g in grads]), aux
+
+    # theta, a batch of tasks → the sums of losses and gradients, and each task's aux
+    sums: dict[str, Callable[[Tree, Tree], tuple[Tensor, Tree, Tree]]]
+    sums = {"loop": alone, "vmap": together}
+    if compile:
+        sums = {path: Compiled(part, "meta-step") for path, part in sums.items()}
+
     def mean_value_and_grad(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
         _check_theta(theta)
         count = tree.leading_axis(task_batch, "tasks")
@@ -89,27 +123,19 @@ def value_and_grad(
             )
         path = choose(theta, count) if tasks == "auto" else tasks
         size = 1 if path == "loop" else chunk_size or count
-        listed = Listed(value_and_aux, theta, task_batch)
-        variables, data = listed.inputs
-        many = torch.func.vmap(listed.grad, in_dims=(None, 0), randomness=randomness)
         seed = torch.get_rng_state() if randomness == "same" else None
-        total: list[Tensor] = []
-        auxes: list[list[Tensor]] = []
+        total: Tree = None
+        auxes: list[Tree] = []
         for start in range(0, count, size):
             if seed is not None:
                 torch.set_rng_state(seed)
-            if path == "loop":
-                grads, out = listed.grad(variables, [x[start] for x in data])
-                parts, aux = [out[0], *grads], [x.unsqueeze(0) for x in out[1:]]
-            else:
-                grads, out = many(variables, [x[start : start + size] for x in data])
-                parts, aux = [x.sum(0) for x in (out[0], *grads)], out[1:]
-            total = [a + b for a, b in zip(total, parts)] if total else parts
+            some = slice(start, start + size)
+            *parts, aux = sums[path](theta, tree.map(itemgetter(some), task_batch))
+            total = tree.map(torch.add, total, parts) if start else parts
             auxes.append(aux)
-        loss, *grads = [x / count for x in total]
-        stacked = [torch.cat(rows) for rows in zip(*auxes)]
-        loss, aux = listed.rebuild([loss, *stacked])
-        return ((loss, aux) if has_aux else loss), listed.like_first(grads)
+        loss, grads = tree.map(lambda x: x / count, total)
+        aux = tree.map(lambda *rows: torch.cat(rows), *auxes)
+        return ((loss, aux) if has_aux else loss), grads
 
     return mean_value_and_grad
 

@@ -1,0 +1,251 @@
+"""The compiled meta-step: equal to the eager one, traced once for each kind of inputs."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import funcopt as fo
+from funcopt.meta import compiled
+
+TASKS = 5
+
+
+def f64(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def theta() -> dict[str, Any]:
+    return {
+        "init": {"w": f64(3, 2, seed=1), "b": f64(2, seed=2), "gap": None},
+        "lr": torch.tensor(0.1, dtype=torch.float64),
+    }
+
+
+def tasks(count: int = TASKS, seed: int = 3) -> dict[str, Tensor]:
+    return {"x": f64(count, 4, 3, seed=seed), "y": f64(count, 4, 2, seed=seed + 1)}
+
+
+def loss(p: Any, batch: Any) -> Tensor:
+    return (torch.tanh(batch["x"] @ p["w"] + p["b"]) - batch["y"]).square().mean()
+
+
+def adapted(opt: fo.Optimizer) -> Callable[..., Any]:
+    """A task loss: two inner steps with a learned rate; aux has a gap, too."""
+
+    def task_loss(theta: Any, task: Any) -> Any:
+        hyper = {"lr": theta["lr"]}
+        end = fo.unroll(opt, loss, theta["init"], task, steps=2, hyper=hyper)
+        return loss(end.params, task), {"losses": end.losses, "gap": None}
+
+    return task_loss
+
+
+OPTIMIZERS = {
+    "sgd, momentum": fo.sgd(momentum=0.9),
+    "adam": fo.adam(),
+    "lamb": fo.lamb(),
+    "chain": fo.chain(fo.clip_by_global_norm(0.1), fo.adamw()),
+}
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """The flat graphs, which are run as they are: no kernels are made of them."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(compiled, "_kernels", keep)
+    return graphs
+
+
+QUICK = {("vmap", None): "adam", ("vmap", 2): "sgd, momentum", ("loop", None): "adam"}
+CASES = [
+    pytest.param(*way, name, marks=() if name == QUICK[way] else pytest.mark.slow)
+    for name in OPTIMIZERS
+    for way in QUICK
+]
+
+
+@pytest.mark.parametrize("path, chunk, name", CASES)
+def test_the_graph_is_the_eager_meta_step(
+    traced: Any, path: Any, chunk: int | None, name: str
+):
+    settings: Any = {"tasks": path, "chunk_size": chunk, "has_aux": True}
+    task_loss = adapted(OPTIMIZERS[name])
+    eager = fo.meta.value_and_grad(task_loss, **settings)
+    compiled = fo.meta.value_and_grad(task_loss, **settings, compile=True)
+    for seed in (3, 30):  # the second time without a trace
+        expected = eager(theta(), tasks(seed=seed))
+        assert expected[1]["lr"].abs() > 1e-4 and expected[1]["init"]["gap"] is None
+        assert_close(
+            compiled(theta(), tasks(seed=seed)), expected, rtol=1e-12, atol=1e-12
+        )
+    assert len(traced) == (2 if chunk else 1)  # of chunks the last is smaller
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["vmap", "loop"])
+def test_kernels_give_the_same_numbers_and_are_made_once(path: Any):
+    task_loss = adapted(fo.adam())
+    eager = fo.meta.value_and_grad(task_loss, has_aux=True, tasks=path)
+    compiled = fo.meta.value_and_grad(task_loss, has_aux=True, tasks=path, compile=True)
+    compiled(theta(), tasks())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = compiled(theta(), tasks(seed=30))
+    assert_close(found, eager(theta(), tasks(seed=30)), rtol=1e-12, atol=1e-12)
+
+
+def test_one_graph_for_each_kind_of_inputs(traced: Any):
+    calls = []
+
+    def task_loss(theta: Tensor, task: Tensor) -> Tensor:
+        calls.append(task.shape)
+        return (theta * task).square().sum()
+
+    meta = fo.meta.value_and_grad(task_loss, tasks="vmap", compile=True)
+    kinds = [
+        f64(3, 2, seed=1),
+        f64(4, 2, seed=1),
+        f64(2, 4, seed=1).mT,
+        f64(4, 2, seed=2),
+    ]
+    for kind in [*kinds, *kinds, kinds[0].float()]:
+        value, grad = meta(torch.ones(2, dtype=kind.dtype), kind)
+        assert_close(value, kind.square().sum(1).mean(), rtol=1e-6, atol=0)
+        assert grad.dtype == kind.dtype
+    assert len(calls) == len(traced) == 4
+
+
+def test_the_oldest_graph_makes_room(traced: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiled, "_MOST_GRAPHS", 2)
+    meta = fo.meta.value_and_grad(lambda t, x: (t * x).sum(), tasks="vmap", compile=True)
+    for count in (3, 4, 5, 4, 5, 3):
+        meta(torch.ones(()), torch.ones(count))
+    assert len(traced) == 4
+
+
+def test_closed_over_tensors_are_read_at_each_call(traced: Any):
+    scale = torch.tensor(2.0)  # a number: as a constant it would be frozen
+    meta = fo.meta.value_and_grad(
+        lambda t, x: (t * x * scale * torch.tensor(1.0)).sum(), tasks="vmap", compile=True
+    )
+    for value in (2.0, 3.0):
+        scale.fill_(value)
+        assert meta(torch.ones(()), torch.ones(4))[1].item() == value
+    assert len(traced) == 1
+
+
+def test_numbers_drawn_anew_at_each_call(traced: Any):
+    def task_loss(theta: Tensor, task: Tensor) -> Tensor:
+        return (theta * task * torch.rand(3)).sum()
+
+    meta = fo.meta.value_and_grad(
+        task_loss, tasks="vmap", randomness="different", compile=True
+    )
+    first, second = (meta(torch.ones(3), torch.ones(4, 3))[1] for _ in range(2))
+    assert (first != second).all()
+
+
+# What cannot be compiled ---------------------------------------------------------------
+
+
+def asks_for_a_value(t: Tensor, x: Tensor) -> Tensor:
+    return (t * x).sum() * t.detach().item()
+
+
+def branches(t: Tensor, x: Tensor) -> Tensor:
+    return (t * x).sum() if t.detach() > 0 else t.sum()
+
+
+def broken(t: Tensor, x: Tensor) -> Tensor:
+    raise KeyError("of the user's own")
+
+
+def times(t: Tensor, x: Tensor) -> Tensor:
+    return (t * x).sum()
+
+
+class Odd(torch.Tensor):
+    """A subclass."""
+
+
+CLOSED = torch.ones((), requires_grad=True)
+
+
+def with_loop(task_loss: Callable[..., Any]) -> Callable[..., Any]:
+    return fo.meta.value_and_grad(task_loss, tasks="loop", compile=True)
+
+
+ONE, TWO = torch.tensor(1.0), torch.ones(2)
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "a value": (
+        lambda: with_loop(asks_for_a_value)(ONE, TWO),
+        fo.CompileError,
+        r"meta-step cannot be compiled: .*, at .*test_compiled_meta.py:\d+ \(return "
+        r"\(t \* x\)\.sum\(\) \* t\.detach\(\)\.item\(\)\).*torch\.where.*compile=True",
+    ),
+    "a branch": (
+        lambda: with_loop(branches)(ONE, TWO),
+        fo.CompileError,
+        r"cannot be compiled: .*if t\.detach\(\) > 0",
+    ),
+    "an error of one's own": (
+        lambda: with_loop(broken)(ONE, TWO),
+        KeyError,
+        "of the user's own",
+    ),
+    "a graph of theta": (
+        lambda: with_loop(times)(torch.ones((), requires_grad=True), TWO),
+        fo.GradientLostError,
+        r"without a graph, but an input requires grad.*no_grad",
+    ),
+    "a graph of a closed-over tensor": (
+        lambda: with_loop(lambda t, x: times(t, x) * CLOSED)(ONE, TWO),
+        fo.GradientLostError,
+        r"but what it closes over requires grad",
+    ),
+    "a transform": (
+        lambda: torch.func.grad(lambda t: with_loop(times)(t, TWO)[0])(ONE),
+        fo.GradientLostError,
+        r"a transform of torch\.func is running",
+    ),
+    "a subclass": (
+        lambda: with_loop(times)(ONE.as_subclass(Odd), TWO),
+        fo.LeafError,
+        r"plain tensors, but was given a Odd",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name: str, traced: Any):
+    call, kind, words = REFUSED[name]
+    with pytest.raises(kind) as caught:
+        call()
+    assert re.search(words, str(caught.value)), str(caught.value)
+
+
+def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: Any) -> None:
+        raise RuntimeError("\n  no g++\n a long trace")
+
+    monkeypatch.setattr(compiled, "_kernels", fails)
+    with pytest.raises(fo.CompileError, match=r"failed on meta-step: RuntimeError: no g"):
+        with_loop(times)(ONE, TWO)
+
+
+def test_detached_by_no_grad(traced: Any):
+    """Parameters of a module are used as they are."""
+    with torch.no_grad():
+        value, grad = with_loop(times)(torch.ones((), requires_grad=True), TWO)
+    assert (value, grad) == (1.0, 1.0) and not grad.requires_grad
