@@ -9,6 +9,7 @@ from funcopt.errors import (
     HyperparameterError,
     HyperparameterTypeError,
     LeafError,
+    MetaParameterError,
     StructureError,
     UnknownHyperparameterError,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "HyperparameterError",
     "HyperparameterTypeError",
     "LeafError",
+    "MetaParameterError",
     "Optimizer",
     "Schedule",
     "StructureError",

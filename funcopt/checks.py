@@ -31,6 +31,20 @@ def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
             )
 
 
+def check_floats(values: Any, what: str) -> None:
+    """Each leaf must be ``None`` or a tensor of floating-point numbers."""
+    leaves, structure = tree.flatten(values)
+    for name, leaf in zip(tree.paths(structure), leaves):
+        if leaf is None:
+            continue
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise LeafError(
+                f"{what}['{name}'] is {kind}; the meta-gradient needs floating-point "
+                "tensors: put everything else with the tasks, or close over it"
+            )
+
+
 def check_real(leaves: Sequence[Any], structure: tree.Structure, name: str) -> None:
     """No leaf may be complex: a sum over it is not that of its parts."""
     for i, leaf in enumerate(leaves):

@@ -29,6 +29,10 @@ class GradientLostError(FuncoptError, RuntimeError):
     """A gradient that the caller asked to follow would be dropped without a word."""
 
 
+class MetaParameterError(FuncoptError, ValueError):
+    """A meta-gradient was asked for of what an estimator cannot see."""
+
+
 class ExecutionError(FuncoptError, RuntimeError):
     """An execution was asked for by name that cannot run this step."""
 

@@ -90,7 +90,9 @@ FLOORS = {
     "funcopt.meta.families.*": 8.2,
     "funcopt.meta": 8.5,
     "funcopt.meta.compiled": 7.9,
-    "funcopt.meta.*": 8,
+    "funcopt.meta.problem": 8,
+    "funcopt.meta.estimate": 8.1,
+    "funcopt.meta.*": 8.2,
     "funcopt": 9,
 }
 

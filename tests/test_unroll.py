@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from influence import THETA, TRUNCATED, influence, influence_loss, stationary
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jvp, vmap
 
 import funcopt as fo
 from funcopt import tree
-from funcopt.hyper import Hyper
 
 STEPS = 3
 
@@ -528,58 +528,6 @@ def test_quadratic(steps: int, window: int | None, how: str):
     assert_close(first, expected(-start * reach * (1 - q**steps) / alpha, reach))
 
 
-# Influence balancing (Tallec, Ollivier, 2017): s' = A s + θ (1 × 10, -1 × 13), the loss
-# ½ (s¹ - 1)². Short windows get even the sign of dL/dθ wrong.
-SIZE = 23
-SHIFT = torch.diag(torch.full((SIZE - 1,), 0.5, dtype=torch.float64), 1)
-TRANSITION = 0.5 * torch.eye(SIZE, dtype=torch.float64) + SHIFT
-PUSH = torch.cat([torch.ones(10), -torch.ones(13)]).double()
-THETA = torch.tensor(0.5, dtype=torch.float64)
-TRUNCATED = {1: -4.0, 10: -22.0, 20: -40.0, 50: -28.27, 100: -2.32, 150: 6.45}
-TRUNCATED |= {200: 10.84, 500: 18.74}
-
-
-def influence() -> fo.Optimizer:
-    def rule(g: Tensor, s: Tensor, *, step: Any, theta: Tensor) -> tuple[Tensor]:
-        return (TRANSITION @ s + theta * PUSH,)
-
-    return fo.per_tensor(rule, name="influence", slots={}, hyper={"theta": Hyper(0.5)})
-
-
-def influence_loss(s: Tensor, _: Any) -> Tensor:
-    return 0.5 * (s[0] - 1) ** 2
-
-
-def stationary() -> Tensor:
-    return torch.linalg.solve(torch.eye(SIZE).double() - TRANSITION, THETA * PUSH)
-
-
-@pytest.mark.parametrize("window", TRUNCATED)
-def test_influence_balancing_by_windows_that_carry_the_state(window: int):
-    """Truncated backpropagation as a user writes it: one `unroll` for each window."""
-
-    def one(theta: Tensor, params: Tensor, state: Any) -> tuple[Tensor, Any]:
-        run = fo.unroll(
-            influence(),
-            influence_loss,
-            params,
-            steps=window,
-            state=state,
-            hyper={"theta": theta},
-        )
-        after = influence_loss(run.params, None)
-        mean = (run.losses[1:].sum() + after) / window
-        return mean, fo.detach((run.params, run.state))
-
-    params, state = stationary(), None
-    state = influence().init(params)
-    for _ in range(2):
-        slope, (params, state) = grad(one, has_aux=True)(THETA, params, state)
-        assert abs(float(slope) - TRUNCATED[window]) < 0.006  # the table's rounding
-    assert int(state["step"]) == 2 * window
-    assert torch.allclose(params, stationary(), atol=1e-9)
-
-
 @pytest.mark.parametrize("window", [1, 10, 20])
 def test_influence_balancing_by_the_window_argument(window: int):
     """A step's loss is of before its update, so the first of a window sees no θ."""
@@ -596,20 +544,6 @@ def test_influence_balancing_by_the_window_argument(window: int):
         return run.losses.sum() / (3 * window)
 
     assert abs(float(grad(total)(THETA)) - TRUNCATED[window]) < 1e-9
-
-
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
-def test_influence_balancing_in_full(mode: str):
-    def total(theta: Tensor) -> Tensor:
-        start = torch.ones(SIZE, dtype=torch.float64)
-        run = fo.unroll(
-            influence(), influence_loss, start, steps=101, hyper={"theta": theta}
-        )
-        return run.losses.sum()
-
-    slope = (grad if mode == "reverse" else jacfwd)(total)(THETA)
-    assert abs(float(total(THETA)) - 994.7844) < 1e-4
-    assert abs(float(slope) - 3571.6306) < 1e-4
 
 
 # Cutting the graph ---------------------------------------------------------------------

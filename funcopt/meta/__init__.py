@@ -1,5 +1,24 @@
-"""Meta-gradients over batches of tasks, and the families of meta-learning."""
+"""Meta-gradients: estimators of them, constraints, batches of tasks, and families."""
 
+from funcopt.meta.backward import (
+    first_order,
+    random_window,
+    reptile_gradient,
+    reverse,
+    truncated,
+)
+from funcopt.meta.constraints import (
+    Constraint,
+    box,
+    constrained,
+    exp,
+    one_minus_exp,
+    sigmoid,
+    simplex,
+    softplus,
+)
+from funcopt.meta.estimate import Estimate
+from funcopt.meta.evolution import es, es_single, pes
 from funcopt.meta.families import (
     Family,
     adapt,
@@ -12,18 +31,40 @@ from funcopt.meta.families import (
     reptile,
     step_weights,
 )
+from funcopt.meta.problem import Problem, advance
+from funcopt.meta.smoothness import metasmoothness
 from funcopt.meta.tasks import value_and_grad
 
 __all__ = [
+    "Constraint",
+    "Estimate",
     "Family",
+    "Problem",
     "adapt",
+    "advance",
     "anil",
+    "box",
     "cavia",
+    "constrained",
+    "es",
+    "es_single",
+    "exp",
+    "first_order",
     "fomaml",
     "lslr",
     "maml",
     "metasgd",
+    "metasmoothness",
+    "one_minus_exp",
+    "pes",
+    "random_window",
     "reptile",
+    "reptile_gradient",
+    "reverse",
+    "sigmoid",
+    "simplex",
+    "softplus",
     "step_weights",
+    "truncated",
     "value_and_grad",
 ]

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 
 from funcopt import tree
-from funcopt.errors import HyperparameterError, LeafError, StructureError
+from funcopt.checks import check_floats
+from funcopt.errors import HyperparameterError, StructureError
 from funcopt.listed import Listed
 from funcopt.meta.compiled import Compiled
 from funcopt.types import Tensor, Tree
@@ -115,7 +116,7 @@ def value_and_grad(
         sums = {path: Compiled(part, "meta-step") for path, part in sums.items()}
 
     def mean_value_and_grad(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
-        _check_theta(theta)
+        check_floats(theta, "theta")
         count = tree.leading_axis(task_batch, "tasks")
         if not count:
             raise StructureError(
@@ -155,16 +156,3 @@ def choose(theta: Tree, count: int) -> Literal["vmap", "loop"]:
         leaf.ndim >= 4 and leaf.shape[0] * leaf.shape[1] >= 32**2 for leaf in leaves
     )
     return "loop" if count <= 2 or wide else "vmap"
-
-
-def _check_theta(theta: Tree) -> None:
-    leaves, structure = tree.flatten(theta)
-    for name, leaf in zip(tree.paths(structure), leaves):
-        if leaf is None:
-            continue
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise LeafError(
-                f"theta['{name}'] is {kind}; the meta-gradient needs floating-point "
-                "tensors: put everything else with the tasks, or close over it"
-            )

@@ -1,0 +1,239 @@
+"""Estimators that go back through the steps: exact, truncated, first order, Reptile."""
+
+from typing import Any, Literal
+
+import torch
+
+from funcopt import tree
+from funcopt.errors import HyperparameterError
+from funcopt.listed import Listed
+from funcopt.meta.estimate import Estimate, check_eta
+from funcopt.meta.problem import (
+    Carry,
+    Problem,
+    go_on,
+    ready,
+    roll,
+    stands_at,
+    window_of,
+)
+from funcopt.types import Tree
+
+
+def reverse(problem: Problem, eta: Tree, *, carry: Carry | None = None) -> Estimate:
+    r"""The exact derivative, back through every step that is left.
+
+    .. math:: \text{grads} = \frac{dV(\theta_K(\eta))}{d\eta}
+
+    Time: that of the training, and two to three times it on the way back. Memory: K
+    times parameters, state, and what the graph of one inner gradient keeps.
+
+    Args:
+        problem: a `Problem`.
+        eta: a dict with any of "init", "hyper", "meta": see `Problem`.
+        carry: where to begin; None, or a carry at the end, is the start. What lies before
+            it is constant.
+
+    Returns:
+        An `Estimate`; diagnostics: ``losses`` [K], the inner losses before each update.
+
+    Raises:
+        MetaParameterError: eta of other keys, or "init" beside a carry.
+        StructureError, LeafError: what `unroll` raises; a leaf of eta that is not of
+            floating-point numbers; an outer loss that is not 0-d.
+
+    Source:
+        Domke, "Generic methods for optimization-based modeling", 2012; Maclaurin,
+        Duvenaud, Adams, 2015.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(), lambda p, _: 0.5 * p**2, lambda p, _: 0.5 * p**2, steps=2)
+        >>> eta = {"init": torch.tensor(1.0), "hyper": {"lr": torch.tensor(0.5)}}
+        >>> fo.meta.reverse(problem, eta).grads    # of ½ (1 - lr)⁴ init²
+        {'init': tensor(0.0625), 'hyper': {'lr': tensor(-0.2500)}}
+    """
+    check_eta("reverse", problem, eta, carry)
+    return _back(problem, eta, carry, None)
+
+
+def truncated(
+    problem: Problem,
+    eta: Tree,
+    *,
+    carry: Carry | None = None,
+    window: int,
+    grad_mode: Literal["reverse", "mixed"] = "reverse",
+) -> Estimate:
+    r"""The derivative of the next few steps alone; what lies before is constant.
+
+    .. math:: \text{grads} = \frac{\partial V(\theta_{t+W}(\theta_t, \eta))}
+        {\partial \eta}, \qquad \theta_t \text{ held fixed}
+
+    Biased: a setting is judged by what it does within ``window`` steps. Rates come out
+    too small, and even a sign may be wrong (`short-horizon bias <#short-horizon-bias>`_).
+    The bias fades geometrically with the window where the step contracts.
+
+    A window is a number for this call: pass one that grows for a schedule, one drawn by
+    `random_window` for random windows, and a carry from `advance` for staggered starts,
+    or for the last W of K steps.
+
+    Args:
+        problem: a `Problem`; its objective is that of the window's steps.
+        eta: a dict with any of "init", "hyper", "meta": see `Problem`.
+        carry: where the window begins; None, or a carry at the end, is the start.
+        window: how many steps W ≥ 1; at the end there may be fewer left.
+        grad_mode: as for `unroll`.
+
+    Returns:
+        An `Estimate`; diagnostics: ``losses`` [W], the inner losses before each update.
+
+    Raises:
+        HyperparameterError: a window below 1.
+        MetaParameterError: eta of other keys, or "init" beside a carry.
+        Whatever else `reverse` raises.
+
+    Source:
+        Williams, Peng, "An efficient gradient-based algorithm for on-line training of
+        recurrent network trajectories", 1990; Shaban, Cheng, Hatch, Boots, "Truncated
+        back-propagation for bilevel optimization", 2019; the bias: Wu, Ren, Liao, Grosse,
+        "Understanding short-horizon bias in stochastic meta-optimization", 2018.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(), lambda p, _: 0.5 * p**2, lambda p, _: 0.5 * p**2, steps=4,
+        ...     params=torch.tensor(1.0))
+        >>> eta, carry = {"hyper": {"lr": torch.tensor(0.5)}}, None
+        >>> for _ in range(2):
+        ...     estimate = fo.meta.truncated(problem, eta, carry=carry, window=2)
+        ...     carry = estimate.carry
+        >>> estimate.grads["hyper"]["lr"], carry["step"]      # half of what reverse gives
+        (tensor(-0.0156), 4)
+    """
+    check_eta("truncated", problem, eta, carry)
+    return _back(problem, eta, carry, window, grad_mode=grad_mode)
+
+
+def first_order(problem: Problem, eta: Tree, *, carry: Carry | None = None) -> Estimate:
+    r"""The derivative with every inner gradient taken as a constant (FOMAML).
+
+    .. math:: \theta_{k+1} = \text{update}(\operatorname{stop}(\nabla L(\theta_k)), s_k,
+        \theta_k; \eta)
+
+    No second derivative, and memory of first order. Good for initialisations; of a
+    learning rate it is exact in the last step only.
+
+    Args:
+        problem: a `Problem`.
+        eta: a dict with "init", "hyper" or both: see `Problem`.
+        carry: where to begin; None, or a carry at the end, is the start.
+
+    Returns:
+        An `Estimate`; diagnostics: ``losses`` [K], the inner losses before each update.
+
+    Raises:
+        MetaParameterError: "meta" in eta: it acts through the gradient alone; other
+            keys; "init" beside a carry.
+        Whatever else `reverse` raises.
+
+    Source:
+        Finn, Abbeel, Levine, "Model-agnostic meta-learning", 2017, section 5.2.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(lr=0.5), lambda p, _: 0.5 * p**2, lambda p, _: 0.5 * p**2, steps=2)
+        >>> fo.meta.first_order(problem, {"init": torch.tensor(1.0)}).grads
+        {'init': tensor(0.2500)}
+    """
+    check_eta("first_order", problem, eta, carry)
+    return _back(problem, eta, carry, None, grad_mode="first_order")
+
+
+def reptile_gradient(
+    problem: Problem, eta: Tree, *, carry: Carry | None = None
+) -> Estimate:
+    r"""The way back from the end of the training to its start, as Reptile takes it.
+
+    .. math:: \text{grads}_{\text{init}} = \theta_0 - \theta_K
+
+    `reptile` is the same for few-shot tasks.
+
+    Args:
+        problem: a `Problem`; the outer loss is evaluated, and else plays no part.
+        eta: ``{"init": params}``.
+        carry: None, or a carry at the end: it begins at the start.
+
+    Returns:
+        An `Estimate`; diagnostics: none.
+
+    Raises:
+        MetaParameterError: eta of other keys; a carry that is not at the end.
+        Whatever else `reverse` raises.
+
+    Source:
+        Nichol, Achiam, Schulman, "On first-order meta-learning algorithms", 2018.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(lr=0.5), lambda p, _: 0.5 * p**2, lambda p, _: 0.5 * p**2, steps=2)
+        >>> fo.meta.reptile_gradient(problem, {"init": torch.tensor(1.0)}).grads
+        {'init': tensor(0.7500)}
+    """
+    check_eta("reptile_gradient", problem, eta, carry)
+    with torch.no_grad():
+        at = ready(problem, tree.detach(eta))
+        value, end, losses = roll(problem, at, go_on(problem, at, carry), problem.steps)
+        way = tree.map(torch.sub, at["init"], end["params"])
+    return Estimate(value, {"init": way}, {"losses": losses}, end)
+
+
+def random_window(low: int, high: int, *, generator: torch.Generator) -> int:
+    r"""A window's length, its logarithm uniform: short ones often, long ones at times.
+
+    Args:
+        low: the least, ≥ 1.
+        high: the largest, ≥ ``low``.
+        generator: what it is drawn from.
+
+    Returns:
+        A whole number in [low, high], for ``truncated(window=)``.
+
+    Raises:
+        HyperparameterError: not 1 ≤ low ≤ high.
+
+    Source:
+        Metz, Maheswaranathan, Nixon, Freeman, Sohl-Dickstein, "Understanding and
+        correcting pathologies in the training of learned optimizers", 2019.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> [fo.meta.random_window(1, 100, generator=generator) for _ in range(6)]
+        [87, 26, 8, 70, 19, 38]
+    """
+    if not 1 <= low <= high:
+        raise HyperparameterError(f"a window needs 1 ≤ low ≤ high, got {low} and {high}")
+    u = torch.rand((), generator=generator, dtype=torch.float64).item()
+    return min(high, int(low * ((high + 1) / low) ** u))
+
+
+def _back(
+    problem: Problem, eta: Tree, carry: Carry | None, window: int | None, **how: Any
+) -> Estimate:
+    start = stands_at(problem, carry)
+    count = window_of(problem, start, window)
+
+    def objective(eta: Tree) -> tuple[Any, ...]:
+        eta = ready(problem, eta)
+        value, end, losses = roll(problem, eta, go_on(problem, eta, carry), count, **how)
+        return value, end["params"], end["state"], losses
+
+    listed = Listed(objective, eta)
+    grads, out = listed.grad(*listed.inputs)
+    value, params, state, losses = tree.detach(listed.rebuild(out))
+    end = {"params": params, "state": state, "step": start + count}
+    return Estimate(value, tree.detach(listed.like_first(grads)), {"losses": losses}, end)

@@ -1,0 +1,327 @@
+"""Constraints with inverses: any number stands for one that is allowed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+
+from funcopt import select, tree
+from funcopt.errors import HyperparameterError
+from funcopt.execution import levels
+from funcopt.types import Tensor, Tree
+
+
+@final
+@dataclass(frozen=True)
+class Constraint:
+    """A smooth map from all numbers onto those that are allowed, and its inverse.
+
+    Those of tensors are made by `exp`, `softplus`, `sigmoid`, `one_minus_exp`, `box` and
+    `simplex`, those of trees by `constrained`.
+
+    Args:
+        name: what it is called.
+        forward: the map.
+        back: its inverse.
+
+    Raises:
+        Whatever its functions raise.
+
+    Source:
+        funcopt.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> negative = fo.meta.Constraint(
+        ...     "negative", lambda x: -x.exp(), lambda y: (-y).log())
+        >>> negative(negative.inverse(torch.tensor(-2.0)))
+        tensor(-2.)
+    """
+
+    name: str
+    forward: Callable[[Any], Any]
+    back: Callable[[Any], Any]
+
+    def __call__(self, x: Any) -> Any:
+        """What the unconstrained ``x`` stands for."""
+        return self.forward(x)
+
+    def inverse(self, y: Any) -> Any:
+        """The unconstrained value that stands for ``y``."""
+        return self.back(y)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def exp() -> Constraint:
+    r"""Positive numbers, by their logarithm: steps are relative ones (a learning rate).
+
+    .. math:: y = e^x, \qquad x = \log y
+
+    Args:
+        (none)
+
+    Returns:
+        A constraint; where y would overflow it is the largest finite number, constant.
+
+    Raises:
+        HyperparameterError: by ``inverse``, for a number that is not positive.
+
+    Source:
+        Bengio, "Gradient-based optimization of hyperparameters", 2000.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> lr = fo.meta.exp()
+        >>> x = lr.inverse(torch.tensor(0.1))
+        >>> x, lr(x)
+        (tensor(-2.3026), tensor(0.1000))
+    """
+
+    def forward(x: Tensor) -> Tensor:
+        largest = torch.finfo(x.dtype).max
+        return x.clamp(max=torch.tensor(largest, dtype=x.dtype).log().item()).exp()
+
+    return Constraint("exp", forward, lambda y: _inside("exp", y, y > 0).log())
+
+
+def softplus() -> Constraint:
+    r"""Positive numbers, where large ones move by plain steps (eps, a penalty's weight).
+
+    .. math:: y = \log(1 + e^x), \qquad x = y + \log(1 - e^{-y})
+
+    Args:
+        (none)
+
+    Returns:
+        A constraint.
+
+    Raises:
+        HyperparameterError: by ``inverse``, for a number that is not positive.
+
+    Source:
+        Dugas, Bengio, Bélisle, Nadeau, Garcia, "Incorporating second-order functional
+        knowledge for better option pricing", 2001.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> weight = fo.meta.softplus()
+        >>> x = weight.inverse(torch.tensor([0.1, 30.0]))
+        >>> x, weight(x)
+        (tensor([-2.2522, 30.0000]), tensor([ 0.1000, 30.0000]))
+    """
+
+    def back(y: Tensor) -> Tensor:
+        y = _inside("softplus", y, y > 0)
+        return y + (-torch.expm1(-y)).log()
+
+    # torch's own is linear from 20 on, and so not the inverse's inverse there.
+    return Constraint("softplus", lambda x: torch.logaddexp(x, torch.zeros_like(x)), back)
+
+
+def sigmoid() -> Constraint:
+    r"""Numbers between 0 and 1 (momentum, a mixture's weight).
+
+    .. math:: y = \frac{1}{1 + e^{-x}}, \qquad x = \log y - \log(1 - y)
+
+    Args:
+        (none)
+
+    Returns:
+        A constraint.
+
+    Raises:
+        HyperparameterError: by ``inverse``, for a number that is not in (0, 1).
+
+    Source:
+        The logistic function: Verhulst, 1838.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> momentum = fo.meta.sigmoid()
+        >>> x = momentum.inverse(torch.tensor(0.9))
+        >>> x, momentum(x)
+        (tensor(2.1972), tensor(0.9000))
+    """
+    return box(0.0, 1.0)
+
+
+def one_minus_exp() -> Constraint:
+    r"""Numbers below 1, by the logarithm of what is missing (the betas of Adam).
+
+    .. math:: y = 1 - e^x, \qquad x = \log(1 - y)
+
+    A step of x changes the length 1/(1 − β) of an average's memory by a factor, as with
+    0.9, 0.99, 0.999. Above x = 0 there is y < 0: `sigmoid` keeps out of it.
+
+    Args:
+        (none)
+
+    Returns:
+        A constraint.
+
+    Raises:
+        HyperparameterError: by ``inverse``, for a number that is not below 1.
+
+    Source:
+        Metz, Maheswaranathan, Sun, Freeman, Poole, Sohl-Dickstein, "Using a thousand
+        optimization tasks to learn hyperparameter search strategies", 2020.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> beta = fo.meta.one_minus_exp()
+        >>> x = beta.inverse(torch.tensor([0.9, 0.999]))
+        >>> x, beta(x)
+        (tensor([-2.3026, -6.9078]), tensor([0.9000, 0.9990]))
+    """
+    return Constraint(
+        "one_minus_exp",
+        lambda x: -torch.expm1(x),
+        lambda y: torch.log1p(-_inside("one_minus_exp", y, y < 1)),
+    )
+
+
+def box(low: float, high: float) -> Constraint:
+    r"""Numbers between two bounds, neither of which is reached.
+
+    .. math:: y = \text{low} + (\text{high} - \text{low}) \, \sigma(x), \qquad
+        x = \log(y - \text{low}) - \log(\text{high} - y)
+
+    `projections.box` is the hard one: it clips, and has no derivative outside.
+
+    Args:
+        low: the lower bound.
+        high: the upper bound, > ``low``.
+
+    Returns:
+        A constraint.
+
+    Raises:
+        HyperparameterError: not low < high, both finite; by ``inverse``, for a number
+            that is not between them.
+
+    Source:
+        Stan's reference manual, "Lower and upper bounded scalar" (2012).
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> decay = fo.meta.box(0.0, 0.5)
+        >>> x = decay.inverse(torch.tensor(0.1))
+        >>> x, decay(x)
+        (tensor(-1.3863), tensor(0.1000))
+    """
+    if not -float("inf") < low < high < float("inf"):
+        raise HyperparameterError(f"a box needs low < high, got {low} and {high}")
+    name = "sigmoid" if (low, high) == (0.0, 1.0) else f"box({low}, {high})"
+
+    def back(y: Tensor) -> Tensor:
+        y = _inside(name, y, (y > low) & (y < high))
+        return (y - low).log() - (high - y).log()
+
+    def forward(x: Tensor) -> Tensor:
+        # From the nearer bound, of which no digits are lost so.
+        up, down = (high - low) * x.sigmoid(), (high - low) * (-x).sigmoid()
+        return torch.where(x < 0, low + up, high - down)
+
+    return Constraint(name, forward, back)
+
+
+def simplex() -> Constraint:
+    r"""Positive numbers whose sum along the last axis is 1 (a mixture of data).
+
+    .. math:: y = \operatorname{softmax}(x), \qquad x = \log y - \operatorname{mean}\log y
+
+    A shift of x changes nothing: the inverse has mean 0. `projections.simplex` is the
+    hard one, which gives zeros.
+
+    Args:
+        (none)
+
+    Returns:
+        A constraint, of tensors with one axis at least.
+
+    Raises:
+        HyperparameterError: by ``inverse``, for a number that is not positive.
+
+    Source:
+        Bridle, "Probabilistic interpretation of feedforward classification network
+        outputs", 1990.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> mixture = fo.meta.simplex()
+        >>> x = mixture.inverse(torch.tensor([0.2, 0.3, 0.5]))
+        >>> x, mixture(x)
+        (tensor([-0.4406, -0.0351,  0.4757]), tensor([0.2000, 0.3000, 0.5000]))
+    """
+
+    def back(y: Tensor) -> Tensor:
+        x = _inside("simplex", y, y > 0).log()
+        return x - x.mean(-1, keepdim=True)
+
+    return Constraint("simplex", lambda x: x.softmax(-1), back)
+
+
+def constrained(constraints: Any) -> Constraint:
+    """A constraint of trees, from one for each branch or leaf.
+
+    Args:
+        constraints: a prefix tree of constraints, or `by_name`; None leaves a branch as
+            it is.
+
+    Returns:
+        A constraint: a tree of unconstrained tensors to one of constrained tensors,
+        which ``Problem(constrain=)`` takes.
+
+    Raises:
+        StructureError: by the result, for a tree that ``constraints`` is no prefix of.
+        HyperparameterError: by ``inverse``, for a value that is not allowed.
+
+    Source:
+        funcopt.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> constrain = fo.meta.constrained(
+        ...     {"hyper": {"lr": fo.meta.exp(), "momentum": fo.meta.sigmoid()}})
+        >>> eta = {"hyper": {"lr": torch.tensor(0.1), "momentum": torch.tensor(0.9)}}
+        >>> free = constrain.inverse(eta)
+        >>> free["hyper"]
+        {'lr': tensor(-2.3026), 'momentum': tensor(2.1972)}
+        >>> constrain(free)["hyper"]
+        {'lr': tensor(0.1000), 'momentum': tensor(0.9000)}
+    """
+    constraints = select.copied(constraints)
+
+    def spread(values: Tree, inverse: bool) -> Tree:
+        leaves, structure = tree.flatten(values)
+        each = select.per_leaf(constraints, structure, "constrained")
+        return tree.unflatten(
+            structure,
+            [
+                leaf
+                if leaf is None or constraint is None
+                else (constraint.inverse if inverse else constraint)(leaf)
+                for leaf, constraint in zip(leaves, each)
+            ],
+        )
+
+    return Constraint(
+        f"constrained({constraints!r})",
+        lambda x: spread(x, inverse=False),
+        lambda y: spread(y, inverse=True),
+    )
+
+
+def _inside(name: str, y: Tensor, allowed: Tensor) -> Tensor:
+    """``y``; raises where a value that can be seen is not allowed."""
+    seen = levels.seen(allowed)
+    if seen is not None and not bool(seen.all()):
+        worst = levels.seen(y)
+        given = "" if worst is None else f": {worst[~seen].flatten()[0].item():g}"
+        raise HyperparameterError(
+            f"{name}.inverse got a value that {name} cannot give{given}"
+        )
+    return y

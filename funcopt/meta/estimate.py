@@ -1,0 +1,129 @@
+"""What every estimator gives, and which meta-parameters each of them can see."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from funcopt import tree
+from funcopt.checks import check_floats
+from funcopt.errors import HyperparameterTypeError, MetaParameterError
+from funcopt.meta.problem import Carry, Problem, stands_at
+from funcopt.types import Tensor, Tree
+
+
+class Estimate(NamedTuple):
+    """What an estimator of ``fo.meta`` gives: numbers without a graph."""
+
+    value: Tensor  #: 0-d, the objective over the steps that were made
+    grads: Tree  #: like eta: the estimate of the objective's derivative
+    diagnostics: dict[str, Any]  #: what else is known; each estimator says
+    carry: Carry  #: where the inner loop stands: pass it on, or save it
+
+    def without_influence(self) -> list[str]:
+        """Names of the leaves of eta whose gradient is 0 in every element.
+
+        Such a leaf does not reach the objective at all, in all likelihood: a loss that
+        has no use for it, a hyperparameter that another one switches off. Reads the
+        gradients, and so waits for an accelerator.
+        """
+        leaves, structure = tree.flatten(self.grads)
+        return [
+            name
+            for name, g in zip(tree.paths(structure), leaves)
+            if g is not None and not bool(g.any())
+        ]
+
+
+#: the kinds of meta-parameters: the key of eta under which they stand, and what they are
+KINDS: Mapping[str, tuple[str, str]] = {
+    "init": ("init", "initialisation"),
+    "rates": ("hyper", "lr, betas, momentum"),
+    "decay": ("hyper", "decoupled weight decay"),
+    "rule": ("hyper", "weights of a learned rule"),
+    "meta": ("meta", "loss and data weights"),
+}
+
+EXACT, BIASED, SMOOTHED = "exact", "biased", "unbiased, smoothed"
+_ALL, _HYPER = tuple(KINDS), ("rates", "decay", "rule")
+
+#: what each estimator gives for each kind that it sees; a kind that is not there it
+#: refuses. The checks, the tests and the table of docs/estimators.md are made from this.
+SEES: Mapping[str, Mapping[str, str]] = {
+    "reverse": dict.fromkeys(_ALL, EXACT),
+    "truncated": {
+        "init": "exact, first window only",
+        **dict.fromkeys((*_HYPER, "meta"), BIASED),
+    },
+    "first_order": dict.fromkeys(("init", *_HYPER), BIASED),
+    "reptile_gradient": {"init": BIASED},
+    "es": dict.fromkeys(_ALL, SMOOTHED),
+    "pes": dict.fromkeys(_ALL, SMOOTHED),
+    "es_single": dict.fromkeys(_ALL, SMOOTHED),
+}
+
+#: why an estimator is blind to what stands under a key
+_WHY: Mapping[tuple[str, str], str] = {
+    ("first_order", "meta"): "it takes each inner gradient, through which alone the "
+    "inner loss's weights act, as a constant",
+    (
+        "reptile_gradient",
+        "hyper",
+    ): "it is the way from the start to the end, which is a direction "
+    "for the start alone",
+    (
+        "reptile_gradient",
+        "meta",
+    ): "it is the way from the start to the end, which is a direction "
+    "for the start alone",
+    ("implicit", "hyper"): "a fixed point of the training does not move with the "
+    "optimizer's settings",
+    ("implicit", "init"): "a fixed point of the training does not depend on its start; "
+    "put a proximal term to it in the inner loss, and the start in eta['meta'] (iMAML)",
+    ("weight_update_implicit", "init"): "a fixed point of the training does not depend "
+    "on its start",
+    ("hypergradient_descent", "init"): "it looks back over one step only",
+}
+
+
+def keys_seen(name: str) -> list[str]:
+    """The keys of eta that an estimator sees."""
+    return sorted({KINDS[kind][0] for kind in SEES[name]})
+
+
+def check_eta(name: str, problem: Problem, eta: Tree, carry: Carry | None = None) -> None:
+    """Raise for what is no eta, and for what the estimator ``name`` is blind to."""
+    keys = {key for key, _ in KINDS.values()}
+    if not isinstance(eta, Mapping):
+        raise HyperparameterTypeError(
+            f"eta is a dict with any of the keys {_quoted(sorted(keys))}, not "
+            f"{type(eta).__name__}"
+        )
+    if not eta or not keys >= eta.keys():
+        raise MetaParameterError(
+            f"eta has the keys {_quoted(list(eta)) or 'none'}; it takes any of "
+            f"{_quoted(sorted(keys))}, and one at least"
+        )
+    check_floats(eta, "eta")
+    seen = keys_seen(name)
+    for key in sorted(eta):
+        if key not in seen:
+            others = [other for other in SEES if key in keys_seen(other)]
+            raise MetaParameterError(
+                f"{name} cannot see eta['{key}']: {_WHY[name, key]}. It sees "
+                f"{_quoted(seen)}; {_quoted(others)} see '{key}'"
+            )
+    step = stands_at(problem, carry)
+    if step and "init" in eta and name not in _BY_THE_CARRY:
+        raise MetaParameterError(
+            f"{name} cannot see eta['init'] from step {step} on: the carry was "
+            "cut from where training started. Leave 'init' out of eta until the carry "
+            f"has come to the end, or use {_quoted(_BY_THE_CARRY)}, whose carries "
+            "remember"
+        )
+
+
+#: those whose carry keeps how the state depends on eta
+_BY_THE_CARRY = ("forward", "pes", "es_single")
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)

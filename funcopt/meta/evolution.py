@@ -1,0 +1,320 @@
+"""Estimators that look at values alone: evolution strategies, whole and in windows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from funcopt import select, tree
+from funcopt.errors import HyperparameterError, StructureError
+from funcopt.listed import Listed
+from funcopt.meta.estimate import Estimate, check_eta
+from funcopt.meta.problem import (
+    Carry,
+    Problem,
+    go_on,
+    outer_value,
+    ready,
+    roll,
+    stands_at,
+    window_of,
+)
+from funcopt.normal import normal_like
+from funcopt.types import HyperValue, Tensor, Tree
+
+
+def es(
+    problem: Problem,
+    eta: Tree,
+    *,
+    carry: Carry | None = None,
+    generator: torch.Generator,
+    sigma: HyperValue = 0.1,
+    particles: int = 32,
+    chunk_size: int | None = None,
+) -> Estimate:
+    r"""Evolution strategies over the full horizon: antithetic pairs of whole trainings.
+
+    .. math::
+        \text{grads} = \frac{1}{2 N \sigma^2} \sum_{i=1}^N \varepsilon_i
+        \big(V(\eta + \varepsilon_i) - V(\eta - \varepsilon_i)\big),
+        \qquad \varepsilon_i \sim \mathcal N(0, \sigma^2 I)
+
+    Unbiased for the derivative of V smoothed by a Gaussian of width σ, which is finite
+    and tame where V itself is chaotic. Needs no derivative of the outer loss or of the
+    step; the variance grows with the number of meta-parameters. All 2N trainings run as
+    one batch under vmap.
+
+    Args:
+        problem: a `Problem`.
+        eta: a dict with any of "init", "hyper", "meta": see `Problem`.
+        carry: where every training begins; None, or a carry at the end, is the start.
+        generator: what the perturbations are drawn from.
+        sigma: their width σ > 0: a float, or a prefix tree of eta, or `by_name`.
+        particles: how many pairs N ≥ 1.
+        chunk_size: how many trainings to run at once; None for all.
+
+    Returns:
+        An `Estimate`; the value is the mean over all trainings; diagnostics: ``values``
+        [N, 2] at η + ε and η − ε; ``standard_error``, like eta, of N > 1 pairs. The carry
+        has the trainings as leading axis [2N] and serves for looking.
+
+    Raises:
+        HyperparameterError: ``particles`` below 1, a ``sigma`` that is not positive.
+        HyperparameterTypeError: no generator.
+        MetaParameterError: eta of other keys, or "init" beside a carry.
+        Whatever else `unroll` raises.
+
+    Source:
+        Salimans, Ho, Chen, Sidor, Sutskever, "Evolution strategies as a scalable
+        alternative to reinforcement learning", 2017; for meta-learning Metz et al., 2019.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(), lambda p, _: 0.5 * p**2, lambda p, _: 0.5 * p**2, steps=2,
+        ...     params=torch.tensor(1.0))
+        >>> eta, generator = {"hyper": {"lr": torch.tensor(0.5)}}, torch.Generator()
+        >>> estimate = fo.meta.es(
+        ...     problem, eta, generator=generator.manual_seed(0), particles=1000)
+        >>> error = estimate.diagnostics["standard_error"]["hyper"]["lr"]
+        >>> smoothed = -2 * (0.5**3 + 3 * 0.5 * 0.1**2)            # reverse: -2 (1 - lr)³
+        >>> bool((estimate.grads["hyper"]["lr"] - smoothed).abs() < 3 * error)
+        True
+    """
+    check_eta("es", problem, eta, carry)
+    swarm = _Swarm(problem, eta, sigma, particles, generator, chunk_size)
+    noise = swarm.draw()
+    return swarm.estimate(noise, noise, carry, None)
+
+
+def pes(
+    problem: Problem,
+    eta: Tree,
+    *,
+    carry: Carry | None = None,
+    window: int,
+    generator: torch.Generator,
+    sigma: HyperValue = 0.1,
+    particles: int = 32,
+    chunk_size: int | None = None,
+) -> Estimate:
+    r"""Persistent evolution strategies: windows without short-horizon bias.
+
+    .. math::
+        \text{grads} = \frac{1}{2 N \sigma^2} \sum_{i=1}^N \xi_i
+        \big(L(\eta + \varepsilon_i) - L(\eta - \varepsilon_i)\big), \qquad
+        \xi_i \leftarrow \xi_i + \varepsilon_i
+
+    Each particle goes on from where its own window ended, with a new perturbation, and
+    what is correlated with the window's loss L is the sum ξ of all perturbations since
+    the start. Summed over the windows of a training the estimates are unbiased for the
+    derivative of the smoothed V. The variance grows with the number of windows.
+
+    Args:
+        problem: a `Problem`. L is the window's part of its objective: the sum or the mean
+            of the outer loss over the window's steps; with "last" what the outer loss has
+            changed by within the window (in the first one: the loss itself).
+        eta: a dict with any of "init", "hyper", "meta": see `Problem`.
+        carry: that of the last window; None, or a carry at the end, is the start; one by
+            `advance` starts all particles there.
+        window: how many steps W ≥ 1; at the end there may be fewer left.
+        generator: as for `es`.
+        sigma: as for `es`.
+        particles: as for `es`; the same in all windows of a training.
+        chunk_size: as for `es`.
+
+    Returns:
+        An `Estimate`; value and diagnostics as by `es`, of the window. The carry holds
+        all trainings along a leading axis [2N], and ``"perturbations"`` ξ [N, ...].
+
+    Raises:
+        StructureError: a carry of another number of particles.
+        Whatever else `es` raises.
+
+    Source:
+        Vicol, Metz, Sohl-Dickstein, "Unbiased gradient estimation in unrolled
+        computation graphs with persistent evolution strategies", 2021, algorithm 2.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(), lambda p, _: 0.5 * p**2, lambda p, _: 0.5 * p**2, steps=4,
+        ...     params=torch.tensor(1.0))
+        >>> eta, carry = {"hyper": {"lr": torch.tensor(0.5)}}, None
+        >>> generator, total = torch.Generator().manual_seed(0), 0.0
+        >>> for _ in range(2):
+        ...     estimate = fo.meta.pes(problem, eta, carry=carry, window=2, sigma=0.01,
+        ...                            generator=generator, particles=2000)
+        ...     carry, total = estimate.carry, total + estimate.grads["hyper"]["lr"]
+        >>> bool((total - -4 * 0.5**7).abs() < 0.02)               # what reverse gives
+        True
+    """
+    check_eta("pes", problem, eta, carry)
+    swarm = _Swarm(problem, eta, sigma, particles, generator, chunk_size)
+    noise = total = swarm.draw()
+    if carry is not None and stands_at(problem, carry) and "perturbations" in carry:
+        swarm.check(carry)
+        total = tree.map(torch.add, carry["perturbations"], noise)
+    return swarm.estimate(noise, total, carry, window)
+
+
+def es_single(
+    problem: Problem,
+    eta: Tree,
+    *,
+    carry: Carry | None = None,
+    window: int,
+    generator: torch.Generator,
+    sigma: HyperValue = 0.1,
+    particles: int = 32,
+    chunk_size: int | None = None,
+) -> Estimate:
+    r"""ES-Single: windows with one perturbation for the whole training.
+
+    .. math::
+        \text{grads} = \frac{1}{2 N \sigma^2} \sum_{i=1}^N \varepsilon_i
+        \big(L(\eta + \varepsilon_i) - L(\eta - \varepsilon_i)\big),
+        \qquad \varepsilon_i \text{ drawn at the start}
+
+    Summed over the windows of a training it is `es` over the full horizon, number by
+    number where eta stays; the variance does not grow with the number of windows, so that
+    a few particles do where `pes` needs a thousand.
+
+    Args:
+        problem: as for `pes`.
+        eta: a dict with any of "init", "hyper", "meta": see `Problem`.
+        carry: as for `pes`.
+        window: as for `pes`.
+        generator: as for `es`; drawn from where a training starts.
+        sigma: as for `es`; read where a training starts.
+        particles: as for `es`; the same in all windows of a training.
+        chunk_size: as for `es`.
+
+    Returns:
+        As by `pes`; ``"perturbations"`` ε [N, ...] in the carry.
+
+    Raises:
+        Whatever `pes` raises.
+
+    Source:
+        Vicol, "Low-variance gradient estimation in unrolled computation graphs with
+        ES-Single", 2023.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(), lambda p, _: 0.5 * p**2, lambda p, _: 0.5 * p**2, steps=4,
+        ...     params=torch.tensor(1.0))
+        >>> eta, carry = {"hyper": {"lr": torch.tensor(0.5)}}, None
+        >>> generator, total = torch.Generator().manual_seed(0), 0.0
+        >>> for _ in range(2):
+        ...     estimate = fo.meta.es_single(
+        ...         problem, eta, carry=carry, window=2, sigma=0.01, generator=generator,
+        ...         particles=2000)
+        ...     carry, total = estimate.carry, total + estimate.grads["hyper"]["lr"]
+        >>> bool((total - -4 * 0.5**7).abs() < 0.002)              # what reverse gives
+        True
+    """
+    check_eta("es_single", problem, eta, carry)
+    swarm = _Swarm(problem, eta, sigma, particles, generator, chunk_size)
+    if carry is not None and stands_at(problem, carry) and "perturbations" in carry:
+        swarm.check(carry)
+        noise = carry["perturbations"]
+    else:
+        noise = swarm.draw()
+    return swarm.estimate(noise, noise, carry, window)
+
+
+class _Swarm:
+    """Antithetic pairs of trainings: a window of all of them, and what it tells."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        eta: Tree,
+        sigma: HyperValue,
+        particles: int,
+        generator: torch.Generator,
+        chunk_size: int | None,
+    ) -> None:
+        if not isinstance(particles, int) or particles < 1:
+            raise HyperparameterError(f"particles must be at least 1, got {particles!r}")
+        self.problem, self.eta = problem, tree.detach(eta)
+        self.particles, self.generator = particles, generator
+        self.chunk_size = chunk_size
+        structure = tree.flatten(eta)[1]
+        widths = select.per_leaf(sigma, structure, "sigma")
+        for width in widths:
+            if not isinstance(width, Tensor) and not 0 < width < float("inf"):
+                raise HyperparameterError(f"sigma must be positive, got {width!r}")
+        self.sigma = tree.unflatten(structure, widths)
+
+    def draw(self) -> Tree:
+        """Perturbations [N, ...] of width sigma."""
+        many = tree.map(lambda x: x.expand(self.particles, *x.shape), self.eta)
+        normal = normal_like(many, self.generator)
+        return tree.map(lambda z, s: s * z, normal, self.sigma)
+
+    def check(self, carry: Carry) -> None:
+        found = tree.leading_axis(carry["perturbations"], "perturbations")
+        if found != self.particles:
+            raise StructureError(
+                f"the carry holds {found} pairs of particles, but particles="
+                f"{self.particles} was asked"
+            )
+
+    def estimate(
+        self, noise: Tree, weight: Tree, carry: Carry | None, window: int | None
+    ) -> Estimate:
+        """A window at eta ± noise, its loss correlated with ``weight``."""
+        problem, pairs = self.problem, self.particles
+        start = stands_at(problem, carry)
+        count = window_of(problem, start, window)
+        both = tree.map(lambda x, e: torch.cat([x + e, x - e]), self.eta, noise)
+        at = None
+        if carry is not None and start:
+            at = {"params": carry["params"], "state": carry["state"]}
+            if "perturbations" not in carry:
+                at = tree.map(lambda x: x.expand(2 * pairs, *x.shape), at)
+
+        def one(eta: Tree, at: Tree) -> tuple[Any, ...]:
+            eta = ready(problem, eta)
+            begun = go_on(problem, eta, at and {**at, "step": start})
+            value, end, losses = roll(problem, eta, begun, count)
+            change = value
+            if problem.objective == "last" and start:
+                change = value - outer_value(problem, eta, begun["params"], start)
+            return value, change, end["params"], end["state"], losses
+
+        with torch.no_grad():
+            values, change, params, state, losses = self._all(one, both, at)
+            change = change.unflatten(0, (2, pairs))
+            slope = (change[0] - change[1]) / 2
+            each = tree.map(
+                lambda w, s: w * slope.view(-1, *[1] * (w.ndim - 1)) / s**2,
+                weight,
+                self.sigma,
+            )
+            diagnostics = {
+                "losses": losses.mean(0),
+                "values": values.unflatten(0, (2, pairs)).T,
+            }
+            if pairs > 1:
+                diagnostics["standard_error"] = tree.map(
+                    lambda x: x.std(0) / pairs**0.5, each
+                )
+        end = {
+            "params": params,
+            "state": state,
+            "step": start + count,
+            "perturbations": weight,
+        }
+        grads = tree.map(lambda x: x.mean(0), each)
+        return Estimate(values.mean(), grads, diagnostics, end)
+
+    def _all(self, one: Callable[..., Any], eta: Tree, at: Tree) -> Any:
+        listed = Listed(one, eta, at)
+        many = torch.func.vmap(listed, randomness="same", chunk_size=self.chunk_size)
+        out = many(*listed.inputs)
+        return listed.rebuild(out)

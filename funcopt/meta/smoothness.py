@@ -1,0 +1,69 @@
+"""Whether training responds smoothly to a meta-parameter."""
+
+import torch
+
+from funcopt import tree
+from funcopt.errors import HyperparameterError
+from funcopt.meta.estimate import check_eta
+from funcopt.meta.problem import Problem, advance
+from funcopt.types import Tensor, Tree
+
+
+def metasmoothness(problem: Problem, eta: Tree, direction: Tree, h: float) -> Tensor:
+    r"""How well the training's response keeps its sign, from one step of eta to the next.
+
+    .. math::
+        S = \sum_i \frac{|\Delta_i|}{\lVert \Delta \rVert_1}
+            \operatorname{sign}(\Delta_i) \operatorname{sign}(\Delta'_i), \qquad
+        \Delta = \theta_K(\eta + h v) - \theta_K(\eta), \quad
+        \Delta' = \theta_K(\eta + 2 h v) - \theta_K(\eta + h v)
+
+    Three trainings and no derivative. 1 says that meta-gradients at this scale ``h``
+    point somewhere, 0 that they are noise, however exact: then change the training
+    (larger batches, smoother networks, smaller rates, an earlier or longer start).
+
+    Args:
+        problem: a `Problem`.
+        eta: a dict with any of "init", "hyper", "meta": see `Problem`.
+        direction: v, a tree like eta.
+        h: the step along v, > 0.
+
+    Returns:
+        A 0-d tensor in [-1, 1]; NaN where ``direction`` does not change the training.
+
+    Raises:
+        HyperparameterError: ``h`` that is not positive.
+        StructureError: a direction that is not like eta.
+        MetaParameterError: eta of other keys.
+        Whatever `unroll` raises.
+
+    Source:
+        Engstrom, Ilyas, Chen, Feldmann, Moses, Madry, "Optimizing ML training with
+        metagradient descent", 2025 (arXiv 2503.13751), definition 2.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(), lambda p, _: (torch.cos(3 * p) + 0.1 * p**2).sum(), None,
+        ...     steps=30, params=torch.linspace(0.5, 4.0, 50))
+        >>> def smoothness(lr):
+        ...     eta = {"hyper": {"lr": torch.tensor(lr)}}
+        ...     along = {"hyper": {"lr": torch.tensor(1.0)}}
+        ...     return fo.meta.metasmoothness(problem, eta, along, h=1e-3)
+        >>> smoothness(0.01) > 0.9, smoothness(1.0) > 0.0       # the second is chaos
+        (tensor(True), tensor(False))
+    """
+    check_eta("es", problem, eta)  # it sees whatever values can see
+    if not 0 < h < float("inf"):
+        raise HyperparameterError(f"h must be positive, got {h!r}")
+
+    def end(times: int) -> Tensor:
+        at = tree.map(lambda x, v: x + times * h * v, eta, direction)
+        params = advance(problem, at, problem.steps)["params"]
+        return torch.cat([x.flatten() for x in tree.leaves(params) if x is not None])
+
+    with torch.no_grad():
+        first, second, third = (end(times) for times in range(3))
+        change, after = second - first, third - second
+        agreed = change.abs() * change.sign() * after.sign()
+        return agreed.sum() / change.abs().sum()

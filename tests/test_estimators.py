@@ -1,0 +1,452 @@
+"""Estimators of meta-gradients: one signature, what each sees, and what they refuse."""
+
+import gc
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+import funcopt as fo
+from funcopt import tree
+from funcopt.hyper import Hyper
+from funcopt.meta.estimate import KINDS, SEES, keys_seen
+
+STEPS = 4
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def f64(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def fit(p: Any, batch: Any, meta: Any = None) -> Tensor:
+    x, y = batch
+    error = (torch.tanh(x @ p["w"]) * p["scale"] - y) ** 2
+    return (error if meta is None else meta["weights"] * error).mean()
+
+
+def score(p: Any, batch: Any, meta: Any = None) -> Tensor:
+    return fit(p, batch)
+
+
+PARAMS = {"w": random(3, seed=1), "scale": f64(1.3)}
+TRAIN = random(5, 3, seed=2), random(5, seed=3)
+VALID = random(6, 3, seed=4), random(6, seed=5)
+
+
+def learned_rule() -> fo.Optimizer:
+    def rule(g: Tensor, p: Tensor, *, step: Any, lr: Any, gain: Any) -> tuple[Tensor]:
+        return (p - lr * torch.tanh(gain * g),)
+
+    return fo.elementwise(
+        rule, name="learned", slots={}, hyper={"lr": Hyper(0.1), "gain": Hyper(2.0)}
+    )
+
+
+def problem(opt: fo.Optimizer | None = None, **more: Any) -> fo.meta.Problem:
+    given = {"steps": STEPS, "params": PARAMS, "batch": TRAIN, "outer_batch": VALID}
+    return fo.meta.Problem(opt or fo.sgd(lr=0.1), fit, score, **{**given, **more})
+
+
+def swarm(call: Callable[..., Any], **given: Any) -> Callable[..., Any]:
+    """Few particles, narrow: a beta must not come to 1."""
+
+    def called(*arguments: Any, **options: Any) -> fo.meta.Estimate:
+        options = {"generator": seeded(), "sigma": 0.01, "particles": 4} | given | options
+        return call(*arguments, **options)
+
+    return called
+
+
+#: every estimator, with as few options as it takes
+CALLS: dict[str, Callable[..., fo.meta.Estimate]] = {
+    "reverse": fo.meta.reverse,
+    "truncated": partial(fo.meta.truncated, window=STEPS),
+    "first_order": fo.meta.first_order,
+    "reptile_gradient": fo.meta.reptile_gradient,
+    "es": swarm(fo.meta.es),
+    "pes": swarm(fo.meta.pes, window=STEPS),
+    "es_single": swarm(fo.meta.es_single, window=STEPS),
+}
+
+#: of each kind of meta-parameter: an optimizer that has it, and an eta of nothing else
+ETAS: dict[str, tuple[fo.Optimizer, Any]] = {
+    "init": (fo.sgd(lr=0.1), {"init": PARAMS}),
+    "rates": (
+        fo.adam(),
+        {"hyper": {"lr": f64(0.1), "betas": (f64(0.8), f64(0.9))}},
+    ),
+    "decay": (fo.adamw(lr=0.1), {"hyper": {"weight_decay": f64(0.1)}}),
+    "rule": (learned_rule(), {"hyper": {"gain": f64(1.5)}}),
+    "meta": (fo.sgd(lr=0.1), {"meta": {"weights": random(5, seed=6).abs()}}),
+}
+
+
+def test_every_estimator_and_every_kind_is_under_test():
+    assert CALLS.keys() == SEES.keys() and ETAS.keys() == KINDS.keys()
+    assert all(seen.keys() <= KINDS.keys() for seen in SEES.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_what_an_estimator_sees_has_a_gradient_and_the_rest_raises(name: str, kind: str):
+    opt, eta = ETAS[kind]
+    # Adam's first step is the same for all betas.
+    carry = None if kind == "init" else fo.meta.advance(problem(opt), eta, 1)
+    if name == "reptile_gradient" and kind != "init":
+        carry = None
+    if kind in SEES[name]:
+        estimate = CALLS[name](problem(opt), eta, carry=carry)
+        assert estimate.without_influence() == []
+        for g, x in zip(tree.leaves(estimate.grads), tree.leaves(eta), strict=True):
+            assert (g.shape, g.dtype) == (x.shape, x.dtype) and g.isfinite().all()
+        return
+    with pytest.raises(fo.MetaParameterError) as caught:
+        CALLS[name](problem(opt), eta, carry=carry)
+    message, key = str(caught.value), KINDS[kind][0]
+    assert message.startswith(f"{name} cannot see eta['{key}']: ")
+    able = [other for other in SEES if key in keys_seen(other)]
+    assert able and all(f"'{other}'" in message for other in able)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_one_result_type_detached_and_like_eta(name: str):
+    opt, eta = ETAS[next(iter(SEES[name]))]
+    eta = tree.map(lambda x: x.clone().requires_grad_(), eta)
+    before = tree.map(torch.clone, tree.detach(eta))
+    estimate = CALLS[name](problem(opt), eta)
+    assert type(estimate) is fo.meta.Estimate and estimate.value.shape == ()
+    assert tree.flatten(estimate.grads)[1] == tree.flatten(eta)[1]
+    tensors = [x for x in tree.leaves(tuple(estimate)) if isinstance(x, Tensor)]
+    assert len(tensors) > 3 and not any(x.requires_grad for x in tensors)
+    assert tree.leaves(tree.map(torch.equal, tree.detach(eta), before))
+    saved = io.BytesIO()
+    torch.save(estimate.carry, saved)
+    saved.seek(0)
+    again = torch.load(saved, weights_only=True)
+    assert again["step"] == estimate.carry["step"]
+    assert tree.flatten(again)[1] == tree.flatten(estimate.carry)[1]
+
+
+def test_what_has_no_influence_is_named():
+    eta = {"meta": {"weights": torch.ones(5).double(), "idle": f64(1.0)}}
+    estimate = fo.meta.reverse(problem(), eta)
+    assert estimate.without_influence() == ["meta.idle"]
+
+
+# Windows and carries -------------------------------------------------------------------
+
+LR = {"hyper": {"lr": f64(0.2)}}
+
+
+def test_windows_go_on_bit_for_bit_and_start_anew_at_the_end():
+    whole = fo.meta.advance(problem(fo.adam()), LR, STEPS)
+    carry = None
+    for window, step in [(1, 1), (2, 3), (7, STEPS)]:  # the last is cut short
+        estimate = fo.meta.truncated(problem(fo.adam()), LR, carry=carry, window=window)
+        carry = estimate.carry
+        assert carry["step"] == step
+    assert torch.equal(carry["params"]["w"], whole["params"]["w"])
+    assert carry["state"]["step"].tolist() == [STEPS, STEPS]
+    anew = fo.meta.truncated(problem(fo.adam()), LR, carry=carry, window=1)
+    first = fo.meta.truncated(problem(fo.adam()), LR, window=1)
+    assert anew.carry["step"] == 1 and torch.equal(anew.value, first.value)
+    assert torch.equal(anew.grads["hyper"]["lr"], first.grads["hyper"]["lr"])
+
+
+def test_batches_and_per_step_values_go_with_the_step():
+    xs, ys = random(STEPS, 5, 3, seed=20), random(STEPS, 5, seed=21)
+
+    def mark(eta: Any) -> Any:
+        return {"hyper": {"lr": fo.per_step(eta["hyper"]["lr"].exp())}}
+
+    given = problem(batch=None, batches=(xs, ys), constrain=mark, objective="sum")
+    eta = {"hyper": {"lr": -2 + 0.1 * random(STEPS, seed=22)}}
+    parts, carry = [], None
+    for _ in range(STEPS):
+        estimate = fo.meta.truncated(given, eta, carry=carry, window=1)
+        parts.append(estimate.grads["hyper"]["lr"])
+        carry = estimate.carry
+    assert torch.equal(torch.stack(parts) != 0, torch.eye(STEPS, dtype=torch.bool))
+
+    def by_hand(log_lr: Tensor) -> Tensor:
+        p, total = PARAMS, torch.zeros(())
+        for k in range(STEPS):
+            g = torch.func.grad(fit)(p, (xs[k], ys[k]))
+            p = {name: p[name] - log_lr[k].exp() * g[name] for name in p}
+            total = total + fit(p, VALID)
+        return total
+
+    exact = fo.meta.reverse(given, eta)
+    slope = torch.func.grad(by_hand)(eta["hyper"]["lr"])
+    assert torch.allclose(exact.value, by_hand(eta["hyper"]["lr"]), rtol=1e-12)
+    assert torch.allclose(exact.grads["hyper"]["lr"], slope, rtol=1e-11)
+
+
+def test_no_outer_loss_is_the_inner_loss_of_the_step_that_follows():
+    xs, ys = random(STEPS, 5, 3, seed=20), random(STEPS, 5, seed=21)
+    given = fo.meta.Problem(
+        fo.sgd(), fit, None, STEPS, PARAMS, batches=(xs, ys), objective="sum"
+    )
+    run = fo.unroll(fo.sgd(lr=0.2), fit, PARAMS, batches=(xs, ys))
+    expected = run.losses[1:].sum() + fit(run.params, (xs[-1], ys[-1]))
+    assert torch.allclose(fo.meta.reverse(given, LR).value, expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("objective", ["last", "mean", "sum"])
+@pytest.mark.parametrize("name", ["pes", "es_single"])
+def test_windows_of_a_swarm_add_up(name: str, objective: Any):
+    """What the windows' values add up to is what one window of all steps gives."""
+    call: Any = getattr(fo.meta, name)
+    given = problem(fo.sgd(), objective=objective)
+    how = {"sigma": 0.05, "particles": 3}
+    whole = fo.meta.es(given, LR, generator=seeded(1), **how)
+    generator, carry, total = seeded(1), None, f64(0.0)
+    for _ in range(2):
+        part = call(given, LR, window=2, generator=generator, carry=carry, **how)
+        carry, total = part.carry, total + part.grads["hyper"]["lr"]
+    if objective == "mean":
+        total = total / 2
+    same = torch.allclose(total, whole.grads["hyper"]["lr"], rtol=1e-11)
+    assert same == (name == "es_single")  # pes draws anew for each window
+    assert carry is not None and carry["perturbations"]["hyper"]["lr"].shape == (3,)
+    assert carry["params"]["w"].shape == (6, 3)
+
+
+def test_a_swarm_is_the_formula_written_out():
+    generator = seeded(3)
+    noise = 0.05 * torch.randn(4, generator=generator, dtype=torch.float64)
+
+    def value(lr: Tensor) -> Tensor:
+        return fo.meta.reverse(problem(fo.sgd()), {"hyper": {"lr": lr}}).value
+
+    ahead = torch.stack([value(0.2 + e) for e in noise])
+    behind = torch.stack([value(0.2 - e) for e in noise])
+    each = noise * (ahead - behind) / (2 * 0.05**2)
+    for chunk_size in (None, 3):
+        found = fo.meta.es(
+            problem(fo.sgd()),
+            LR,
+            generator=seeded(3),
+            sigma=0.05,
+            particles=4,
+            chunk_size=chunk_size,
+        )
+        assert torch.allclose(found.grads["hyper"]["lr"], each.mean(), rtol=1e-10)
+        error = found.diagnostics["standard_error"]["hyper"]["lr"]
+        assert torch.allclose(error, each.std() / 2, rtol=1e-10)
+        assert torch.allclose(found.value, torch.cat([ahead, behind]).mean(), rtol=1e-12)
+        assert found.diagnostics["values"].shape == (4, 2)
+        assert torch.allclose(found.diagnostics["values"][:, 0], ahead, rtol=1e-12)
+
+
+def test_a_width_for_each_meta_parameter():
+    eta = {"init": PARAMS, "hyper": {"lr": f64(0.1)}}
+    how = {"generator": seeded(), "particles": 2}
+    narrow = {"init": 1e-9, "hyper": {"lr": 0.1}}
+    found = fo.meta.es_single(problem(), eta, window=1, sigma=narrow, **how).carry
+    assert found["perturbations"]["init"]["w"].abs().max() < 1e-7
+    assert found["perturbations"]["hyper"]["lr"].abs().max() > 1e-3
+    by_name = fo.by_name({"init.*": 1e-9}, default=0.1)
+    how["generator"] = seeded()
+    again = fo.meta.es_single(problem(), eta, window=1, sigma=by_name, **how).carry
+    assert torch.equal(
+        again["perturbations"]["init"]["w"], found["perturbations"]["init"]["w"]
+    )
+
+
+@pytest.mark.parametrize("name", ["reverse", "first_order", "truncated"])
+def test_estimators_run_under_vmap_over_tasks(name: str):
+    xs, ys = random(3, 5, 3, seed=30), random(3, 5, seed=31)
+    eta = {"init": PARAMS, "hyper": {"lr": f64(0.1)}}
+
+    def grads(x: Tensor, y: Tensor) -> Any:
+        return CALLS[name](problem(fo.adam(), batch=(x, y)), eta).grads
+
+    batched = vmap(grads)(xs, ys)
+    for i in range(3):
+        row = tree.map(lambda x, i=i: x[i], batched)
+        for a, b in zip(tree.leaves(row), tree.leaves(grads(xs[i], ys[i]))):
+            assert b.abs().max() > 1e-4 and torch.allclose(a, b, rtol=1e-10)
+
+
+def test_random_windows_are_seeded_and_within_bounds():
+    generator, again = seeded(5), seeded(5)
+    drawn = [fo.meta.random_window(2, 9, generator=generator) for _ in range(400)]
+    assert drawn == [fo.meta.random_window(2, 9, generator=again) for _ in drawn]
+    assert set(drawn) == set(range(2, 10))
+    assert drawn.count(2) > 2 * drawn.count(9)  # 0.25 against 0.065
+
+
+# Errors --------------------------------------------------------------------------------
+
+HOW: dict[str, Any] = {"generator": seeded(), "window": 2}
+REFUSED: list[tuple[Callable[[], Any], type[Exception], type[Exception], list[str]]] = [
+    (lambda: problem(steps=0), fo.HyperparameterError, ValueError, ["steps", "0"]),
+    (lambda: problem(objective="best"), fo.HyperparameterError, ValueError, ["'best'"]),
+    (
+        lambda: problem(batches=TRAIN),
+        fo.StructureError,
+        ValueError,
+        ["batch", "batches", "not both"],
+    ),
+    (
+        lambda: problem(batch=None, batches=TRAIN),
+        fo.StructureError,
+        ValueError,
+        ["5 steps", "steps=4"],
+    ),
+    (
+        lambda: fo.meta.reverse(problem(params=None), LR),
+        fo.StructureError,
+        ValueError,
+        ["params=", "eta['init']"],
+    ),
+    (
+        lambda: fo.meta.reverse(problem(), {}),
+        fo.MetaParameterError,
+        ValueError,
+        ["none", "'init'", "'hyper'", "'meta'"],
+    ),
+    (
+        lambda: fo.meta.reverse(problem(), {"lr": f64(0.1)}),
+        fo.MetaParameterError,
+        ValueError,
+        ["'lr'", "'hyper'"],
+    ),
+    (
+        lambda: fo.meta.reverse(problem(), f64(0.1)),
+        fo.HyperparameterTypeError,
+        TypeError,
+        ["Tensor", "'hyper'"],
+    ),
+    (
+        lambda: fo.meta.reverse(problem(), {"hyper": {"lr": 0.1}}),
+        fo.LeafError,
+        TypeError,
+        ["eta['hyper.lr']", "float"],
+    ),
+    (
+        lambda: fo.meta.truncated(problem(), LR, window=0),
+        fo.HyperparameterError,
+        ValueError,
+        ["window", "0"],
+    ),
+    (
+        lambda: fo.meta.reverse(
+            problem(), {"init": PARAMS}, carry=fo.meta.advance(problem(), LR, 2)
+        ),
+        fo.MetaParameterError,
+        ValueError,
+        ["reverse", "'init'", "step 2", "'pes'"],
+    ),
+    (
+        lambda: fo.meta.advance(problem(), LR, 5),
+        fo.HyperparameterError,
+        ValueError,
+        ["[0, 4]", "5"],
+    ),
+    (
+        lambda: fo.meta.es(problem(), LR, generator=None),  # pyright: ignore
+        fo.HyperparameterTypeError,
+        TypeError,
+        ["generator"],
+    ),
+    (
+        lambda: fo.meta.es(problem(), LR, generator=seeded(), particles=0),
+        fo.HyperparameterError,
+        ValueError,
+        ["particles", "0"],
+    ),
+    (
+        lambda: fo.meta.pes(problem(), LR, **HOW, sigma=0.0),
+        fo.HyperparameterError,
+        ValueError,
+        ["sigma", "0.0"],
+    ),
+    (
+        lambda: fo.meta.pes(
+            problem(),
+            LR,
+            **HOW,
+            particles=3,
+            carry=fo.meta.pes(problem(), LR, **HOW, particles=2).carry,
+        ),
+        fo.StructureError,
+        ValueError,
+        ["2 pairs", "particles=3"],
+    ),
+    (
+        lambda: fo.meta.random_window(5, 4, generator=seeded()),
+        fo.HyperparameterError,
+        ValueError,
+        ["5", "4"],
+    ),
+    (
+        lambda: fo.meta.metasmoothness(problem(), LR, LR, 0.0),
+        fo.HyperparameterError,
+        ValueError,
+        ["h ", "0.0"],
+    ),
+    (
+        lambda: fo.meta.reverse(replace(problem(), outer_loss=lambda p, b: p["w"]), LR),
+        fo.StructureError,
+        ValueError,
+        ["outer_loss", "(3,)"],
+    ),
+    (
+        lambda: fo.meta.reverse(
+            problem(constrain=lambda e: {"hyper": {"lr": fo.per_step(torch.ones(3))}}), LR
+        ),
+        fo.StructureError,
+        ValueError,
+        ["per_step", "4 steps"],
+    ),
+]
+
+
+@pytest.mark.parametrize("index", range(len(REFUSED)))
+def test_bad_input_raises_and_says_why(index: int):
+    call, error, builtin, words = REFUSED[index]
+    with pytest.raises(error) as caught:
+        call()
+    assert isinstance(caught.value, builtin)
+    for word in words:
+        assert word in str(caught.value)
+
+
+# Memory --------------------------------------------------------------------------------
+
+
+WINDOWED = {"truncated": {"window": 1}, "pes": {"window": 1}, "es_single": {"window": 1}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALLS)
+def test_no_tensor_is_left_over_from_a_meta_step(name: str):
+    """Long trainings by windows of a step, short ones whole."""
+    opt, eta = ETAS["rule" if "rule" in SEES[name] else next(iter(SEES[name]))]
+    given = problem(opt, steps=1000 if name in WINDOWED else 1)
+    how, carry, alive = WINDOWED.get(name, {}), None, []
+    for step in range(1000):
+        estimate = CALLS[name](given, eta, carry=carry, **how)
+        eta = tree.map(lambda x, g: x - 1e-9 * g, eta, estimate.grads)
+        carry = estimate.carry
+        if step in (20, 999):
+            gc.collect()
+            alive.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
+    assert alive[0] == alive[1] > 10
