@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from targets import COLD
 
-REPEATS = 31
+REPEATS = 11
 
 
 def main() -> None:
@@ -65,13 +65,16 @@ def first_steps() -> dict[str, float]:
     import torch
 
     import sizes
-    import steppers
+    from rules import RULES
 
     shapes = sizes.TREES["small MLP"]
     params, grads = sizes.tensors(shapes, seed=1), sizes.tensors(shapes, seed=2)
     times = {}
-    for name, rule in steppers.RULES.items():
-        opt = rule.ours(**rule.options)
+    for name in sorted(RULES, key=lambda name: name != "adamw"):
+        rule = RULES[name]
+        if not rule.elementwise or rule.data(params):
+            continue
+        opt = rule.optimizer
         state = opt.init(params)
         start = time.perf_counter()
         found, _ = opt.update(grads, state, params)

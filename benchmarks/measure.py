@@ -31,14 +31,20 @@ def interleaved(
     *,
     repeats: int,
     fill: float = 0.1,
+    seconds: float | None = None,
     bar: tqdm[Any] | None = None,
 ) -> dict[str, Times]:
     """Time the calls in turn, A B C A B C, so that a slow moment of the machine hits all.
 
     A sample is the mean over as many consecutive calls as fill about ``fill`` seconds, as
     in training; garbage of the one before it is collected first. One round is untimed.
+    With ``seconds`` for all of them there are fewer repeats of slow ones, at least 5.
     """
-    numbers = {name: max(1, round(fill / _seconds(call))) for name, call in calls.items()}
+    alone = {name: _seconds(call) for name, call in calls.items()}
+    numbers = {name: max(1, round(fill / time)) for name, time in alone.items()}
+    if seconds is not None:
+        round_ = sum(numbers[name] * time for name, time in alone.items())
+        repeats = min(repeats, max(5, round(seconds / round_)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
     gc.freeze()  # what is there now is no garbage: to look through it takes 0.1 s
@@ -72,7 +78,9 @@ def summary(values: list[float]) -> Times:
     }
 
 
-def on_threads(script: str, counts: Sequence[int] = (1, 2)) -> list[dict[str, Any]]:
+def on_threads(
+    script: str, counts: Sequence[int] = (1, 2), more: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """The results that the script prints as JSON when it is run with ``--threads`` 1, 2.
 
     Each process is pinned to as many cores before it loads anything, since libraries
@@ -86,7 +94,7 @@ def on_threads(script: str, counts: Sequence[int] = (1, 2)) -> list[dict[str, An
             raise RuntimeError(f"{count} threads need {count} cores, there are {cores}")
         start, foreign = time.perf_counter(), _foreign_seconds()
         done = subprocess.run(
-            [sys.executable, script, "--threads", str(count)],
+            [sys.executable, script, "--threads", str(count), *more],
             stdout=subprocess.PIPE,
             check=True,
             env={**os.environ, "OMP_NUM_THREADS": str(count)},

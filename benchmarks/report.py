@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import report_step
+import tables
 import targets
 from targets import verdict
 
@@ -17,18 +19,18 @@ RIVALS = ("higher", "torchopt")
 def write() -> None:
     """Put each table between its two marks in README.md."""
     text = README.read_text(encoding="utf-8")
-    tables = {
+    drawn = {
         "environment": environment_line(),
         "maml": maml_table(),
         "overhead": overhead_table(),
         "auto": auto_table(),
-        "step": step_tables(),
+        "step": report_step.step_tables(),
         "unroll": unroll_table(),
         "ensemble": ensemble_table(),
         "cold": cold_table(),
         "gpu": gpu_table(),
     }
-    for name, table in tables.items():
+    for name, table in drawn.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, found = re.subn(
             pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S
@@ -70,7 +72,7 @@ def maml_table() -> str:
                 f"{max(r['difference'].values()):.0e}",
             ]
         )
-    return _markdown(
+    return tables.markdown(
         [
             "meta-step",
             "tasks",
@@ -92,7 +94,7 @@ def overhead_table() -> str:
     result = measure.load("overhead")
     if result is None:
         return "Not measured yet."
-    update = _markdown(
+    update = tables.markdown(
         ["`update`, 18 leaves", "pure, µs (best / median)", "donated, µs"],
         [
             [
@@ -105,14 +107,14 @@ def overhead_table() -> str:
             for name, r in result["update"].items()
         ],
     )
-    scan = _markdown(
+    scan = tables.markdown(
         ["choice of the executor, 72 tensors", "µs (best / median)", "≤ 10"],
         [
             [kind, f"{t['best']:.1f} / {t['median']:.1f}", verdict(t["median"] <= 10)]
             for kind, t in result["scan"].items()
         ],
     )
-    pytree = _markdown(
+    pytree = tables.markdown(
         ["pytree, µs", "flatten", "flatten_up_to", "unflatten", "compare"],
         [
             [
@@ -156,99 +158,7 @@ def auto_table() -> str:
         f"{100 * (sum(wrong) / len(wrong) - 1) if wrong else 0:.0f} % on average and "
         f"{100 * (max(ratios) - 1):.0f} % at most."
     )
-    return f"{_markdown(header, rows)}\n\n{verdict}"
-
-
-def step_tables() -> str:
-    results = measure.load("step")
-    if results is None:
-        return "Not measured yet."
-    adamw = [r for r in results if r["rule"] == "adamw"]
-    cells = {(r["tree"], r["threads"]): r["milliseconds"] for r in adamw}
-    threads = sorted({r["threads"] for r in results})
-    reached = []
-    for t in targets.STEP:
-        if any(t.rival not in cells[t.tree, n] for n in threads):
-            reached.append(
-                [t.tree, t.ours, t.rival, *[""] * len(threads), "not measured"]
-            )
-            continue
-        ratios = [_ratio(cells[t.tree, n], t.ours, t.rival) for n in threads]
-        if t.at_least < 1:  # said as a time, as the target is
-            shown = [f"{1 / x:.2f} of its time" for x in ratios]
-            wanted = f"≤ {1 / t.at_least:g}"
-        else:
-            shown = [f"{x:.2f} ×" for x in ratios]
-            wanted = f"≥ {t.at_least:g} ×"
-        met = verdict(ratios[-1] >= t.at_least)
-        reached.append([t.tree, t.ours, t.rival, *shown, wanted, met])
-    on = [f"{n} thread{'s' * (n > 1)}" for n in threads]
-    header = ["AdamW", "", "against", *on, f"target, {on[-1]}", ""]
-    names = list(dict.fromkeys(name for r in adamw for name in r["milliseconds"]))
-    times = [
-        [
-            r["tree"],
-            f"{r['threads']}",
-            *(_microseconds(r["milliseconds"].get(name)) for name in names),
-            f"{max(r['difference'].values()):.0e}",
-        ]
-        for r in adamw
-    ]
-    columns = ["AdamW, µs (least)", "threads", *names, "difference"]
-    return "\n\n".join(
-        [
-            _markdown(header, reached),
-            _markdown(columns, times),
-            _rules_table(results),
-            _others(results),
-        ]
-    )
-
-
-def _rules_table(results: list[dict[str, Any]]) -> str:
-    """The rules that torch has no fused kernel for."""
-    bytes_of_adamw = next(
-        r["bytes"] for r in results if (r["rule"], r["tree"]) == ("adamw", targets.LARGE)
-    )
-    rows = []
-    for r in results:
-        if r["rule"] == "adamw":
-            continue
-        times = r["milliseconds"]
-        faster = _ratio(times, targets.DONATED, "torch, foreach")
-        per_byte = (
-            bytes_of_adamw / r["bytes"] / _ratio(times, targets.DONATED, "AdamW, donated")
-        )
-        met = faster >= targets.FOREACH and per_byte <= targets.PER_BYTE
-        rows.append(
-            [
-                r["rule"],
-                f"{r['threads']}",
-                *(
-                    f"{times[name]['median']:.3g}"
-                    for name in (targets.DONATED, targets.PURE, "torch, foreach")
-                ),
-                f"{faster:.2f} ×",
-                f"{per_byte:.2f}",
-                verdict(met),
-                f"{max(r['difference'].values()):.0e}",
-            ]
-        )
-    rows.append(["adan", "", "", "", "", "", "", "not measured", ""])
-    return _markdown(
-        [
-            "rule, 10 M in 10",
-            "threads",
-            "donated, ms",
-            "pure, ms",
-            "torch foreach, ms",
-            f"faster than foreach (≥ {targets.FOREACH:g} ×)",
-            f"time per byte / AdamW's (≤ {targets.PER_BYTE:g})",
-            "",
-            "difference",
-        ],
-        rows,
-    )
+    return f"{tables.markdown(header, rows)}\n\n{verdict}"
 
 
 def unroll_table() -> str:
@@ -257,7 +167,7 @@ def unroll_table() -> str:
         return "Not measured yet."
     rows = []
     for r in results:
-        faster = _ratio(r["milliseconds"], "funcopt", "per tensor")
+        faster = tables.ratio(r["milliseconds"], "funcopt", "per tensor")
         saved = r["saved_bytes"]["funcopt"] / r["saved_bytes"]["per tensor"]
         wanted = targets.UNROLL[r["tree"]]
         rows.append(
@@ -275,7 +185,7 @@ def unroll_table() -> str:
                 f"{max(r['difference'].values()):.0e}",
             ]
         )
-    table = _markdown(
+    table = tables.markdown(
         [
             "5 steps, forward and backward",
             "threads",
@@ -290,7 +200,7 @@ def unroll_table() -> str:
         ],
         rows,
     )
-    return f"{table}\n\n{_others(results)}"
+    return f"{table}\n\n{tables.others(results)}"
 
 
 def ensemble_table() -> str:
@@ -300,7 +210,7 @@ def ensemble_table() -> str:
     names = ("vmap(update)", "update on stacked trees", "vmap of the plain rule")
     rows = []
     for r in results:
-        faster = [_ratio(r["milliseconds"], name, names[-1]) for name in names[:2]]
+        faster = [tables.ratio(r["milliseconds"], name, names[-1]) for name in names[:2]]
         rows.append(
             [
                 r["tree"],
@@ -314,7 +224,7 @@ def ensemble_table() -> str:
         )
     header = ["32 tasks", "learning rate", "threads", *(f"{n}, ms" for n in names)]
     header += ["vmap(update) faster", "stacked faster", "target, vmap", "difference"]
-    return f"{_markdown(header, rows)}\n\n{_others(results)}"
+    return f"{tables.markdown(header, rows)}\n\n{tables.others(results)}"
 
 
 def cold_table() -> str:
@@ -331,27 +241,7 @@ def cold_table() -> str:
     header = ["first step"]
     for kind, most in targets.COLD.items():
         header += [f"{kind}, ms", f"≤ {most:g}"]
-    return _markdown(header, rows)
-
-
-def _others(results: list[dict[str, Any]]) -> str:
-    """How quiet the machine was."""
-    most = {n: max(r["others"] for r in results if r["threads"] == n) for n in (1, 2)}
-    return (
-        f"Meanwhile other processes used {most[1]:.2f} of a core (one thread) and "
-        f"{most[2]:.2f} (two)."
-    )
-
-
-def _ratio(times: dict[str, measure.Times], ours: str, rival: str) -> float:
-    """How many times as fast ours is, in medians."""
-    return times[rival]["median"] / times[ours]["median"]
-
-
-def _microseconds(times: measure.Times | None) -> str:
-    if times is None:
-        return ""
-    return f"{1e3 * times['median']:,.4g} ({1e3 * times['min']:,.4g})"
+    return tables.markdown(header, rows)
 
 
 def gpu_table() -> str:
@@ -374,7 +264,7 @@ def gpu_table() -> str:
         f"{e['date']}: {e['device']}, {e['device_memory_gib']} GiB; CUDA {e['cuda']}, "
         f"torch {e['torch']}, Triton {e['triton']}, funcopt {e['funcopt']}."
     )
-    return f"{words}\n\n{_markdown(['', 'measured', 'target', ''], rows)}"
+    return f"{words}\n\n{tables.markdown(['', 'measured', 'target', ''], rows)}"
 
 
 def _cell(result: dict[str, Any] | None) -> str:
@@ -403,11 +293,6 @@ def _size(count: int) -> str:
 def _natural(key: tuple[str, int]) -> list[tuple[int, int, str]]:
     parts = re.split(r"(\d+)", f"{key[0]} {key[1]}")
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -17,6 +18,13 @@ TREES: dict[str, Shapes] = {
     "Omniglot net": [*_CONV, *_NORM, (20, 64), (20,)],
     # MLP 1-40-40-1: 1,761 parameters
     "small MLP": [(40, 1), (40,), (40, 40), (40,), (1, 40), (1,)],
+    # MLP 784-256-128-64-64-20: 246,740 parameters
+    "MLP": [
+        shape
+        for n, m in pairwise((784, 256, 128, 64, 64, 20))
+        for shape in ((m, n), (m,))
+    ],
+    "300 × 4,096": [(64, 64)] * 300,
     "10 M in 10": [(1000, 1000)] * 10,
     "10 M in 2,500": [(4000,)] * 2500,
 }

@@ -1,21 +1,21 @@
 """One optimizer step in each library, over and over.
 
-Each maker takes the name of a rule in `RULES`, parameters and gradients, and returns a
-`Stepper` whose ``step`` goes on from what the last one made, as in training, but always
-with the same gradients.
+Each maker takes a `Rule`, parameters and gradients, and returns a `Stepper` whose
+``step`` goes on from what the last one made, as in training, but always with the same
+gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import funcopt as fo
+from rules import Rule
 
 
 @dataclass
@@ -26,98 +26,101 @@ class Stepper:
     params: Callable[[], list[Tensor]]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A rule, ours and torch's, and how many bytes a float32 parameter's step moves."""
-
-    ours: Callable[..., fo.Optimizer]
-    theirs: Callable[..., torch.optim.Optimizer]
-    bytes: int
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-class ForeachLion(torch.optim.Optimizer):
-    """Lion by ``torch._foreach_*``, in place: torch has none (Chen et al., 2023)."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        foreach: bool = True,
-    ) -> None:
-        defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay)
-        super().__init__(params, defaults)
-        for p in self.param_groups[0]["params"]:
-            self.state[p] = torch.zeros_like(p)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        (group,) = self.param_groups
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        params = group["params"]
-        grads, averages = [p.grad for p in params], [self.state[p] for p in params]
-        t: Any = torch  # its lists are private, and lack types
-        signs = t._foreach_lerp(averages, grads, 1 - beta1)
-        t._foreach_sign_(signs)
-        t._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        t._foreach_add_(params, signs, alpha=-lr)
-        t._foreach_lerp_(averages, grads, 1 - beta2)
-
-
-_ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
-
-RULES: dict[str, Rule] = {
-    "adamw": Rule(fo.adamw, torch.optim.AdamW, 28, _ADAM | {"weight_decay": 1e-2}),
-    "rmsprop": Rule(fo.rmsprop, torch.optim.RMSprop, 20),
-    "amsgrad": Rule(
-        partial(fo.adam, amsgrad=True), partial(torch.optim.Adam, amsgrad=True), 36, _ADAM
-    ),
-    "nadam": Rule(fo.nadam, torch.optim.NAdam, 28),
-    "radam": Rule(fo.radam, torch.optim.RAdam, 28),
-    "adadelta": Rule(fo.adadelta, torch.optim.Adadelta, 28),
-    "adamax": Rule(fo.adamax, torch.optim.Adamax, 28),
-    "rprop": Rule(fo.rprop, torch.optim.Rprop, 28),
-    "lion": Rule(
-        fo.lion, ForeachLion, 20, {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 1e-2}
-    ),
-}
+#: AdamW in words that all libraries share: torch's defaults
+_ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
 
 def ours(
-    name: str, params: list[Tensor], grads: list[Tensor], *, donate: bool = False
+    rule: Rule,
+    params: list[Tensor],
+    grads: list[Tensor],
+    *,
+    donate: bool = False,
+    execution: str | None = None,
 ) -> Stepper:
     """funcopt's update, pure or donated."""
-    opt = RULES[name].ours(**RULES[name].options)
+    opt = rule.optimizer
+    if rule.takes_loss:
+        return _ours_from_start(opt, params, grads, donate)
     run: dict[str, Any] = {"params": [p.clone() for p in params]}
     run["state"] = opt.init(run["params"])
-    update = opt.update
+    given = {**rule.data(params), "donate": donate, "execution": execution}
+    update, grads = opt.update, rule.gradients(grads)
 
     def step() -> None:
-        run["params"], run["state"] = update(
-            grads, run["state"], run["params"], donate=donate
-        )
+        run["params"], run["state"] = update(grads, run["state"], run["params"], **given)
 
     return Stepper(step, lambda: list(run["params"]))
 
 
 def torch_optim(
-    name: str, params: list[Tensor], grads: list[Tensor], **options: Any
+    rule: Rule, params: list[Tensor], grads: list[Tensor], **flags: Any
 ) -> Stepper:
     """torch.optim, in place; ``fused=True`` or ``foreach=True``."""
+    assert rule.theirs is not None
     held = [torch.nn.Parameter(p.clone()) for p in params]
-    for p, g in zip(held, grads):
+    for p, g in zip(held, rule.gradients(grads)):
         p.grad = g
-    opt = RULES[name].theirs(held, **RULES[name].options, **options)
+    opt = rule.theirs(held, **rule.options, **flags)
+    if rule.takes_loss:
+        return _torch_from_start(opt, held, params, grads)
     return Stepper(opt.step, lambda: [p.detach() for p in held])
 
 
-def torchopt(name: str, params: list[Tensor], grads: list[Tensor]) -> Stepper:
-    """TorchOpt's functional optimizer, pure."""
+def quadratic(params: list[Tensor], centers: list[Tensor]) -> Tensor:
+    """A loss whose curvatures are of all sizes, so that a few steps do not end."""
+    total = params[0].new_zeros(())
+    for p, center in zip(params, centers):
+        curvature = torch.logspace(-1, 0, p.shape[0], dtype=p.dtype)
+        away = (p - center).flatten(1) if p.ndim > 1 else p[:, None] - center[:, None]
+        total = total + (curvature[:, None] * away * away).sum() / 2
+    return total
+
+
+def _ours_from_start(
+    opt: fo.Optimizer, params: list[Tensor], centers: list[Tensor], donate: bool
+) -> Stepper:
+    """What makes many steps in one call: always the first call."""
+    run: dict[str, Any] = {}
+
+    def loss(p: list[Tensor]) -> Tensor:
+        return quadratic(p, centers)
+
+    def step() -> None:
+        p = [x.clone() for x in params]
+        grads = torch.func.grad(loss)(p)
+        run["params"], _ = opt.update(grads, opt.init(p), p, loss_fn=loss, donate=donate)
+
+    return Stepper(step, lambda: list(run["params"]))
+
+
+def _torch_from_start(
+    opt: torch.optim.Optimizer,
+    held: list[torch.nn.Parameter],
+    params: list[Tensor],
+    centers: list[Tensor],
+) -> Stepper:
+    def closure() -> Any:
+        with torch.enable_grad():
+            opt.zero_grad()
+            loss = quadratic(list(held), centers)
+            loss.backward()
+        return loss
+
+    def step() -> None:
+        opt.state.clear()
+        for p, start in zip(held, params):
+            p.data.copy_(start)
+        opt.step(closure)
+
+    return Stepper(step, lambda: [p.detach() for p in held])
+
+
+def torchopt(rule: Rule, params: list[Tensor], grads: list[Tensor]) -> Stepper:
+    """TorchOpt's functional AdamW, pure."""
     import torchopt
 
-    opt = getattr(torchopt, name)(**RULES[name].options)
+    opt = torchopt.adamw(**_ADAMW)
     run: dict[str, Any] = {"params": tuple(p.clone() for p in params)}
     run["state"] = opt.init(run["params"])
     given = tuple(grads)
@@ -131,15 +134,15 @@ def torchopt(name: str, params: list[Tensor], grads: list[Tensor]) -> Stepper:
     return Stepper(step, lambda: list(run["params"]))
 
 
-def optax(name: str, params: list[Tensor], grads: list[Tensor]) -> Stepper:
-    """optax under ``jax.jit``, pure."""
+def optax(rule: Rule, params: list[Tensor], grads: list[Tensor]) -> Stepper:
+    """optax's AdamW under ``jax.jit``, pure."""
     import jax
     import numpy as np
     import optax
 
-    options = dict(RULES[name].options)
+    options: dict[str, Any] = dict(_ADAMW)
     b1, b2 = options.pop("betas")
-    opt = getattr(optax, name)(options.pop("lr"), b1=b1, b2=b2, **options)
+    opt = optax.adamw(options.pop("lr"), b1=b1, b2=b2, **options)
 
     @jax.jit
     def update(grads: Any, state: Any, params: Any) -> Any:
@@ -158,7 +161,10 @@ def optax(name: str, params: list[Tensor], grads: list[Tensor]) -> Stepper:
     return Stepper(step, lambda: [torch.from_numpy(np.array(p)) for p in run["params"]])
 
 
-def exact(name: str, params: list[Tensor], grads: list[Tensor]) -> Stepper:
-    """torch.optim without its fused kernels, in float64: what the others are held to."""
+def exact(rule: Rule, params: list[Tensor], grads: list[Tensor]) -> Stepper:
+    """What the others are held to, in float64: torch.optim's loop, or else the rule."""
     wide, given = [[x.double() for x in column] for column in (params, grads)]
-    return torch_optim(name, wide, given, foreach=True)
+    if rule.theirs is None:
+        return ours(rule, wide, given, execution="reference")
+    flags = {"foreach": True} if "foreach" in rule.implementations else {}
+    return torch_optim(rule, wide, given, **flags)

@@ -23,10 +23,12 @@ import torch
 from funcopt.execution.executor import BuildError
 
 # No contraction: a fused multiply-add stands only where the source says so. Errors of
-# math functions are not looked at, which leaves roots and comparisons to vectors.
+# math functions are not looked at, which leaves roots and comparisons to vectors; and a
+# choice by a scalar stays in its loop, since gcc makes no vectors of a loop split by it.
 _FLAGS = (
     "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-    "-fopenmp-simd", "-fPIC", "-shared", "-std=gnu11", "-w", "-x", "c",
+    "-fno-unswitch-loops", "-fopenmp-simd", "-fPIC", "-shared", "-std=gnu11", "-w",
+    "-x", "c",
 )  # fmt: skip
 _DIGEST = 32  # bytes of a SHA-256
 _SECONDS = 60  # a compiler that takes longer than this hangs
