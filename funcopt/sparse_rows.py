@@ -53,16 +53,16 @@ def check(
     for i, (g, p) in enumerate(zip(grads, params)):
         if not are_among([g]) or not isinstance(p, Tensor):
             continue  # others are looked at with the slots
-        where = f"grads at '{tree.paths(structure)[i]}'"
         if g.shape != p.shape:
             raise StructureError(
-                f"{where} has shape {tuple(g.shape)}, its parameter {tuple(p.shape)}"
+                f"grads at '{tree.paths(structure)[i]}' has shape {tuple(g.shape)}, its "
+                f"parameter {tuple(p.shape)}"
             )
         if (g.dtype, g.device) != (p.dtype, p.device) or not g.sparse_dim():
             raise LeafError(
-                f"{where} is {g.dtype} on {g.device} with {g.sparse_dim()} sparse axes, "
-                f"its parameter is {p.dtype} on {p.device}; cast, move or give "
-                ".to_dense()"
+                f"grads at '{tree.paths(structure)[i]}' is {g.dtype} on {g.device} with "
+                f"{g.sparse_dim()} sparse axes, its parameter is {p.dtype} on "
+                f"{p.device}; cast, move or give .to_dense()"
             )
         found[i] = g.coalesce()
     return found

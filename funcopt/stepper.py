@@ -57,7 +57,8 @@ class Stepper:
             for slot, first in slots.items()
             if callable(first) and not spec.traceable
         }
-        self.lanes: dict[tree.Structure, Known[Lane]] = {}
+        #: of the totals, and of the step
+        self.lanes: dict[tree.Structure, Known[list[Lane]]] = {}
         #: what steps the entries of a sparse gradient
         self.lazy = Stepper(replace(spec, sparse="")) if spec.sparse else None
 
@@ -97,9 +98,9 @@ class Stepper:
         self.hypers.check_given(overrides)
         p, structure = tree.flatten(params)
         if not torch.compiler.is_compiling() and not execution and choice.is_free():
-            lanes = self.lanes.get(structure)
-            if lanes is not None:
-                done = self._again(lanes, structure, grads, state, p, donate, overrides)
+            known = self.lanes.get(structure)
+            if known is not None:
+                done = self._again(known, structure, grads, state, p, donate, overrides)
                 if done is not None:
                     return self._result(structure, params, state, *done, donate)
         g = tree.flatten_like(structure, grads, "grads")
@@ -137,20 +138,25 @@ class Stepper:
         leaves = Leaves(
             self.rule, live_g, live_p, slots, _pick(numbers, live), _pick(values, live)
         )
+        lanes: list[Lane | None] = []
         for measure in self.measures:
-            leaves = measure.added_to(leaves, execution)
+            leaves, lane = measure.added_to(leaves, execution)
+            lanes.append(lane)
         held = [state[key] for key in self.vectors]
         columns, lane = dispatch.step(leaves, execution, donate, held)
+        lanes.append(lane)
         if halved:
             columns = [
                 complex_leaves.rejoined(column, halved) if stream else column
                 for column, stream in zip(columns, self.rule.outputs)
             ]
-        elif lane is not None and live is None and not self.measures:
+        elif live is None and None not in lanes:
             if len(self.lanes) >= _MOST_LANES and structure not in self.lanes:
                 self.lanes.clear()
             tensors = [*chain(g, p, *map(trees.__getitem__, self.trees)), *held]
-            self.lanes.setdefault(structure, Known()).put(tensors, lane)
+            self.lanes.setdefault(structure, Known()).put(
+                tensors, [x for x in lanes if x]
+            )
         columns = _merge((p, *old.values()), columns, live)
         return self._result(structure, params, state, columns, steps, donate)
 
@@ -210,7 +216,7 @@ class Stepper:
 
     def _again(
         self,
-        lanes: Known[Lane],
+        known: Known[list[Lane]],
         structure: tree.Structure,
         grads: Tree,
         state: State,
@@ -227,12 +233,18 @@ class Stepper:
             return None  # where the words for it are found
         if len(state) != 1 + len(self.slots):
             return None
-        lane = lanes.get([*chain(*streams), *held])
-        if lane is None:
+        lanes = known.get([*chain(*streams), *held])
+        if lanes is None:
             return None
         steps = held[0] + 1
         numbers = [*(vector.tolist() for vector in held[1:]), steps.tolist()]
         values = self.hypers.per_leaf(overrides, structure, p, numbers[-1])
+        *of_totals, lane = lanes
+        for measure, own in zip(self.measures, of_totals):
+            sums = own.run(streams, numbers, values, False)
+            if sums is None:
+                return None
+            values = measure.added(values, sums)
         columns = lane.run(streams, numbers, values, donate)
         return None if columns is None else (columns, steps)
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from funcopt.execution import dispatch
+from funcopt.execution.executor import Column
+from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.spec import Spec, Totals
@@ -42,12 +44,23 @@ class Measure:
             sums=len(totals),
         )
 
-    def added_to(self, leaves: Leaves, execution: str | None) -> Leaves:
-        """The leaves with each sum over all of them among their hyperparameters."""
-        sums, _ = dispatch.step(replace(leaves, rule=self._rule), execution)
+    def added_to(
+        self, leaves: Leaves, execution: str | None
+    ) -> tuple[Leaves, Lane | None]:
+        """The leaves with each sum over all of them among their hyperparameters.
+
+        And a lane for the sums of steps like this one.
+        """
+        sums, lane = dispatch.step(replace(leaves, rule=self._rule), execution)
+        return replace(leaves, hyper=self.added(leaves.hyper, sums)), lane
+
+    def added(
+        self, hyper: Sequence[dict[str, Any]], sums: Sequence[Column]
+    ) -> list[dict[str, Any]]:
+        """The hyperparameters of all leaves, with the totals of their sums."""
         totals = dict(zip(self._names, map(_total, sums)))
-        spread = {id(row): {**row, **totals} for row in leaves.hyper}
-        return replace(leaves, hyper=[spread[id(row)] for row in leaves.hyper])
+        spread = {id(row): {**row, **totals} for row in hyper}
+        return [spread[id(row)] for row in hyper]
 
 
 def _total(sums: Sequence[Any]) -> Tensor:

@@ -16,7 +16,7 @@ from trees import random_like, relative
 
 import funcopt as fo
 from funcopt import tree
-from funcopt.execution import fused_autograd
+from funcopt.execution import dispatch, fused_autograd
 from funcopt.types import Tree
 
 LIKE = {"w": torch.empty(4, 3), "b": torch.empty(5), "none": torch.empty(0)}
@@ -324,3 +324,58 @@ def test_threads_share_the_lanes(lanes: list[Any]):
     for k, each in enumerate(found):
         assert all(map(torch.equal, each, expected[k % len(seeds)]))
     assert lanes
+
+
+PLAIN: dict[str, tuple[Callable[[], fo.Optimizer], dict[str, Any]]] = {
+    "one sweep": (fo.adamw, {}),
+    "norms of a leaf": (fo.lamb, {}),
+    "a sum that is a leaf's number": (fo.novograd, {}),
+    "a norm, decay, and a scalar slot": (fo.nadam, {"weight_decay": 0.1}),
+    "numbers of the whole tree": (fo.prodigy, {"d0": 0.1}),
+    "three sums, two slots": (fo.dog, {"reps_rel": 0.1}),
+    "two kinds of totals": (
+        lambda **given: fo.chain(
+            fo.clip_by_global_norm(0.5), fo.normalize(), fo.lamb(**given)
+        ),
+        {},
+    ),
+    "a rate for each leaf": (fo.lars, {"lr": {"w": 0.1, "b": 0.2, "none": 0.3}}),
+}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("what", PLAIN)
+def test_a_plain_step_goes_by_its_lane(
+    what: str, donate: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """To the bit the steps of native kernels that are asked for by name."""
+    factory, options = PLAIN[what]
+    opt, named = factory(**options), factory(**options)
+    params = positive(1)
+    runs = [(tree.map(torch.clone, params), opt.init(params)) for _ in range(2)]
+    looked: list[Any] = []
+    original = dispatch.step
+    monkeypatch.setattr(
+        dispatch, "step", lambda *a, **k: looked.append(a) or original(*a, **k)
+    )
+    for seed in range(2, 7):
+        grads = positive(seed)
+        expected = named.update(grads, runs[1][1], runs[1][0], execution="native")
+        looked.clear()
+        found = opt.update(grads, runs[0][1], runs[0][0], donate=donate)
+        assert bool(looked) is (seed == 2)
+        pairs = zip(tree.leaves(found), tree.leaves(expected))
+        assert all(torch.equal(a, b) for a, b in pairs)
+        runs = [found, expected]
+    assert not torch.equal(runs[0][0]["w"], params["w"])
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_sum_that_overflows_is_looked_at_anew(donate: bool):
+    opt, params = fo.lamb(), positive(1)
+    state, large = opt.init(params), tree.map(lambda x: x * 3e38, positive(2))
+    for grads in (positive(2), large):
+        expected = opt.update(grads, state, params, execution="native")
+        params, state = opt.update(grads, state, params, donate=donate)
+        for a, b in zip(tree.leaves((params, state)), tree.leaves(expected)):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num())

@@ -70,11 +70,11 @@ def _lane(leaves: Leaves, group: Group, vectors: Sequence[Tensor]) -> Lane | Non
     alike = all(a is b for a, b in zip(columns, layout.alike(columns)))
     if not alike or not all(map(levels.readable, vectors)):
         return None
-    row, *others = leaves.rows(group.kinds)[0]
-    if others or any(map(levels.is_tracked, vectors)):
+    if any(map(levels.is_tracked, vectors)):
         return None
     if group.choice.transformed:
-        return Recorded(_form(leaves, group), row)
+        row, *others = leaves.rows(group.kinds)[0]
+        return None if others else Recorded(_form(leaves, group), row)
     executor = _executor(leaves.rule, group)
     return Plain(executor, group.kinds, leaves.params, leaves.rule)
 

@@ -9,7 +9,7 @@ import torch
 
 from funcopt.execution import fused_autograd, layout
 from funcopt.execution.call import Call
-from funcopt.execution.executor import Column, Executor, read_number
+from funcopt.execution.executor import Column, Direct, Executor, Rows, read_number
 from funcopt.execution.form import Form
 from funcopt.execution.guard import Known
 from funcopt.execution.rule import Kinds, Rule
@@ -42,25 +42,29 @@ class Lane(ABC):
         ``streams`` are gradients, parameters and slots; ``numbers`` the scalar slots and
         the steps.
         """
-        values = hyper[0]
-        if values is not self._numbers:
-            if self._rule.kinds(values) != self._kinds:
+        first, each = hyper[0], {id(values): values for values in hyper}
+        if len(each) > 1 or first is not self._numbers:
+            kinds = self._rule.kinds
+            if any(kinds(values) != self._kinds for values in each.values()):
                 return None
-            if not any(isinstance(x, Tensor) for x in values.values()):
-                self._numbers = values
-        if len({*map(id, hyper)}) > 1:
-            return None
-        if any(column.count(column[0]) != len(column) for column in numbers):
-            return None
-        row = [column[0] for column in numbers]
-        row += map(values.__getitem__, self._names)
-        return self._step(streams, row, donate)
+            if not any(isinstance(x, Tensor) for x in first.values()):
+                self._numbers = first
+        if len(each) > 1 or any(c.count(c[0]) != len(c) for c in numbers):
+            names = self._names
+            rows = [
+                [*own, *map(values.__getitem__, names)]
+                for values, *own in zip(hyper, *numbers)
+            ]
+        else:
+            row = [column[0] for column in numbers]
+            rows = [[*row, *map(first.__getitem__, self._names)]]
+        return self._step(streams, rows, donate)
 
     @abstractmethod
     def _step(
-        self, streams: Sequence[Column], row: Sequence[Any], donate: bool
+        self, streams: Sequence[Column], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
-        """The columns, of streams that are alike and the scalars of all leaves."""
+        """The columns, of streams that are alike and scalars: all leaves', or each's."""
 
 
 class Plain(Lane):
@@ -70,17 +74,20 @@ class Plain(Lane):
         self, executor: Executor, kinds: Kinds, params: Column, rule: Rule
     ) -> None:
         super().__init__(rule, kinds)
-        self._direct = executor.direct(params, [0] * len(params))
+        self._executor = executor
+        self._shared = executor.direct(params, [0] * len(params))
+        self._own: Direct | None = None  # where each leaf has scalars of its own
+        self._written = sum(rule.outputs)
         self._apart: list[int] = []  # addresses of which no two tensors overlap
 
     def _step(
-        self, streams: Sequence[Column], row: Sequence[Any], donate: bool
+        self, streams: Sequence[Column], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
-        given = [x for x in row if isinstance(x, Tensor)]
+        given = [x for row in rows for x in row if isinstance(x, Tensor)]
         if given:
             if any(type(x) is not Tensor or x.requires_grad for x in given):
                 return None
-            row = [*map(read_number, row)]
+            rows = [[*map(read_number, row)] for row in rows]
         addresses = [address for column in streams for address in map(_address, column)]
         if donate and addresses != self._apart:
             if layout.overlap(streams) or layout.folded(streams[1:]):
@@ -89,9 +96,14 @@ class Plain(Lane):
         out = (
             streams[1:]
             if donate
-            else self._rule.recycler.columns(streams[1], len(streams) - 1)
+            else self._rule.recycler.columns(streams[1], self._written)
         )
-        columns = self._direct(streams, addresses, [row], out)
+        direct = self._shared
+        if len(rows) > 1:
+            if self._own is None:
+                self._own = self._executor.direct(streams[1], range(len(rows)))
+            direct = self._own
+        columns = direct(streams, addresses, rows, out)
         if columns is not None and donate:
             torch.autograd.graph.increment_version([*chain(*streams[1:])])
         return columns
@@ -107,8 +119,11 @@ class Recorded(Lane):
         self._hyper.put([x for x in row if isinstance(x, Tensor)], form)
 
     def _step(
-        self, streams: Sequence[Column], row: Sequence[Any], donate: bool
+        self, streams: Sequence[Column], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
+        row, *others = rows
+        if others:
+            return None
         given = [x for x in row if isinstance(x, Tensor)]
         numbers = tuple(None if isinstance(x, Tensor) else x for x in row)
         alike = tuple(x is None for x in numbers) == self._form.given[0]

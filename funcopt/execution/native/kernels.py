@@ -57,23 +57,22 @@ class Native(Sweeping):
                     each.discard()
 
     def direct(self, like: Column, which: Sequence[int], pooled: bool = False) -> Direct:
-        program, (sweep, *rest) = self.program, self.program.passes
-        once = not any(each.outputs or each.sums for each in rest)
-        if not once or not sweep.streams or (sweep.sums and not pooled):
+        program = self.program
+        at = [k for k, each in enumerate(program.passes) if each.outputs or each.sums]
+        if not at or not all(program.passes[k].streams for k in at):
             return super().direct(like, which, pooled)
         # Everything that does not change is worked out here, once.
         scalars_out = [v for v in program.outputs if not program.is_stream(v)]
-        before = scalars.on_numbers(program, self._parameters[0])
-        after = scalars.on_numbers(program, scalars_out, sweep.sums)
-        count, sizes = len(like), array("q", map(Tensor.numel, like))
-        owners, total, sums_out = array("q", which), sum(sizes), len(sweep.sums)
-        of_row = [[i for i in range(count) if which[i] == row] for row in {*which}]
-        stream = {value: k * count for k, value in enumerate(self._streams)}
-        read = [slice(stream[v], stream[v] + count) for v in self._read[0]]
-        reads_all = self._read[0] == self._streams
-        large = total * len(sweep.outputs) * self.stored.itemsize >= _PAST_CACHE
-        fixed = count, 1, sizes.buffer_info()[0], owners.buffer_info()[0]
-        kernel, parallel = self._kernels[0], total >= _PARALLEL
+        count, owners, sums, launches = len(like), which, [], []
+        for k in at:
+            launches.append(self._launch(k, like, owners, tuple(sums), pooled))
+            sums += program.passes[k].sums
+            owners = range(count) if sums and not pooled else which
+        *first, last = launches
+        reads, writes = (getattr(program.passes[at[-1]], x) for x in ("sums", "outputs"))
+        if (pooled and first) or (reads and writes and not pooled):
+            return super().direct(like, which, pooled)
+        after = scalars.on_numbers(program, scalars_out, sums)
         order = [program.is_stream(v) for v in program.outputs]
 
         def run(
@@ -81,16 +80,60 @@ class Native(Sweeping):
             addresses: list[int],
             rows: Rows,
             out: Sequence[Column],
-            alive: Any = (sizes, owners),  # as long as their addresses are in use
         ) -> Sequence[Column] | None:
             results: Any = ()
             try:
-                table = array("d", [x for row in rows for x in before(*row)])
-                if scalars_out and not sums_out:
+                for launch in first:
+                    rows = launch(rows, addresses, ())
+                if scalars_out and not reads:  # before anything is written
+                    results = [after(*row) for row in rows]
+                rows = last(rows, addresses, out, bool(out) and out[0] is streams[1])
+                if scalars_out and reads:
                     results = [after(*row) for row in rows]
             except (ArithmeticError, ValueError):
                 return None  # an infinity, or NaN
-            donated = bool(out) and out[0] is streams[1]
+            if not scalars_out:
+                return out
+            if not pooled and len(results) < count:
+                results = [results[row] for row in which]
+            columns, values = iter(out), zip(*results)
+            return [next(columns if is_stream else values) for is_stream in order]
+
+        return run
+
+    def _launch(
+        self,
+        k: int,
+        like: Column,
+        which: Sequence[int],
+        known: Sequence[int],
+        pooled: bool,
+    ) -> Callable[..., Rows]:
+        """Sweep ``k`` on leaves like these, whose rows hold the sums that are ``known``.
+
+        It gives the rows with its own sums in them: then one for each leaf, unless these
+        are pooled.
+        """
+        program, sweep = self.program, self.program.passes[k]
+        before = scalars.on_numbers(program, self._parameters[k], known)
+        count, sizes = len(like), array("q", map(Tensor.numel, like))
+        owners, total, sums_out = array("q", which), sum(sizes), len(sweep.sums)
+        of_row = [[i for i in range(count) if which[i] == row] for row in {*which}]
+        stream = {value: k * count for k, value in enumerate(self._streams)}
+        read = [slice(stream[v], stream[v] + count) for v in self._read[k]]
+        reads_all = self._read[k] == self._streams
+        large = total * len(sweep.outputs) * self.stored.itemsize >= _PAST_CACHE
+        fixed = count, 1, sizes.buffer_info()[0], owners.buffer_info()[0]
+        kernel, parallel = self._kernels[k], total >= _PARALLEL
+
+        def launch(
+            rows: Rows,
+            addresses: list[int],
+            out: Sequence[Column],
+            donated: bool = False,
+            alive: Any = (sizes, owners),  # as long as their addresses are in use
+        ) -> Rows:
+            table = array("d", [x for row in rows for x in before(*row)])
             pointers = (
                 addresses if reads_all else [x for part in read for x in addresses[part]]
             )
@@ -111,21 +154,15 @@ class Native(Sweeping):
             )
             if failed:
                 raise MemoryError("no memory for the sums of a kernel")
-            if not scalars_out:
-                return out
-            if sums_out:
-                each = [sums[k::sums_out] for k in range(sums_out)]
+            if not sums_out:
+                return rows
+            each = [sums[k::sums_out] for k in range(sums_out)]
+            if pooled:
                 totals = [[_total(s, leaves) for s in each] for leaves in of_row]
-                try:
-                    results = [after(*row, *more) for row, more in zip(rows, totals)]
-                except (ArithmeticError, ValueError):
-                    return None
-            if not pooled:
-                results = [results[row] for row in which]
-            columns, values = iter(out), zip(*results)
-            return [next(columns if is_stream else values) for is_stream in order]
+                return [(*row, *more) for row, more in zip(rows, totals)]
+            return [(*rows[row], *more) for row, *more in zip(which, *each)]
 
-        return run
+        return launch
 
     def _sweep(
         self,
