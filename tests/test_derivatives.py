@@ -159,10 +159,10 @@ EPS = {
 
 def point_with_eps(case: Case, eps: float) -> dict[str, Any]:
     """The hyperparameters as tensors, with an eps as small as in practice."""
-    hyper = case.tensors()
+    hyper, least = case.tensors(), case.row.least.get("eps", 0.0)
     if "eps" not in hyper:
         return hyper
-    first, old = torch.tensor(eps), hyper["eps"]
+    first, old = torch.tensor(max(eps, least)), hyper["eps"]
     return hyper | {"eps": (first, *old[1:]) if isinstance(old, tuple) else first}
 
 

@@ -73,6 +73,7 @@ FLOORS = {
     "funcopt.flat": 4.7,
     "funcopt.optimizers._line_search": 5,
     "funcopt.optimizers._parts": 5,
+    "funcopt.optimizers._bases": 5,
     "funcopt.optimizers._matrices": 5,
     "funcopt.optimizers": 5.9,
     "funcopt.optimizers.*": 5.5,

@@ -8,10 +8,11 @@ from row import Case
 from table import MATRIX
 from torch import Tensor
 from torch.func import grad, jvp
-from trees import assert_close, assert_moved, random_like
+from trees import assert_close, assert_moved, random_like, relative
 
 import funcopt as fo
 from funcopt import tree
+from funcopt.optimizers._bases import eigenbasis, iterated
 from funcopt.types import Tree
 
 ONCE = MATRIX[1::2]
@@ -187,3 +188,117 @@ def test_adafactors_groups_may_leave_an_eps_to_the_dtype():
     params, hyper = fo.from_param_groups(groups, lr=0.1, eps=(None, 1e-3))
     new, _ = fo.adafactor(**hyper).update(params, fo.adafactor().init(params), params)
     assert torch.allclose(new[0][0], 0.9 * p[0]) and torch.allclose(new[1][0], 0.5 * p[1])
+
+
+def symmetric(values: list[float], seed: int = 0) -> Tensor:
+    """Of these eigenvalues."""
+    n = len(values)
+    q = torch.linalg.qr(random_like(torch.empty(n, n).double(), seed))[0]
+    return q @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ q.mT
+
+
+def rotated(x: Tensor) -> Tensor:
+    return eigenbasis(x).abs()  # a vector's sign is LAPACK's choice
+
+
+SKEWED = symmetric([3.0, 2.0, 1.5], 1)
+
+
+def iterated_of(x: Tensor) -> Tensor:
+    return iterated(x, SKEWED)
+
+
+@pytest.mark.parametrize("basis", [rotated, iterated_of])
+def test_the_derivative_of_a_basis(basis: Any):
+    """Of both orders and modes, also of a stack."""
+    x = torch.stack([symmetric([3.0, 2.0, 0.5]), symmetric([1.0, 0.1, 0.01], 2)])
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(basis, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(basis, x)
+    along = random_like(x, 3)
+    found = torch.vmap(lambda x, t: jvp(basis, (x,), (t,))[1])(x.detach(), along)
+    rows = [jvp(basis, (a,), (t,))[1] for a, t in zip(x.detach(), along)]
+    assert_close(found, torch.stack(rows), 1e-13)
+
+
+def test_the_derivative_of_what_is_determined_of_a_basis():
+    """Between eigenspaces, by finite differences: x is of two, and stays so."""
+    x, weights = symmetric([2.0, 2.0, 0.5]), random_like(torch.empty(3, 3).double(), 4)
+    along = random_like(x, 5)
+    skew = along - along.mT  # turning x changes none of its eigenvalues
+
+    def projection(t: Any) -> Tensor:
+        turn = torch.linalg.matrix_exp(t * skew)
+        q = eigenbasis(turn @ x @ turn.mT)[:, :2]
+        return (q @ q.mT * weights).sum()
+
+    t, h = torch.zeros((), dtype=torch.float64), 1e-6
+    numeric = (projection(t + h) - projection(t - h)) / (2 * h)
+    assert relative(grad(projection)(t), numeric) < 1e-8
+    assert relative(jvp(projection, (t,), (t + 1,))[1], numeric) < 1e-8
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo does
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_basis_that_nothing_determines_is_a_constant(
+    dtype: torch.dtype, compiled: bool
+):
+    one = torch.eye(3, dtype=dtype)
+    weights = random_like(one, 6)
+
+    def both(x: Tensor) -> Tensor:
+        return ((eigenbasis(x) + iterated(x, one)) * weights).sum()
+
+    if compiled:
+        torch.compiler.reset()
+        both = torch.compile(both, backend="aot_eager", fullgraph=True)
+    for x in (0 * one, torch.ones_like(one), 1e-200 * one):
+        x.requires_grad_()
+        (slope,) = torch.autograd.grad(both(x), x)
+        assert slope.isfinite().all()
+        assert slope.any() == (x.detach()[0, 1] == 1)  # a rank of one has a direction
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_soap_is_finite_at_equal_eigenvalues(dtype: torch.dtype):
+    opt, one = fo.soap(precondition_frequency=1), torch.eye(3, dtype=dtype)
+    for g in (0 * one, one, torch.ones_like(one)):
+
+        def outer(g: Tensor) -> Tensor:
+            params, state = 0 * one, opt.init(one)
+            for _ in range(4):
+                params, state = opt.update(g, state, params, eps=0.1)
+            return (params * torch.arange(3)).sum()
+
+        assert grad(outer)(g).isfinite().all()
+        assert grad(lambda g, f=outer: grad(f)(g).sum())(g).isfinite().all()
+
+
+def test_soaps_axes():
+    """Which have a basis: none too long, and vectors only where they are to."""
+    p = [torch.ones(shape) for shape in ((2, 5), (3,), (2, 2, 2), (), (0, 2), (1,))]
+
+    def sides(**flags: Any) -> list[int]:
+        return [q.numel() for q in fo.soap(**flags).init(p)["Q"]]
+
+    assert sides() == [4 + 25, 0, 12, 0, 0, 0]
+    assert sides(max_precond_dim=4) == [4, 0, 12, 0, 0, 0]
+    assert sides(precondition_1d=True) == [29, 9, 12, 1, 0, 1]
+    assert sides(merge_dims=True) == [100, 0, 64, 0, 0, 0]
+    assert sides(merge_dims=True, max_precond_dim=4) == [4, 0, 16 + 4, 0, 0, 0]
+
+
+def test_soap_takes_a_rate_for_each_number():
+    """In the leaf's own coordinates, not in its basis'."""
+    p, rates = [random_like(torch.empty(2, 2).double(), i) for i in (1, 2)]
+    grads = [random_like(p, seed) for seed in (3, 4)]
+
+    def moved(lr: Any) -> Tensor:
+        opt, state, new = fo.soap(weight_decay=0.0), None, p
+        state = opt.init(p)
+        for g in grads:
+            new, state = opt.update(g, state, new, lr=lr)
+        return new - p
+
+    assert_close(moved(rates.abs()), rates.abs() * moved(1.0), 1e-13)

@@ -275,6 +275,7 @@ COMPILED = [(ENDS[0], form) for form in HYPER] + [(c, "Schedule") for c in ENDS[
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo does
 @pytest.mark.parametrize("case, form", COMPILED, ids=str)
 def test_compile(case: Case, form: str):
     """One graph, and none more when lr changes or the steps go on."""
@@ -284,6 +285,7 @@ def test_compile(case: Case, form: str):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compile_through_aot_autograd(case: Case):
     check_compiled(case, HYPER["0-d tensor"], "aot_eager")

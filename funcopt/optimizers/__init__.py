@@ -32,6 +32,7 @@ from funcopt.optimizers.sgd import sgd
 from funcopt.optimizers.sgld import sgld
 from funcopt.optimizers.shampoo import shampoo
 from funcopt.optimizers.signsgd import signsgd, signum
+from funcopt.optimizers.soap import soap
 from funcopt.optimizers.sophia_g import sophia_g
 from funcopt.optimizers.sparse_adam import sparse_adam
 from funcopt.optimizers.yogi import yogi
@@ -71,6 +72,7 @@ __all__ = [
     "shampoo",
     "signsgd",
     "signum",
+    "soap",
     "sophia_g",
     "sparse_adam",
     "yogi",

@@ -166,7 +166,13 @@ def renewed(
     """What ``make`` gives at the first of ``every`` so many steps, else ``old``."""
     if every == 1 or old is None:
         return make()
-    due = (step - 1) % every == 0
-    if isinstance(due, bool):
-        return make() if due else old.clone()
-    return torch.where(due, make(), old)  # unequal tasks: all pay
+    return either((step - 1) % every == 0, make, lambda: old)
+
+
+def either(
+    condition: Any, make: Callable[[], Tensor], other: Callable[[], Tensor]
+) -> Tensor:
+    """What one of two functions gives; both are called for a condition in a tensor."""
+    if isinstance(condition, bool):
+        return make() if condition else other()
+    return torch.where(condition, make(), other())  # unequal tasks: all pay

@@ -53,4 +53,30 @@ ROWS = [
         rounding=1e-12,
         elementwise=False,
     ),
+    Row(
+        fo.soap,
+        [
+            {"maximize": False, "precondition_frequency": 2, "weight_decay": 0.0},
+            {"maximize": True, "precondition_frequency": 1, "weight_decay": 0.1},
+            {
+                "maximize": False,
+                "precondition_frequency": 1,
+                "weight_decay": 0.1,
+                "shampoo_beta": 0.8,
+                "precondition_1d": True,
+                "merge_dims": True,
+                "max_precond_dim": 2,
+            },
+        ],
+        {"lr": 0.1, "betas": (0.8, 0.7), "eps": 0.1, "weight_decay": 0.1}
+        | {"shampoo_beta": 0.8},
+        least={"eps": 1e-3},  # a second gradient like the first is rounding off its axes
+        warm=3,  # a basis of two gradients that differ
+        moves=False,  # the first step makes the bases
+        # Of sides that lack one eigenvector at most: rounding would pick among more.
+        shapes=((4, 3), (2,), (2, 1, 2), (), (0, 3)),
+        few=((2,), (2, 2)),
+        rounding=1e-12,
+        elementwise=False,
+    ),
 ]
