@@ -1,6 +1,6 @@
 """funcopt: functional, differentiable optimizers for PyTorch."""
 
-from funcopt import meta, optimizers, projections, schedules, transforms
+from funcopt import func, meta, optimizers, projections, schedules, transforms
 from funcopt.errors import (
     CompileError,
     ExecutionError,
@@ -42,6 +42,7 @@ __all__ = [
     "detach",
     "elementwise",
     "execution",
+    "func",
     "meta",
     "normal_like",
     "per_step",

@@ -21,6 +21,7 @@ FLOORS = {
     "funcopt.checks": 2,
     "funcopt.complex_leaves": 1,
     "funcopt.normal": 2,
+    "funcopt.func": 2,
     "funcopt.listed": 4,
     "funcopt.select": 2,
     "funcopt.schedules.schedule": 2,

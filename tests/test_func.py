@@ -1,0 +1,331 @@
+"""exact_norms: torch's values, and derivatives right where torch's are not.
+
+What torch has wrong is held to be wrong here, so that the day is noticed when it is not.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacfwd, jvp, vmap
+from torch.nn import functional as F
+
+from funcopt import func, tree
+
+Params = dict[str, Tensor]
+Norm = Callable[[Tensor, Params], Tensor]
+
+# The values -----------------------------------------------------------------------------
+
+Call = Callable[[Tensor, Any], Tensor]  # of data [6, 3, 4], and what there is beside
+
+FORWARD: dict[str, Call] = {
+    "batch, training": lambda x, p: F.batch_norm(x, None, None, training=True),
+    "batch, affine": lambda x, p: F.batch_norm(
+        x, None, None, p["w3"], p["b3"], True, 0.1, 1e-3
+    ),
+    "batch, by keyword": lambda x, p: F.batch_norm(
+        input=x, running_mean=p["b3"], running_var=p["w3"], weight=p["w3"]
+    ),
+    "batch, evaluation": lambda x, p: F.batch_norm(x, p["b3"], p["w3"], p["w3"]),
+    "batch, of matrices": lambda x, p: F.batch_norm(
+        x[..., 0], None, None, None, p["b3"], True
+    ),
+    "instance": lambda x, p: F.instance_norm(x),
+    "instance, affine": lambda x, p: F.instance_norm(
+        x, weight=p["w3"], bias=p["b3"], eps=1e-2
+    ),
+    "instance, evaluation": lambda x, p: F.instance_norm(
+        x, p["b3"], p["w3"], use_input_stats=False
+    ),
+    "layer": lambda x, p: F.layer_norm(x, (4,)),
+    "layer, affine": lambda x, p: F.layer_norm(x, (4,), p["w4"], p["b4"], 1e-3),
+    "layer, two dimensions": lambda x, p: F.layer_norm(x, [3, 4], p["w34"], None),
+}
+ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-8}
+
+
+def beside(dtype: torch.dtype) -> Params:
+    shapes = {"3": (3,), "4": (4,), "34": (3, 4)}
+    weights = {"w" + n: 0.5 + torch.rand(shape) for n, shape in shapes.items()}
+    biases = {"b" + n: torch.randn(shape) for n, shape in shapes.items()}
+    return {name: x.to(dtype) for name, x in (weights | biases).items()}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("name", FORWARD)
+def test_values_are_torchs(name: str, dtype: torch.dtype):
+    x, p = (2 * torch.randn(6, 3, 4) + 5).to(dtype), beside(dtype)
+    # Computed from half precision in float32, and rounded once: closer than the kernels.
+    wide = torch.promote_types(dtype, torch.float32)
+    wanted = FORWARD[name](x.to(wide), tree.map(lambda value: value.to(wide), p))
+    with func.exact_norms():
+        found = FORWARD[name](x, p)
+    assert found.dtype == FORWARD[name](x, p).dtype == dtype
+    near = ROUNDING[dtype]
+    torch.testing.assert_close(found.to(wide), wanted, rtol=near, atol=near)
+
+
+def test_half_precision_with_parameters_in_float32():
+    x = torch.randn(6, 3, 4).bfloat16()
+    weight, bias = 0.5 + torch.rand(3), torch.randn(3)
+    wanted = F.batch_norm(x, None, None, weight, bias, True)
+    with func.exact_norms():
+        found = F.batch_norm(x, None, None, weight, bias, True)
+    torch.testing.assert_close(found, wanted, rtol=0.01, atol=0.01)
+
+
+MODULES = {
+    "BatchNorm1d": lambda: nn.BatchNorm1d(3, momentum=0.3),
+    "BatchNorm1d, cumulative": lambda: nn.BatchNorm1d(3, momentum=None),
+    "BatchNorm1d, without statistics": lambda: nn.BatchNorm1d(
+        3, track_running_stats=False
+    ),
+    "InstanceNorm1d": lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True),
+    "LayerNorm": lambda: nn.LayerNorm([3, 4]),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_and_their_running_statistics(name: str):
+    """Three batches of training, then evaluation; the statistics bit for bit."""
+    usual, exact = MODULES[name](), MODULES[name]()
+    batches = torch.randn(4, 6, 3, 4) + 1
+    for x in batches[:3]:
+        wanted = usual(x)
+        with func.exact_norms():
+            torch.testing.assert_close(exact(x), wanted, rtol=1e-5, atol=1e-5)
+        for a, b in zip(usual.buffers(), exact.buffers(), strict=True):
+            assert torch.equal(a, b) and not b.requires_grad
+    wanted = usual.eval()(batches[3])
+    with func.exact_norms():
+        torch.testing.assert_close(exact.eval()(batches[3]), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_each_task_are_written_and_shared_ones_refused():
+    tasks, mean, var = torch.randn(4, 6, 3), torch.zeros(4, 3), torch.ones(4, 3)
+
+    def normed(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return F.batch_norm(x, mean, var, training=True).sum()
+
+    with func.exact_norms():
+        vmap(grad(normed))(tasks, mean, var)
+        torch.testing.assert_close(mean, 0.1 * tasks.mean(1))
+        with pytest.raises(RuntimeError, match="running_mean"):
+            vmap(normed, (0, None, None))(tasks, mean[0], var[0])
+
+
+REFUSED: dict[str, Callable[[], Any]] = {
+    "one value per channel": lambda: F.batch_norm(
+        torch.ones(1, 3), None, None, training=True
+    ),
+    "no statistics": lambda: F.batch_norm(torch.ones(2, 3), None, None),
+    "one of two statistics": lambda: F.batch_norm(torch.ones(2, 3), torch.ones(3), None),
+    "a weight of another size": lambda: F.batch_norm(
+        torch.ones(2, 3), None, None, torch.ones(1), training=True
+    ),
+    "one place": lambda: F.instance_norm(torch.ones(2, 3, 1)),
+    "a bias of another size": lambda: F.instance_norm(
+        torch.ones(2, 3, 4), bias=torch.ones(4)
+    ),
+    "another shape": lambda: F.layer_norm(torch.ones(2, 3), (2,)),
+    "a weight of another shape": lambda: F.layer_norm(
+        torch.ones(2, 3), (3,), torch.ones(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_torch_refuses_it_refuses(what: str):
+    with pytest.raises((ValueError, RuntimeError)) as usual:
+        REFUSED[what]()
+    with func.exact_norms(), pytest.raises(usual.type) as exact:
+        REFUSED[what]()
+    assert str(exact.value) == str(usual.value)
+
+
+# The derivatives ------------------------------------------------------------------------
+
+NORMS: dict[str, Norm] = {
+    "batch": lambda x, p: F.batch_norm(x, None, None, p["scale"], p["shift"], True),
+    "instance": lambda x, p: F.instance_norm(x, None, None, p["scale"], p["shift"]),
+    "layer": lambda x, p: F.layer_norm(
+        x.transpose(1, 2), (3,), p["scale"], p["shift"]
+    ).transpose(1, 2),
+}
+
+
+class Problem:
+    """A convolution with a norm after it, one step of adaptation, and three tasks."""
+
+    def __init__(self, norm: str, step: Callable[..., Params] | None = None) -> None:
+        self.norm, self.step = NORMS[norm], step or self.by_hand
+        shapes = {"weight": (3, 2, 2), "scale": (3,), "shift": (3,)}
+        self.params = {n: torch.randn(s).double() for n, s in shapes.items()}
+        self.params["scale"] += 1
+        self.tasks = torch.randn(3, 5, 2, 5).double()
+
+    def loss(self, p: Params, x: Tensor, *_: Any) -> Tensor:
+        y = torch.tanh(self.norm(F.conv1d(x, p["weight"]), p))
+        return (y - x.mean(1, keepdim=True)[..., :4]).square().mean()
+
+    def by_hand(self, p: Params, x: Tensor) -> Params:
+        slope = grad(self.loss)(p, x)
+        return {name: p[name] - 0.3 * slope[name] for name in p}
+
+    def adapted(self, p: Params, x: Tensor) -> Tensor:
+        return self.loss(self.step(p, x), x)
+
+    def overall(self, p: Params) -> Tensor:
+        return vmap(self.adapted, (None, 0))(p, self.tasks).mean()
+
+    def truth(self) -> Params:
+        """Task by task, gradients outside of everything, by plain arithmetic."""
+        with func.exact_norms():
+            each = [grad(self.adapted)(self.params, x) for x in self.tasks]
+        return tree.map(lambda *g: torch.stack(g).mean(0), *each)
+
+
+def func_over_vmap(problem: Problem) -> Params:
+    return grad(problem.overall)(problem.params)
+
+
+def autograd_over_vmap(problem: Problem) -> Params:
+    p = {n: x.clone().requires_grad_() for n, x in problem.params.items()}
+    return dict(zip(p, torch.autograd.grad(problem.overall(p), list(p.values()))))
+
+
+def inside_vmap(problem: Problem) -> Params:
+    each = vmap(grad(problem.adapted), (None, 0))(problem.params, problem.tasks)
+    return tree.map(lambda g: g.mean(0), each)
+
+
+def forward_inside_vmap(problem: Problem) -> Params:
+    """Forward over reverse, for each task."""
+    each = vmap(jacfwd(problem.adapted), (None, 0))(problem.params, problem.tasks)
+    return tree.map(lambda g: g.mean(0), each)
+
+
+ORDERS = {
+    func_over_vmap: False,
+    autograd_over_vmap: False,
+    inside_vmap: True,
+    forward_inside_vmap: True,
+}  # → whether torch by itself has them right
+
+
+def distance(a: Params, b: Params) -> float:
+    return max(float((a[n] - b[n]).abs().max() / b[n].abs().max()) for n in b)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "order, right", ORDERS.items(), ids=lambda x: getattr(x, "__name__", "")
+)
+def test_meta_gradients_are_right_in_every_order(norm: str, order: Any, right: bool):
+    problem = Problem(norm)
+    truth, usual = problem.truth(), order(problem)
+    assert distance(usual, truth) < 1e-12 if right else distance(usual, truth) > 1e-3
+    with func.exact_norms():
+        assert distance(order(problem), truth) < 1e-12
+    assert distance(func.exact_norms()(order)(problem), truth) < 1e-12
+
+
+one = torch.ones(()).double()
+
+
+def reverse(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return grad(f)
+
+
+def forward(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda t: jvp(f, (t,), (one,))[1]
+
+
+# outermost first → whether torch by itself has it right (pytorch/pytorch#196699, #175754)
+NESTED = {
+    (reverse, reverse): True,
+    (forward, reverse): True,
+    (reverse, forward): False,
+    (forward, forward): False,
+    (reverse, reverse, reverse): False,
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "nest", NESTED, ids=lambda nest: "-".join(mode.__name__ for mode in nest)
+)
+def test_higher_derivatives_are_right(norm: str, nest: Any):
+    problem = Problem(norm)
+    way = {n: torch.randn_like(p) for n, p in problem.params.items()}
+
+    def along(t: Tensor) -> Tensor:
+        at = {n: p + t * way[n] for n, p in problem.params.items()}
+        return problem.loss(at, problem.tasks[0])
+
+    def nested() -> float:
+        f = along
+        for mode in reversed(nest):
+            f = mode(f)
+        return float(f(torch.zeros(()).double()))
+
+    with func.exact_norms():
+        slope = reverse(reverse(along)) if len(nest) == 3 else reverse(along)
+        low, high = (slope(torch.tensor(t).double()) for t in (-1e-5, 1e-5))
+        truth = float(high - low) / 2e-5
+        assert nested() == pytest.approx(truth, rel=1e-5)
+    assert (nested() == pytest.approx(truth, rel=1e-3)) == NESTED[nest]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_hessian_of_an_adapted_loss(norm: str):
+    """A third derivative of the norm, wrong in torch; after the block it is again."""
+    problem = Problem(norm)
+
+    def second() -> Params:
+        of = lambda scale: problem.adapted({**problem.params, "scale": scale}, x)  # noqa: E731
+        return {"scale": torch.func.hessian(of)(problem.params["scale"])}
+
+    x = problem.tasks[0]
+    usual = second()
+    with func.exact_norms():
+        exact = second()
+        low, high = (problem.params["scale"] + h * torch.eye(3)[0] for h in (-1e-5, 1e-5))
+        slopes = [
+            grad(problem.adapted)({**problem.params, "scale": scale}, x)["scale"]
+            for scale in (low, high)
+        ]
+    difference = (slopes[1] - slopes[0]) / 2e-5
+    torch.testing.assert_close(exact["scale"][0], difference, rtol=1e-5, atol=1e-7)
+    assert distance(usual, exact) > 1e-3
+    assert distance(second(), usual) < 1e-12
+
+
+def test_a_whole_module_with_statistics_in_either_order():
+    """nn modules, running statistics of each task, grad(vmap) beside vmap(grad)."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.LayerNorm(4))
+    net.double()
+    params = {n: p.detach() for n, p in net.named_parameters()}
+    state = {n: b.expand(2, *b.shape).clone() for n, b in net.named_buffers()}
+    tasks = torch.randn(2, 6, 3).double()
+
+    def loss(p: Params, x: Tensor, buffers: Params) -> Tensor:
+        return (functional_call(net, (p, buffers), (x,)) - x[:, :1]).square().mean()
+
+    def adapted(p: Params, x: Tensor, buffers: Params) -> Tensor:
+        slope = grad(loss)(p, x, buffers)
+        return loss({n: p[n] - 0.1 * slope[n] for n in p}, x, buffers)
+
+    def fresh() -> Params:
+        return tree.map(Tensor.clone, state)
+
+    each = vmap(grad(adapted), (None, 0, 0))(params, tasks, fresh())
+    wanted = tree.map(lambda g: g.mean(0), each)
+    whole = lambda p: vmap(adapted, (None, 0, 0))(p, tasks, fresh()).mean()  # noqa: E731
+    with func.exact_norms():
+        found = grad(whole)(params)
+    for name, g in wanted.items():
+        torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-12)
