@@ -14,6 +14,8 @@ from funcopt.errors import (
     UnknownHyperparameterError,
 )
 from funcopt.execution.choice import execution
+from funcopt.inner.per_step import per_step
+from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.normal import normal_like
 from funcopt.optimizer import Optimizer, elementwise, per_tensor
 from funcopt.optimizers import *
@@ -22,7 +24,6 @@ from funcopt.schedules.schedule import Schedule
 from funcopt.select import by_name
 from funcopt.transforms import *
 from funcopt.tree import detach
-from funcopt.unroll import Unrolled, per_step, unroll
 
 __all__ = [
     "CompileError",

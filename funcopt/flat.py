@@ -144,7 +144,7 @@ def flat(
         return new, new_state
 
     public = {key: declared.value for key, declared in hyper.items()}
-    return Optimizer(init, update, name, public)
+    return Optimizer(init, update, name, {**public, "loss_fn": None})
 
 
 def _form(leaves: Sequence[Any], name: str) -> dict[str, Any]:

@@ -41,7 +41,9 @@ class Optimizer:
         init: the first function.
         update: the second function.
         name: what the optimizer is called in messages.
-        hyper: the hyperparameters that ``update`` takes, with the values they have.
+        hyper: what ``update`` takes as keywords, with the values they have: the
+            hyperparameters; and ``loss_fn``, None, where it wants a function of params
+            that gives the loss.
         spec: the rule it steps by, if it is one.
         eval_params: ``eval_params(state, params)``: what to evaluate a model with, a
             tree like params. An average where the optimizer keeps one (`ema`,

@@ -191,7 +191,7 @@ def test_the_import_is_light_silent_and_changes_no_setting():
     assert child.returncode == 0, child.stderr
     assert child.stdout == ""
     modules = child.stderr.splitlines()
-    assert "funcopt.unroll" in modules
+    assert "funcopt.inner.unroll" in modules
     for module in modules:
         assert not module.startswith(HEAVY), module
         root = module.split(".")[0]

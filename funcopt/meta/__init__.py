@@ -1,5 +1,7 @@
 """Meta-gradients: estimators of them, constraints, batches of tasks, and families."""
 
+from funcopt.inner.step import Stepped
+from funcopt.inner.view import hvp, mixed_vp, step_jvp, step_vjp, update_vjp
 from funcopt.meta.backward import (
     first_order,
     random_window,
@@ -40,6 +42,7 @@ __all__ = [
     "Estimate",
     "Family",
     "Problem",
+    "Stepped",
     "adapt",
     "advance",
     "anil",
@@ -51,10 +54,12 @@ __all__ = [
     "exp",
     "first_order",
     "fomaml",
+    "hvp",
     "lslr",
     "maml",
     "metasgd",
     "metasmoothness",
+    "mixed_vp",
     "one_minus_exp",
     "pes",
     "random_window",
@@ -64,7 +69,10 @@ __all__ = [
     "sigmoid",
     "simplex",
     "softplus",
+    "step_jvp",
+    "step_vjp",
     "step_weights",
     "truncated",
+    "update_vjp",
     "value_and_grad",
 ]

@@ -9,9 +9,10 @@ import torch
 
 from funcopt import tree
 from funcopt.errors import HyperparameterError, StructureError
+from funcopt.inner.per_step import PerStep, per_step
+from funcopt.inner.unroll import unroll
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, State, Tensor, Tree
-from funcopt.unroll import PerStep, per_step, unroll
 
 #: Where an inner loop stands: ``{"params", "state", "step"}``, and more.
 Carry: TypeAlias = dict[str, Any]

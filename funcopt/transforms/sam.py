@@ -89,7 +89,7 @@ def sam(opt: Optimizer, rho: HyperValue = 0.05, *, adaptive: bool = False) -> Op
         steep = _gradient(loss_fn, above, grads)
         return opt.update(steep, state, params, **given)
 
-    hyper = {**opt.hyper, "rho": rho}
+    hyper = {**opt.hyper, "rho": rho, "loss_fn": None}
     return Optimizer(
         opt.init, update, f"sam({opt.name})", hyper, eval_params=opt.eval_params
     )

@@ -3,9 +3,9 @@
 import torch
 
 from funcopt import tree
+from funcopt.inner.unroll import Unrolled
 from funcopt.meta.families.family import Family
 from funcopt.types import Tree
-from funcopt.unroll import Unrolled
 
 
 def adapt(

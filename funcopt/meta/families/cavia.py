@@ -5,11 +5,11 @@ from typing import Any
 import torch
 
 from funcopt import tree
+from funcopt.inner.unroll import Unrolled
 from funcopt.meta.families.anil import anil
 from funcopt.meta.families.family import Family, learned, merged, split
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, Tree
-from funcopt.unroll import Unrolled
 
 
 def cavia(

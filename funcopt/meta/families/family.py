@@ -7,8 +7,8 @@ import torch
 
 from funcopt import select, tree
 from funcopt.errors import HyperparameterError, StructureError
+from funcopt.inner.unroll import Unrolled
 from funcopt.types import LossFunction, Tensor, Tree
-from funcopt.unroll import Unrolled
 
 Adapt = Callable[..., Unrolled]
 

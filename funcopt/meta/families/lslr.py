@@ -7,6 +7,8 @@ import torch
 
 from funcopt import tree
 from funcopt.errors import HyperparameterError, StructureError
+from funcopt.inner.per_step import per_step
+from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.meta.families.family import (
     Family,
     filled,
@@ -18,7 +20,6 @@ from funcopt.meta.families.family import (
 from funcopt.meta.families.metasgd import network
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, Tensor, Tree
-from funcopt.unroll import Unrolled, per_step, unroll
 
 
 def lslr(

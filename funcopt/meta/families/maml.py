@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.meta.families.family import Family, learned
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, Tree
-from funcopt.unroll import Unrolled, unroll
 
 
 def maml(

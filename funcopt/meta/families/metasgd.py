@@ -3,10 +3,10 @@
 from typing import Any
 
 from funcopt import tree
+from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.meta.families.family import Family, filled, first_rates, learned
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, Tree
-from funcopt.unroll import Unrolled, unroll
 
 
 def metasgd(

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from funcopt import tree
+from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.meta.families.family import Family, itself, judged, pair
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, Tree
-from funcopt.unroll import Unrolled, unroll
 
 
 def reptile(

@@ -1,15 +1,14 @@
 """Unroll: the inner loop of meta-learning, differentiable in everything it is given."""
 
-from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple, final
+from typing import NamedTuple
 
 import torch
 
 from funcopt import tree
-from funcopt.errors import GradientLostError, HyperparameterError, StructureError
-from funcopt.execution.levels import is_tracked
-from funcopt.listed import Listed
+from funcopt.errors import HyperparameterError, StructureError
+from funcopt.inner.per_step import hyper_by_step
+from funcopt.inner.step import GradMode, Step
 from funcopt.optimizer import Optimizer
 from funcopt.types import HyperMapping, LossFunction, State, Tensor, Tree
 
@@ -24,46 +23,6 @@ class Unrolled(NamedTuple):
     buffers: Tree  #: buffers after the last step
 
 
-@final
-class PerStep:
-    """A hyperparameter tree with a leading step axis; made by `per_step`."""
-
-    __slots__ = ("values",)
-
-    def __init__(self, values: Tree) -> None:
-        self.values = values
-
-    def __repr__(self) -> str:
-        return f"per_step({self.values!r})"
-
-
-def per_step(values: Tree) -> PerStep:
-    """Mark a hyperparameter of `unroll` as one value for each step (LSLR).
-
-    Args:
-        values: a tensor, or a tree of tensors that is a prefix of params, each of shape
-            [steps, ...]: entry k is the value in step k, 0-d or broadcasting to a leaf.
-
-    Returns:
-        The marked tree, for ``unroll(..., hyper={name: per_step(values)})``.
-
-    Raises:
-        StructureError: in `unroll`, when a leading axis is not the number of steps.
-
-    Source:
-        Antoniou, Edwards, Storkey, "How to train your MAML", 2019 (per-layer per-step
-        learning rates).
-
-    Example:
-        >>> import torch, funcopt as fo
-        >>> rates = torch.tensor([0.5, 0.25])
-        >>> fo.unroll(fo.sgd(), lambda p, batch: p.sum(), torch.zeros(1), steps=2,
-        ...           hyper={"lr": fo.per_step(rates)}).params
-        tensor([-0.7500])
-    """
-    return PerStep(values)
-
-
 def unroll(
     opt: Optimizer,
     loss_fn: LossFunction,
@@ -76,7 +35,7 @@ def unroll(
     hyper: HyperMapping | None = None,
     meta: Tree = None,
     buffers: Tree = None,
-    grad_mode: Literal["reverse", "first_order"] = "reverse",
+    grad_mode: GradMode = "reverse",
     window: int | None = None,
     has_aux: bool = False,
 ) -> Unrolled:
@@ -147,12 +106,8 @@ def unroll(
     steps = _number_of_steps(batch, batches, steps)
     if window is not None and not (isinstance(window, int) and window >= 1):
         raise HyperparameterError(f"window must be a whole number ≥ 1, got {window}")
-    if grad_mode not in ("reverse", "first_order"):
-        raise HyperparameterError(
-            f"grad_mode is 'reverse' or 'first_order', not {grad_mode!r}"
-        )
-    hyper_at = _hyper_by_step(hyper or {}, steps)
-    inner = _InnerLoss(loss_fn, meta, has_aux)
+    step = Step(opt, loss_fn, has_aux, grad_mode)
+    hyper_at = hyper_by_step(hyper or {}, steps)
     state = opt.init(params) if state is None else state
     losses: list[Tensor] = []
     auxes: list[Tree] = []
@@ -160,11 +115,16 @@ def unroll(
         if window is not None and k % window == 0 and k:
             params, state, buffers = tree.detach((params, state, buffers))
         data = batch if batches is None else tree.map(itemgetter(k), batches)
-        at = params if grad_mode == "reverse" else tree.detach(params)
-        grads, (loss, aux, buffers) = inner.grad(at, data, buffers)
-        if grad_mode == "first_order":
-            _refuse_lost_gradients(grads)
-        params, state = opt.update(grads, state, params, **hyper_at(k))
+        params, state, loss, aux, buffers = step(
+            {
+                "params": params,
+                "state": state,
+                "batch": data,
+                "hyper": hyper_at(k),
+                "meta": meta,
+                "buffers": buffers,
+            }
+        )
         losses.append(loss)
         auxes.append(aux)
     stacked = (
@@ -172,58 +132,6 @@ def unroll(
     )  # no loss: no dtype to follow
     aux = tree.map(lambda *rows: torch.stack(rows), *auxes) if auxes else None
     return Unrolled(params, state, stacked, aux, buffers)
-
-
-class _InnerLoss:
-    """The loss of one step as a pure function, and its gradient."""
-
-    def __init__(self, loss_fn: LossFunction, meta: Tree, has_aux: bool) -> None:
-        self.loss_fn = loss_fn
-        self.extra = () if meta is None else (meta,)
-        self.has_aux = has_aux
-
-    def grad(self, params: Tree, batch: Tree, buffers: Tree) -> tuple[Tree, tuple]:
-        """∇L, and beside it the loss, aux and the buffers after."""
-        listed = Listed(lambda at: self._call(at, batch, buffers), params)
-        grads, out = listed.grad(*listed.inputs)
-        return listed.like_first(grads), listed.rebuild(out)
-
-    def _call(
-        self, params: Tree, batch: Tree, buffers: Tree
-    ) -> tuple[Tensor, Tree, Tree]:
-        keywords = {}
-        if buffers is not None:
-            # Adding a zero made of the data copies the buffers, and batches the copy in
-            # every vmap that batches the data: batch norm writes into it in place.
-            zero = _zero_of(tree.leaves((params, batch, self.extra)))
-            buffers = tree.map(lambda b: b + zero.to(b.dtype), buffers)
-            keywords["buffers"] = buffers
-        out = self.loss_fn(params, batch, *self.extra, **keywords)
-        if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
-            raise StructureError(
-                f"with has_aux=True loss_fn must return (loss, aux), got {_kind(out)}"
-            )
-        loss, aux = out if self.has_aux else (out, None)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            raise StructureError(
-                f"loss_fn must return a 0-d tensor, got {_kind(loss)}; take the mean, "
-                "and set has_aux=True if it returns (loss, aux)"
-            )
-        return loss, aux, buffers
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return type(value).__name__
-
-
-def _zero_of(leaves: Sequence[Any]) -> Tensor:
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    zero = torch.zeros((), device=tensors[0].device)
-    for tensor in tensors:
-        zero = zero + tensor.detach().new_zeros((), dtype=zero.dtype)
-    return zero
 
 
 def _number_of_steps(batch: Tree, batches: Tree, steps: int | None) -> int:
@@ -239,36 +147,3 @@ def _number_of_steps(batch: Tree, batches: Tree, steps: int | None) -> int:
     if steps not in (None, length):
         raise StructureError(f"batches hold {length} steps, but steps={steps} was asked")
     return length
-
-
-def _hyper_by_step(hyper: HyperMapping, steps: int) -> Callable[[int], dict[str, Any]]:
-    """The hyperparameters as a function of the step, `per_step` values resolved."""
-    for name, value in hyper.items():
-        for marked in tree.leaves(value):
-            if isinstance(marked, PerStep):
-                length = tree.leading_axis(marked.values, f"per_step {name}")
-                if length != steps:
-                    raise StructureError(
-                        f"hyper['{name}'] holds values for {length} steps, the loop "
-                        f"makes {steps}"
-                    )
-
-    def at(k: int) -> dict[str, Any]:
-        def entry(value: Any) -> Any:
-            if isinstance(value, PerStep):
-                return tree.map(itemgetter(k), value.values)
-            return value
-
-        return tree.map(entry, dict(hyper))
-
-    return at
-
-
-def _refuse_lost_gradients(grads: Tree) -> None:
-    # The parameters were detached, so whatever the gradient still follows is elsewhere.
-    if any(is_tracked(g) for g in tree.leaves(grads) if g is not None):
-        raise GradientLostError(
-            "the inner loss depends on meta, batch or a closed-over tensor that requires "
-            "grad; grad_mode='first_order' would drop that gradient. Use "
-            "grad_mode='reverse', or pass fo.detach(...) of it"
-        )

@@ -1,0 +1,1 @@
+"""The inner loop: one step and its derivatives, many steps, and what they remember."""

@@ -1,0 +1,72 @@
+"""The loss of one inner step as a pure function, and its gradient."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from funcopt import tree
+from funcopt.errors import StructureError
+from funcopt.listed import Listed
+from funcopt.types import LossFunction, Tensor, Tree
+
+#: the arguments of an inner loss, in `unroll`'s words
+ARGUMENTS = ("params", "batch", "meta", "buffers")
+
+
+class InnerLoss:
+    """``loss_fn`` as a function of all that it depends on.
+
+    ``meta`` and ``buffers`` reach ``loss_fn`` where they are not None.
+    """
+
+    def __init__(self, loss_fn: LossFunction, has_aux: bool = False) -> None:
+        self.loss_fn = loss_fn
+        self.has_aux = has_aux
+
+    def __call__(
+        self, params: Tree, batch: Tree, meta: Tree, buffers: Tree
+    ) -> tuple[Tensor, Tree, Tree]:
+        """The loss, aux, and the buffers after."""
+        extra = () if meta is None else (meta,)
+        keywords = {}
+        if buffers is not None:
+            # Adding a zero made of the data copies the buffers, and batches the copy in
+            # every vmap that batches the data: batch norm writes into it in place.
+            zero = _zero_of(tree.leaves((params, batch, extra)))
+            buffers = tree.map(lambda b: b + zero.to(b.dtype), buffers)
+            keywords["buffers"] = buffers
+        out = self.loss_fn(params, batch, *extra, **keywords)
+        if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise StructureError(
+                f"with has_aux=True loss_fn must return (loss, aux), got {_kind(out)}"
+            )
+        loss, aux = out if self.has_aux else (out, None)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            raise StructureError(
+                f"loss_fn must return a 0-d tensor, got {_kind(loss)}; take the mean, "
+                "and set has_aux=True if it returns (loss, aux)"
+            )
+        return loss, aux, buffers
+
+    def grad(
+        self, params: Tree, batch: Tree, meta: Tree, buffers: Tree
+    ) -> tuple[Tree, tuple[Tensor, Tree, Tree]]:
+        """∇L by the parameters, and beside it what a call gives."""
+        listed = Listed(lambda at: self(at, batch, meta, buffers), params)
+        grads, out = listed.grad(*listed.inputs)
+        return listed.like_first(grads), listed.rebuild(out)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def _zero_of(leaves: Sequence[Any]) -> Tensor:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    zero = torch.zeros((), device=tensors[0].device)
+    for tensor in tensors:
+        zero = zero + tensor.detach().new_zeros((), dtype=zero.dtype)
+    return zero

@@ -1,0 +1,82 @@
+"""One inner step as a function of everything it depends on."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from funcopt import tree
+from funcopt.errors import GradientLostError, HyperparameterError
+from funcopt.execution.levels import is_tracked
+from funcopt.inner.loss import ARGUMENTS, InnerLoss
+from funcopt.optimizer import Optimizer
+from funcopt.types import LossFunction, State, Tensor, Tree
+
+GradMode: TypeAlias = Literal["reverse", "first_order"]
+
+
+class Stepped(NamedTuple):
+    """What one inner step gives: the view's outputs, by these names."""
+
+    params: Tree  #: parameters after the step
+    state: State  #: the optimizer's state after the step
+    loss: Tensor  #: 0-d, before the update
+    aux: Tree  #: the loss's auxiliary output, None without
+    buffers: Tree  #: buffers after the step, None without
+
+
+class Step:
+    r"""``step = update ∘ grad``, called with what it depends on, by name.
+
+    These are the keys of ``given``: ``params, state, batch, hyper, meta, buffers``. The
+    values are trees; nothing else reaches the step but what functions close over.
+    """
+
+    def __init__(
+        self,
+        opt: Optimizer,
+        loss_fn: LossFunction,
+        has_aux: bool = False,
+        grad_mode: GradMode = "reverse",
+    ) -> None:
+        if grad_mode not in ("reverse", "first_order"):
+            raise HyperparameterError(
+                f"grad_mode is 'reverse' or 'first_order', not {grad_mode!r}"
+            )
+        if grad_mode == "first_order" and asks_for_loss(opt):
+            raise HyperparameterError(
+                f"{opt.name} takes gradients of its own, which grad_mode='first_order' "
+                "cannot take as constants; use 'reverse'"
+            )
+        self.update = opt.update
+        self.asks_for_loss = asks_for_loss(opt)
+        self.loss = InnerLoss(loss_fn, has_aux)
+        self.first_order = grad_mode == "first_order"
+
+    def __call__(self, given: Mapping[str, Tree]) -> Stepped:
+        params, *rest = map(given.__getitem__, ARGUMENTS)
+        at = tree.detach(params) if self.first_order else params
+        grads, (loss, aux, buffers) = self.loss.grad(at, *rest)
+        if self.first_order:
+            _refuse_lost_gradients(grads)
+        hyper: dict[str, Any] = dict(given["hyper"])
+        if self.asks_for_loss:
+            hyper["loss_fn"] = self._loss_of_params(rest)
+        params, state = self.update(grads, given["state"], params, **hyper)
+        return Stepped(params, state, loss, aux, buffers)
+
+    def _loss_of_params(self, rest: list[Tree]) -> Callable[[Tree], Tensor]:
+        return lambda params: self.loss(params, *rest)[0]
+
+
+def asks_for_loss(opt: Optimizer) -> bool:
+    """Whether ``update`` is to be given ``loss_fn``, a function of params."""
+    return "loss_fn" in opt.hyper
+
+
+def _refuse_lost_gradients(grads: Tree) -> None:
+    # The parameters were detached, so whatever the gradient still follows is elsewhere.
+    if any(is_tracked(g) for g in tree.leaves(grads) if g is not None):
+        raise GradientLostError(
+            "the inner loss depends on meta, batch or a closed-over tensor that requires "
+            "grad; grad_mode='first_order' would drop that gradient. Use "
+            "grad_mode='reverse', or pass fo.detach(...) of it"
+        )
