@@ -25,7 +25,7 @@ import funcopt as fo
 from fewshot import checkpoint, glyphs, nets, omniglot, options, pictures, report
 from fewshot.episodes import Distortion, Episodes, Tasks
 from fewshot.evaluation import Estimate, evaluate, predict
-from fewshot.methods import METHODS, Method
+from fewshot.methods import METHODS
 from fewshot.split import Split
 from fewshot.training import Progress, beginning, iterations
 from funcopt import tree
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     method = METHODS[args.method](net.apply, args.inner_steps, args.inner_lr)
     outer = fo.adam(lr=args.outer_lr)
     if progress is None:
-        theta = method.start(net.init(first))
+        theta = method.init(net.init(first))
         progress = beginning(theta, outer, training.generator)
     progress = placed(progress, args.device)
 
@@ -100,7 +100,11 @@ def placed(progress: Progress, device: torch.device) -> Progress:
 
 
 def meta_train(
-    args: Any, method: Method, outer: fo.Optimizer, tasks: Episodes, progress: Progress
+    args: Any,
+    method: fo.meta.Family,
+    outer: fo.Optimizer,
+    tasks: Episodes,
+    progress: Progress,
 ) -> tuple[Progress, bool]:
     """Trains to the limit or to Ctrl-C, and saves; says whether it was Ctrl-C."""
     settings = options.as_data(args)
@@ -136,7 +140,7 @@ def meta_train(
 
 def draw(
     args: Any,
-    method: Method,
+    method: fo.meta.Family,
     net: nets.Net,
     progress: Progress,
     task: Tasks,
@@ -158,7 +162,7 @@ def draw(
         picture = pictures.rates_per_step
     else:
         return
-    picture(out / "rates.png", theta["rates"], args.inner_lr, title)
+    picture(out / "rates.png", theta["lr"], args.inner_lr, title)
 
 
 if __name__ == "__main__":

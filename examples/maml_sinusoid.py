@@ -73,16 +73,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def method(name: str) -> methods.Method:
     """``maml``, or with the number of inner steps to train with: ``maml:3``."""
     kind, colon, steps = name.partition(":")
-    if kind not in methods.METHODS:
-        known = ", ".join(methods.METHODS)
+    if kind not in methods.TITLES:
+        known = ", ".join(methods.TITLES)
         raise argparse.ArgumentTypeError(f"no method '{kind}', only {known}")
     if not colon:
-        return methods.METHODS[kind](INNER_LR)
+        return methods.Method(kind, INNER_LR, methods.STEPS[kind])
     if not steps.isdecimal() or not 1 <= int(steps) <= report.STEPS:
         raise argparse.ArgumentTypeError(
             f"'{name}': after the colon stands a number of steps, 1 to {report.STEPS}"
         )
-    return methods.METHODS[kind](INNER_LR, int(steps))
+    return methods.Method(kind, INNER_LR, int(steps))
 
 
 def at_least(low: int):

@@ -120,7 +120,10 @@ def descend(
 
 def by_hand(name: str, net: nets.Net, params: nets.Params, tasks: Tasks) -> nets.Params:
     """Each paper's meta-gradient, from torch.autograd alone."""
-    loss = loss_of(net.apply)
+
+    def loss(p: nets.Params, batch: Batch) -> Tensor:
+        return loss_of(net.apply)(p, batch)[0]
+
     grads = {n: torch.zeros_like(p) for n, p in params.items()}
     for support, query in one_by_one(tasks):
         theta = {n: p.clone().requires_grad_() for n, p in params.items()}
@@ -143,7 +146,7 @@ def by_hand(name: str, net: nets.Net, params: nets.Params, tasks: Tasks) -> nets
 def test_the_meta_gradient_is_the_papers(name: str, setting):
     net, params, tasks = setting
     method = METHODS[name](net.apply, STEPS, LR)
-    theta = method.start(params)
+    theta = method.init(params)
     _, grads = fo.meta.value_and_grad(method.task_loss, has_aux=True)(theta, tasks)
     learned_rates = name in ("metasgd", "lslr")
     found = grads["params"] if learned_rates else grads
@@ -158,20 +161,20 @@ def test_the_meta_gradient_is_the_papers(name: str, setting):
 def test_the_gradient_of_learned_rates_is_the_slope(name: str, setting):
     net, params, tasks = setting
     method = METHODS[name](net.apply, STEPS, LR)
-    theta = method.start(params)
-    shapes = {n: r.shape for n, r in theta["rates"].items()}
+    theta = method.init(params)
+    shapes = {n: r.shape for n, r in theta["lr"].items()}
     wanted = {n: p.shape if name == "metasgd" else (STEPS,) for n, p in params.items()}
     assert shapes == wanted
     value_and_grad = fo.meta.value_and_grad(method.task_loss, has_aux=True)
     _, grads = value_and_grad(theta, tasks)
-    way = tree.map(torch.randn_like, theta["rates"])
+    way = tree.map(torch.randn_like, theta["lr"])
 
     def loss(distance: float) -> Tensor:
-        rates = tree.map(lambda r, w: r + distance * w, theta["rates"], way)
-        return value_and_grad({**theta, "rates": rates}, tasks)[0][0]
+        rates = tree.map(lambda r, w: r + distance * w, theta["lr"], way)
+        return value_and_grad({**theta, "lr": rates}, tasks)[0][0]
 
     slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
-    along = sum((grads["rates"][n] * way[n]).sum() for n in way)
+    along = sum((grads["lr"][n] * way[n]).sum() for n in way)
     torch.testing.assert_close(along, slope, rtol=1e-5, atol=1e-7)
 
 
@@ -179,7 +182,7 @@ def test_the_gradient_of_learned_rates_is_the_slope(name: str, setting):
 def test_what_adapts(name: str, setting):
     net, params, tasks = setting
     method = METHODS[name](net.apply, STEPS, LR)
-    adapted = method.adapt(method.start(params), one_by_one(tasks)[0].support)
+    adapted = method.adapt(method.init(params), one_by_one(tasks)[0].support).params
     moved = {n for n in params if not torch.equal(adapted[n], params[n])}
     assert moved == {n for n in params if name != "anil" or n.startswith("head.")}
 
@@ -229,7 +232,7 @@ def test_a_run_of_every_method(name: str, run, capsys: pytest.CaptureFixture[str
             assert len(image.convert("RGB").getcolors(1 << 20)) > 20  # not blank
 
     last = progress("o")
-    start = METHODS[name](nets.conv4(3, filters=4).apply, 2, 0.4).start(
+    start = METHODS[name](nets.conv4(3, filters=4).apply, 2, 0.4).init(
         nets.conv4(3, filters=4).init(maml_omniglot.generators(7)[0])
     )
     for theta in (last.theta, last.average):
@@ -256,7 +259,7 @@ def test_the_average_weighs_late_iterations_most(setting):
     params = tree.map(Tensor.float, params)
     method, outer = METHODS["maml"](net.apply, 1, LR), fo.adam(lr=0.01)
     episodes = Episodes(blots(8, 0).images, 3, 1, 2, generator=seeded())
-    first = beginning(method.start(params), outer, episodes.generator)
+    first = beginning(method.init(params), outer, episodes.generator)
     run = list(islice(iterations(method, outer, episodes, 2, first), 6))
     # s (s + 1) … (s + TAIL - 2), a power s^(TAIL - 1) for large s; the first θ has none.
     weights = [math.prod(range(s, s + TAIL - 1)) for s in range(1, 7)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import funcopt as fo
 import maml_sinusoid
+from funcopt import tree
 from sinusoid import methods, report, training, waves
 
 SMALL = ["--iterations", "12", "--tasks", "24"]
@@ -90,11 +91,11 @@ def trees_of_rates(name: str, theta: methods.Theta, steps: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", methods.TITLES)
 def test_the_meta_gradient_is_that_of_the_loop_by_hand(name: str, steps: int) -> None:
-    method = methods.METHODS[name](0.01, steps)
+    family = methods.family(methods.Method(name, 0.01, steps), methods.mse)
     params = {k: v.double() for k, v in methods.initial(seeded()).items()}
-    theta = method.start(params)
+    theta = tree.map(torch.clone, family.init(params))
     noise = seeded(1)
     for rate in theta.get("lr", {}).values():  # no two rates alike
         rate.mul_(0.5 + torch.rand(rate.shape, generator=noise, dtype=rate.dtype))
@@ -104,17 +105,14 @@ def test_the_meta_gradient_is_that_of_the_loop_by_hand(name: str, steps: int) ->
             for part in waves.sample(3, 5, 10, seeded(2))
         )
     )
-    loss, grads = fo.meta.value_and_grad(
-        lambda theta, task: methods.task_loss(method, theta, task)
-    )(theta, tasks)
+    loss, grads = fo.meta.value_and_grad(family.task_loss)(theta, tasks)
 
-    for part in theta.values():
-        for leaf in part.values():
-            leaf.requires_grad_()
+    for leaf in tree.leaves(theta):
+        leaf.requires_grad_()
     expected = torch.stack(
         [
             by_hand(
-                theta["params"],
+                family.params(theta),
                 waves.Wave(*(waves.Points(p.x[i], p.y[i]) for p in tasks)),
                 trees_of_rates(name, theta, steps),
             )
@@ -124,49 +122,39 @@ def test_the_meta_gradient_is_that_of_the_loop_by_hand(name: str, steps: int) ->
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
     assert grads.keys() == theta.keys()
-    for part, leaves in theta.items():
-        for leaf, value in leaves.items():
-            assert value.grad is not None and value.grad.count_nonzero(), (part, leaf)
-            torch.testing.assert_close(
-                grads[part][leaf], value.grad, rtol=1e-11, atol=1e-12
-            )
+    for found, leaf in zip(tree.leaves(grads), tree.leaves(theta), strict=True):
+        assert leaf.grad is not None and leaf.grad.count_nonzero()
+        torch.testing.assert_close(found, leaf.grad, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", methods.TITLES)
 def test_predictions_are_those_of_each_number_of_steps(name: str) -> None:
-    method = methods.METHODS[name](0.01, 2)
-    theta = method.start(methods.initial(seeded()))
+    method = methods.Method(name, 0.01, 2)
+    family = methods.family(method, methods.mse)
+    theta = family.init(methods.initial(seeded()))
     task = waves.Wave(
         *(waves.Points(p.x[0], p.y[0]) for p in waves.sample(1, 5, 10, seeded(1)))
     )
     path = methods.predictions(method, theta, task.support, task.query.x, 4)
     assert path.shape == (5, 10, 1)
-    before = methods.network(theta["params"], task.query.x)
+    before = methods.network(family.params(theta), task.query.x)
     torch.testing.assert_close(path[0], before)
     after_two = (path[2] - task.query.y).square().mean()
-    torch.testing.assert_close(after_two, methods.task_loss(method, theta, task))
+    torch.testing.assert_close(after_two, family.task_loss(theta, task))
     assert (path.diff(dim=0).abs().amax((1, 2)) > 0).all()
-
-
-def test_lslr_goes_on_with_its_last_rate() -> None:
-    method = methods.lslr(0.01, 2)
-    theta = {"lr": {"w": torch.tensor([0.1, 0.2])}}
-    asked = method.rates(theta, 4).values["w"]
-    assert asked.tolist() == pytest.approx([0.1, 0.2, 0.2, 0.2])
 
 
 # Training ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", methods.TITLES)
 def test_training_moves_everything_and_lowers_the_error(name: str) -> None:
-    method = methods.METHODS[name](0.01)
+    method = methods.Method(name, 0.01, methods.STEPS[name])
     start = training.train(method, 5, 0, training.Budget(iterations=1))
     trained = training.train(method, 5, 0, training.Budget(iterations=150))
     assert len(trained.losses) == 150 and trained.skipped == 0
-    for part, leaves in trained.theta.items():
-        for leaf, value in leaves.items():
-            assert not torch.equal(value, start.theta[part][leaf]), (part, leaf)
+    for pair in zip(tree.leaves(trained.theta), tree.leaves(start.theta), strict=True):
+        assert not torch.equal(*pair)
     held_out = waves.sample(200, 5, 50, seeded(9))
     before, after = (
         training.evaluate(outcome, held_out, 3)[:, method.steps].mean()
@@ -176,11 +164,11 @@ def test_training_moves_everything_and_lowers_the_error(name: str) -> None:
 
 
 def test_a_meta_gradient_that_is_not_finite_makes_no_step() -> None:
-    wild = methods.maml(1e20)  # the adapted network overflows
+    wild = methods.Method("maml", 1e20, 1)  # the adapted network overflows
     outcome = training.train(wild, 5, 0, training.Budget(iterations=3))
     assert outcome.skipped == 3
     expected = methods.initial(seeded())
-    assert all(torch.equal(outcome.theta["params"][k], expected[k]) for k in expected)
+    assert all(torch.equal(outcome.theta[k], expected[k]) for k in expected)
 
 
 def test_time_ends_training_too() -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+import funcopt as fo
 from fewshot.episodes import Episodes, Tasks
-from fewshot.methods import Apply, Method, Theta, accuracy
+from fewshot.methods import Apply, Theta, accuracy
 
 
 class Estimate(NamedTuple):
@@ -29,7 +30,7 @@ def estimate(samples: Tensor) -> Estimate:
 
 
 def evaluate(
-    method: Method, apply: Apply, theta: Theta, episodes: Episodes, tasks: int
+    method: fo.meta.Family, apply: Apply, theta: Theta, episodes: Episodes, tasks: int
 ) -> tuple[Estimate, Estimate]:
     """The accuracy on query images before and after adaptation to the support images.
 
@@ -49,8 +50,8 @@ def evaluate(
 
 
 def predict(
-    method: Method, apply: Apply, theta: Theta, task: Tasks
+    method: fo.meta.Family, apply: Apply, theta: Theta, task: Tasks
 ) -> tuple[Tensor, Tensor]:
     """One task's query logits before and after adaptation."""
-    adapted = method.adapt(theta, task.support)
+    adapted = fo.meta.adapt(method, theta, task.support).params
     return apply(method.params(theta), task.query.x), apply(adapted, task.query.x)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import funcopt as fo
 from fewshot.episodes import Episodes
-from fewshot.methods import Method, Theta
+from fewshot.methods import Theta
 from funcopt import tree
 
 # Iteration s counts in the average like s^(TAIL - 1): mostly the last fifth of a run,
@@ -39,7 +39,7 @@ def beginning(theta: Theta, outer: fo.Optimizer, tasks: torch.Generator) -> Prog
 
 
 def iterations(
-    method: Method,
+    method: fo.meta.Family,
     outer: fo.Optimizer,
     episodes: Episodes,
     meta_batch: int,

@@ -1,8 +1,7 @@
-"""MAML, Meta-SGD and LSLR: one inner loop, and three answers to "at which rate?".
+"""The network, and the families of ``fo.meta`` that meta-train it.
 
-θ holds what is meta-learned: ``params``, the weights from which a task is learned, and
-for two of the methods ``lr``, the rates at which. Both get their gradient through the
-inner loop; no method needs more than to say what its rates are.
+θ is what is meta-learned: the weights from which a task is learned, and for two of the
+methods, under ``lr`` beside ``params``, the rates at which.
 """
 
 from __future__ import annotations
@@ -15,75 +14,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import funcopt as fo
-from sinusoid.waves import Points, Wave
+from sinusoid.waves import Points
 
 Params: TypeAlias = dict[str, Tensor]
 Theta: TypeAlias = dict[str, Any]
+LossFunction: TypeAlias = Callable[..., Any]
 
 WIDTHS = 1, 40, 40, 1
 LAYERS = range(1, len(WIDTHS))
 
 
 class Method(NamedTuple):
-    """What is learned beside the weights, and what it means for the inner loop."""
+    """One of the families, and how many inner steps it is trained with."""
 
-    title: str
-    steps: int  #: how many inner steps the method is trained with
-    start: Callable[[Params], Theta]  #: θ before training, of a fresh network
-    rates: Callable[[Theta, int], Any]  #: θ and a number of steps → sgd's ``lr``
+    family: str  #: its name in ``fo.meta``
+    lr: float  #: of the inner steps, or where learned rates start from
+    steps: int
 
-
-def maml(lr: float, steps: int = 1) -> Method:
-    """One fixed rate; only the weights are learned (Finn et al., 2017)."""
-
-    def start(params: Params) -> Theta:
-        return {"params": params}
-
-    return Method("MAML", steps, start, lambda theta, k: lr)
+    @property
+    def title(self) -> str:
+        return TITLES[self.family]
 
 
-def metasgd(lr: float, steps: int = 1) -> Method:
-    """Each weight learns a rate of its own (Li et al., 2017)."""
-
-    def start(params: Params) -> Theta:
-        rates = {name: torch.full_like(p, lr) for name, p in params.items()}
-        return {"params": params, "lr": rates}
-
-    return Method("Meta-SGD", steps, start, lambda theta, k: theta["lr"])
+TITLES = {"maml": "MAML", "metasgd": "Meta-SGD", "lslr": "LSLR"}
+STEPS = {"maml": 1, "metasgd": 1, "lslr": 3}
 
 
-def lslr(lr: float, steps: int = 3) -> Method:
-    """Each leaf learns a rate for every step (MAML++, Antoniou et al., 2019)."""
-
-    def start(params: Params) -> Theta:
-        rates = {name: p.new_full([steps], lr) for name, p in params.items()}
-        return {"params": params, "lr": rates}
-
-    def rates(theta: Theta, k: int) -> Any:
-        row = torch.arange(k).clamp(max=steps - 1)  # past the last: the last again
-        return fo.per_step({name: rate[row] for name, rate in theta["lr"].items()})
-
-    return Method("LSLR", steps, start, rates)
-
-
-METHODS: dict[str, Callable[..., Method]] = {
-    "maml": maml,
-    "metasgd": metasgd,
-    "lslr": lslr,
-}
-
-
-def task_loss(method: Method, theta: Theta, task: Wave) -> Tensor:
-    """The meta-loss: learn from the support points, then judge the query points."""
-    run = fo.unroll(
-        fo.sgd(),
-        mse,
-        theta["params"],
-        task.support,
-        steps=method.steps,
-        hyper={"lr": method.rates(theta, method.steps)},
-    )
-    return mse(run.params, task.query)
+def family(method: Method, loss: LossFunction, **options: Any) -> fo.meta.Family:
+    """The inner loop on that loss, by plain gradient descent."""
+    inner = fo.sgd(lr=method.lr)
+    return getattr(fo.meta, method.family)(loss, inner, steps=method.steps, **options)
 
 
 def predictions(
@@ -98,15 +58,8 @@ def predictions(
         return mse(params, batch), network(params, x)
 
     # A step's aux is of the weights before it: one step more shows those after the last.
-    return fo.unroll(
-        fo.sgd(),
-        loss,
-        theta["params"],
-        support,
-        steps=steps + 1,
-        hyper={"lr": method.rates(theta, steps + 1)},
-        has_aux=True,
-    ).aux
+    watched = family(method, loss, has_aux=True)
+    return fo.meta.adapt(watched, theta, support, steps=steps + 1).aux
 
 
 def network(params: Params, x: Tensor) -> Tensor:

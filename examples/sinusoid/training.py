@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from functools import partial
 from typing import Any, NamedTuple
 
 import optree
@@ -50,10 +49,11 @@ class Outcome(NamedTuple):
 def train(method: Method, shots: int, seed: int, budget: Budget) -> Outcome:
     """Meta-trains; for one seed, all methods meet the same weights and tasks."""
     generator = torch.Generator().manual_seed(seed)
-    theta = method.start(methods.initial(generator))
+    family = methods.family(method, methods.mse)
+    theta = family.init(methods.initial(generator))
     outer = fo.adam()
     state = outer.init(theta)
-    meta_loss = fo.meta.value_and_grad(partial(methods.task_loss, method))
+    meta_loss = fo.meta.value_and_grad(family.task_loss)
     losses: list[float] = []
     skipped, seconds, started = 0, 0.0, time.perf_counter()
     with tqdm(desc=method.title, total=budget.iterations) as bar:
@@ -64,7 +64,10 @@ def train(method: Method, shots: int, seed: int, budget: Budget) -> Outcome:
             if norm.isfinite():
                 grads = scaled(grads, (MAX_NORM / norm).clamp(max=1))
                 anneal = (1 + math.cos(math.pi * spent)) / 2
-                lr = {part: anneal * OUTER_LR[part] for part in theta}
+                lr = {
+                    part: anneal * OUTER_LR.get(part, OUTER_LR["params"])
+                    for part in theta
+                }
                 theta, state = outer.update(grads, state, theta, lr=lr)
             else:
                 skipped += 1
