@@ -1,6 +1,14 @@
 """funcopt: functional, differentiable optimizers for PyTorch."""
 
-from funcopt import func, meta, optimizers, projections, schedules, transforms
+from funcopt import (
+    func,
+    meta,
+    optimizers,
+    projections,
+    schedules,
+    torch_optim,
+    transforms,
+)
 from funcopt.errors import (
     CompileError,
     ExecutionError,
@@ -51,6 +59,7 @@ __all__ = [
     "plan",
     "projections",
     "schedules",
+    "torch_optim",
     "unroll",
 ]
 __all__ += optimizers.__all__

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from funcopt import select, tree
+from funcopt import tree
 from funcopt.errors import HyperparameterError, LeafError, StructureError
 from funcopt.execution import donation
 from funcopt.types import State, Tensor, Tree
@@ -34,21 +34,22 @@ def check(
     grads: Sequence[Any],
     params: Sequence[Any],
     structure: tree.Structure,
-    hyper: Mapping[str, Any],
+    hyper: Sequence[Mapping[str, Any]],
 ) -> list[Any]:
     """The gradients coalesced; raises unless they fit their parameters."""
-    for name, value in hyper.items():
-        if any(isinstance(x, Tensor) and x.ndim for x in select.values(value)):
+    for values in {id(values): values for values in hyper}.values():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.ndim:
+                raise HyperparameterError(
+                    f"{name} has a value for each element, and a sparse gradient is of "
+                    "some: give a number for a leaf, or .to_dense()"
+                )
+        decay = values.get("weight_decay", 0.0)
+        if not isinstance(decay, Real) or decay != 0:
             raise HyperparameterError(
-                f"{name} has a value for each element, and a sparse gradient is of some: "
-                "give a number for a leaf, or .to_dense()"
+                "weight_decay moves every number of a leaf and a sparse gradient only "
+                "some: leave it out, or give .to_dense()"
             )
-    decays = select.values(hyper.get("weight_decay", 0.0))
-    if not all(isinstance(value, Real) and value == 0 for value in decays):
-        raise HyperparameterError(
-            "weight_decay moves every number of a leaf and a sparse gradient only some: "
-            "leave it out, or give .to_dense()"
-        )
     found = list(grads)
     for i, (g, p) in enumerate(zip(grads, params)):
         if not are_among([g]) or not isinstance(p, Tensor):
@@ -76,6 +77,7 @@ def step(
     slots: Mapping[str, Sequence[Any]],
     structure: tree.Structure,
     donate: bool,
+    hyper: Sequence[Mapping[str, Any]],
     given: Mapping[str, Any],
 ) -> tuple[list[Any], dict[str, Any]]:
     """New parameters, and a new state with lists for trees.
@@ -86,8 +88,8 @@ def step(
     values = [g if i is None else g.values() for g, i in zip(grads, at)]
     if donate:
         columns = [[x for x in c if x is not None] for c in (params, *slots.values())]
-        hyper = [x for value in given.values() for x in tree.leaves(value)]
-        donation.check([g for g in values if g is not None], columns, hyper)
+        others = [x for row in hyper for x in row.values()]
+        donation.check([g for g in values if g is not None], columns, others)
 
     def few(column: Sequence[Any]) -> Tree:
         picked = [x if i is None else x[i] for x, i in zip(column, at)]

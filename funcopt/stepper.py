@@ -1,10 +1,10 @@
 """``init`` and ``update`` of one rule: trees become lists of leaves, and trees again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -26,6 +26,12 @@ from funcopt.per_leaf import Hypers
 from funcopt.spec import Spec
 from funcopt.totals import Measure
 from funcopt.types import HyperValue, State, Tensor, Tree
+
+#: from the structure, leaves and steps of all leaves to the rule's keywords for each; one
+#: object for leaves that share them
+LeafValues: TypeAlias = Callable[
+    [tree.Structure, Sequence[Any], Sequence[Any]], Sequence[dict[str, Any]]
+]
 
 _MOST_LANES = 64  # structures of params that one optimizer remembers
 
@@ -96,11 +102,24 @@ class Stepper:
     ) -> tuple[Tree, State]:
         """One step; see `Optimizer`."""
         self.hypers.check_given(overrides)
+        values = partial(self.hypers.per_leaf, overrides)
+        return self.step(grads, state, params, values, donate, execution)
+
+    def step(
+        self,
+        grads: Tree,
+        state: State,
+        params: Tree,
+        values: LeafValues,
+        donate: bool = False,
+        execution: str | None = None,
+    ) -> tuple[Tree, State]:
+        """One step with the rule's keyword arguments that ``values`` gives each leaf."""
         p, structure = tree.flatten(params)
         if not torch.compiler.is_compiling() and not execution and choice.is_free():
             known = self.lanes.get(structure)
             if known is not None:
-                done = self._again(known, structure, grads, state, p, donate, overrides)
+                done = self._again(known, structure, grads, state, p, donate, values)
                 if done is not None:
                     return self._result(structure, params, state, *done, donate)
         g = tree.flatten_like(structure, grads, "grads")
@@ -114,7 +133,7 @@ class Stepper:
             if self.spec.sparse == "only":
                 sparse_rows.check_all(g, structure, self.spec.name)
             if sparse_rows.are_among(g):
-                given = {"execution": execution, **overrides}
+                given = {"values": values, "execution": execution}
                 return self._lazily(g, p, structure, state, trees, donate, given)
         check_leaves(g, p, trees, live, structure, self.forms)
         old = {
@@ -123,7 +142,7 @@ class Stepper:
         }
         steps = vectors.next_steps(state["step"], live)
         numbers = levels.scalars_of(steps)
-        values = self.hypers.per_leaf(overrides, structure, p, numbers)
+        hyper = values(structure, p, numbers)
         live_g, live_p, *slots = [_pick(column, live) for column in (g, p, *old.values())]
         halved = complex_leaves.are_among(live_p) and live_p
         if halved:
@@ -136,7 +155,7 @@ class Stepper:
                 for column in (live_g, live_p, *slots)
             ]
         leaves = Leaves(
-            self.rule, live_g, live_p, slots, _pick(numbers, live), _pick(values, live)
+            self.rule, live_g, live_p, slots, _pick(numbers, live), _pick(hyper, live)
         )
         lanes: list[Lane | None] = []
         for measure in self.measures:
@@ -171,8 +190,8 @@ class Stepper:
         given: dict[str, Any],
     ) -> tuple[Tree, State]:
         """A step by gradients of which some are sparse."""
-        own = {k: v for k, v in given.items() if k in self.hypers.declared}
-        hyper = {**self.hypers.arguments, **own}
+        numbers = levels.scalars_of(state["step"] + 1)
+        hyper = given["values"](structure, params, numbers)
         grads = sparse_rows.check(grads, params, structure, hyper)
         here = [p if sparse_rows.are_among([g]) else g for g, p in zip(grads, params)]
         check_leaves(here, params, slots, _live(grads, params), structure, self.forms)
@@ -180,9 +199,9 @@ class Stepper:
         if self.spec.sparse == "dense":
             whole = [g.to_dense() if sparse_rows.are_among([g]) else g for g in grads]
             trees = [tree.unflatten(structure, x) for x in (whole, params)]
-            return self.lazy.update(trees[0], state, trees[1], donate=donate, **given)
+            return self.lazy.step(trees[0], state, trees[1], donate=donate, **given)
         p, new = sparse_rows.step(
-            self.lazy.update, grads, params, state, slots, structure, donate, given
+            self.lazy.step, grads, params, state, slots, structure, donate, hyper, given
         )
         if donate:
             for key in self.vectors:
@@ -222,7 +241,7 @@ class Stepper:
         state: State,
         p: list[Any],
         donate: bool,
-        overrides: Mapping[str, HyperValue],
+        values: LeafValues,
     ) -> tuple[Sequence[Any], Tensor] | None:
         """The columns and steps of a step like an earlier one; None if it is not."""
         try:
@@ -238,14 +257,14 @@ class Stepper:
             return None
         steps = held[0] + 1
         numbers = [*(vector.tolist() for vector in held[1:]), steps.tolist()]
-        values = self.hypers.per_leaf(overrides, structure, p, numbers[-1])
+        hyper = values(structure, p, numbers[-1])
         *of_totals, lane = lanes
         for measure, own in zip(self.measures, of_totals):
-            sums = own.run(streams, numbers, values, False)
+            sums = own.run(streams, numbers, hyper, False)
             if sums is None:
                 return None
-            values = measure.added(values, sums)
-        columns = lane.run(streams, numbers, values, donate)
+            hyper = measure.added(hyper, sums)
+        columns = lane.run(streams, numbers, hyper, donate)
         return None if columns is None else (columns, steps)
 
     def _result(

@@ -49,7 +49,8 @@ def step(
     if donate:
         donation.check(leaves.grads, [leaves.params, *leaves.state], leaves.tensors())
     if len(groups) == 1 and len(groups[0].which) == len(leaves.params):
-        lane = _lane(leaves, groups[0], vectors) if choice.is_free() else None
+        readable = all(levels.readable(x) and not levels.is_tracked(x) for x in vectors)
+        lane = _lane(leaves, groups[0]) if readable and choice.is_free() else None
         return _run(leaves, groups[0], donate), lane
     columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
     for group in groups:
@@ -60,23 +61,39 @@ def step(
     return columns, None
 
 
-def _lane(leaves: Leaves, group: Group, vectors: Sequence[Tensor]) -> Lane | None:
+def lanes(leaves: Leaves) -> list[tuple[list[int], Lane]] | None:
+    """The leaves that go one way, and a lane for them; None if a leaf has none.
+
+    A lane is given a row of scalars for each of ``leaves.rows``, of the leaves picked.
+    """
+    if not choice.is_free():
+        return None
+    made = []
+    for group in choice.groups(leaves):
+        some = leaves.pick(group.which)
+        lane = _lane(some, group, some.rows(group.kinds)[1])
+        if lane is None:
+            return None
+        made.append((group.which, lane))
+    return made
+
+
+def _lane(
+    leaves: Leaves, group: Group, which: Sequence[int] | None = None
+) -> Lane | None:
     """A lane for steps like this one, if its leaves go one way as they are."""
     if group.choice.name not in ENGINES or "stream" in group.kinds:
         return None
     if levels.inside() or levels.pushing():
         return None
     columns = [leaves.grads, leaves.params, *leaves.state]
-    alike = all(a is b for a, b in zip(columns, layout.alike(columns)))
-    if not alike or not all(map(levels.readable, vectors)):
-        return None
-    if any(map(levels.is_tracked, vectors)):
+    if any(a is not b for a, b in zip(columns, layout.alike(columns))):
         return None
     if group.choice.transformed:
         row, *others = leaves.rows(group.kinds)[0]
         return None if others else Recorded(_form(leaves, group), row)
     executor = _executor(leaves.rule, group)
-    return Plain(executor, group.kinds, leaves.params, leaves.rule)
+    return Plain(executor, group.kinds, leaves.params, leaves.rule, which)
 
 
 def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:

@@ -26,7 +26,7 @@ class Lane(ABC):
 
     def __init__(self, rule: Rule, kinds: Kinds) -> None:
         self._rule = rule
-        self._kinds = kinds
+        self.kinds = kinds
         self._names = rule.scalars(kinds)
         self._numbers: dict[str, Any] | None = None  # values that were looked at before
 
@@ -45,7 +45,7 @@ class Lane(ABC):
         first, each = hyper[0], {id(values): values for values in hyper}
         if len(each) > 1 or first is not self._numbers:
             kinds = self._rule.kinds
-            if any(kinds(values) != self._kinds for values in each.values()):
+            if any(kinds(values) != self.kinds for values in each.values()):
                 return None
             if not any(isinstance(x, Tensor) for x in first.values()):
                 self._numbers = first
@@ -58,29 +58,38 @@ class Lane(ABC):
         else:
             row = [column[0] for column in numbers]
             rows = [[*row, *map(first.__getitem__, self._names)]]
-        return self._step(streams, rows, donate)
+        return self.step(streams, rows, donate)
 
     @abstractmethod
-    def _step(
+    def step(
         self, streams: Sequence[Column], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
-        """The columns, of streams that are alike and scalars: all leaves', or each's."""
+        """The columns, of streams that are alike and rows of scalars."""
 
 
 class Plain(Lane):
-    """For steps of which no derivative is asked: by one executor."""
+    """For steps of which no derivative is asked: by one executor.
+
+    Several rows of scalars are those that ``which`` gives each leaf; or one for each.
+    """
 
     def __init__(
-        self, executor: Executor, kinds: Kinds, params: Column, rule: Rule
+        self,
+        executor: Executor,
+        kinds: Kinds,
+        params: Column,
+        rule: Rule,
+        which: Sequence[int] | None = None,
     ) -> None:
         super().__init__(rule, kinds)
         self._executor = executor
         self._shared = executor.direct(params, [0] * len(params))
-        self._own: Direct | None = None  # where each leaf has scalars of its own
+        self._which = which or range(len(params))
+        self._own: Direct | None = None  # where not all leaves share their scalars
         self._written = sum(rule.outputs)
         self._apart: list[int] = []  # addresses of which no two tensors overlap
 
-    def _step(
+    def step(
         self, streams: Sequence[Column], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
         given = [x for row in rows for x in row if isinstance(x, Tensor)]
@@ -101,7 +110,7 @@ class Plain(Lane):
         direct = self._shared
         if len(rows) > 1:
             if self._own is None:
-                self._own = self._executor.direct(streams[1], range(len(rows)))
+                self._own = self._executor.direct(streams[1], self._which)
             direct = self._own
         columns = direct(streams, addresses, rows, out)
         if columns is not None and donate:
@@ -118,7 +127,7 @@ class Recorded(Lane):
         self._hyper: Known[Form] = Known()
         self._hyper.put([x for x in row if isinstance(x, Tensor)], form)
 
-    def _step(
+    def step(
         self, streams: Sequence[Column], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
         row, *others = rows

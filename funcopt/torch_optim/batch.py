@@ -1,0 +1,194 @@
+"""A step looked at from scratch: groups that one rule steps, as one update of lists."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from funcopt.errors import ExecutionError
+from funcopt.execution import layout, levels
+from funcopt.normal import normal_like
+from funcopt.optimizer import Optimizer
+from funcopt.spec import Spec
+from funcopt.stepper import Stepper
+from funcopt.torch_optim import flags
+from funcopt.torch_optim.flags import Flags
+from funcopt.torch_optim.layout import Layout
+from funcopt.types import Tensor
+
+Group = dict[str, Any]
+
+
+@dataclass
+class Batch:
+    """Parameters with gradients that one rule steps, and what is theirs: columns.
+
+    ``rows`` are the rule's keyword arguments, one object for a group.
+    """
+
+    stepper: Stepper
+    name: str
+    layout: Layout
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def spec(self) -> Spec:
+        return self.stepper.spec
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Of each slot, what the parameters hold; numbers as they are."""
+        empty = [p.new_zeros(0) for p in self.params] if self._gaps() else self.params
+        return {
+            slot: [state.get(slot, none) for state, none in zip(self.states, empty)]
+            for slot in self.spec.slots
+        }
+
+    def _gaps(self) -> bool:
+        return any(slot not in state for state in self.states for slot in self.spec.slots)
+
+    def pick(self, which: Sequence[int]) -> "Batch":
+        """Those of the given numbers."""
+
+        def some(column: list[Any]) -> list[Any]:
+            return [column[i] for i in which]
+
+        return replace(
+            self,
+            params=some(self.params),
+            grads=some(self.grads),
+            states=some(self.states),
+            groups=some(self.groups),
+            rows=some(self.rows),
+        )
+
+
+def gather(
+    groups: Sequence[Group],
+    state: Mapping[Tensor, dict[str, Any]],
+    known: Flags,
+    layout: Layout,
+    name: str,
+) -> list[Batch]:
+    """What of the groups has gradients, by what chooses the rule."""
+    found: dict[Any, Batch] = {}
+    for group in groups:
+        key = known.key(group)
+        if key not in found:
+            found[key] = Batch(stepper_of(known.optimizer(key)), name, layout)
+        batch = found[key]
+        row = flags.row(batch.spec, group)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            _check(p, p.grad, batch.spec, name)
+            batch.params.append(p)
+            batch.grads.append(p.grad)
+            batch.groups.append(group)
+            batch.rows.append(row)
+            # torch.optim has no entry where there is nothing to be kept
+            keeps = layout.counts or batch.spec.slots
+            batch.states.append(state[p] if keeps else {})
+    return [batch for batch in found.values() if batch.params]
+
+
+def stepper_of(opt: Optimizer) -> Stepper:
+    """What the optimizer's ``update`` is a method of."""
+    stepper = getattr(opt.update, "__self__", None)
+    assert isinstance(stepper, Stepper)
+    return stepper
+
+
+def _check(p: Tensor, g: Tensor, spec: Spec, name: str) -> None:
+    sparse = g.layout is not torch.strided
+    if sparse and not spec.sparse:
+        raise ExecutionError(f"{name} does not support sparse gradients")
+    if not sparse and spec.sparse == "only":
+        raise ExecutionError(
+            f"{name} does not support dense gradients, please consider Adam instead"
+        )
+    if p.is_complex() and not spec.elementwise:
+        raise ExecutionError(f"{name} does not support complex parameters")
+
+
+def step(
+    batch: Batch, data: Mapping[str, Mapping[int, Any]], differentiable: bool
+) -> None:
+    """One update, written over parameters and state.
+
+    ``data`` are numbers of this step alone: by name, what each parameter's ``id`` gives.
+    """
+    which = [*range(len(batch.params))]
+    while which:  # a parameter that a group names twice is stepped twice
+        first = {id(batch.params[i]): i for i in reversed(which)}
+        _step(batch.pick(sorted(first.values())), data, differentiable)
+        which = [i for i in which if first[id(batch.params[i])] != i]
+
+
+def _step(
+    batch: Batch, data: Mapping[str, Mapping[int, Any]], differentiable: bool
+) -> None:
+    spec, stepper = batch.spec, batch.stepper
+    steps = [batch.layout.steps(s, spec) for s in batch.states]
+    for state, p, group in zip(batch.states, batch.params, batch.groups):
+        batch.layout.complete(state, p, group, spec)
+    columns = batch.columns()
+    trees = [columns[slot] for slot in stepper.trees]
+    sparse = any(g.is_sparse for g in batch.grads)
+    # Views of one tensor may lie between each other: each is then written by itself.
+    donate = not differentiable and not (
+        not sparse and layout.overlap([batch.grads, batch.params, *trees])
+    )
+    donate = donate and not layout.folded([batch.params, *trees])
+    state = {"step": torch.tensor(steps)} | {
+        slot: _vector(column, differentiable) if stepper.scalar[slot] else column
+        for slot, column in columns.items()
+    }
+    params, new = stepper.step(
+        batch.grads, state, batch.params, _values(batch, data), donate
+    )
+    if not donate:
+        for p, value in zip(batch.params, params):
+            p.copy_(value)
+    for slot in columns:
+        for i, state in enumerate(batch.states):
+            if stepper.scalar[slot]:
+                state[slot].copy_(new[slot][i])
+            elif differentiable and slot in state:
+                state[slot] = new[slot][i]
+            elif not donate and slot in state:
+                state[slot].copy_(new[slot][i])
+    for state in batch.states:
+        if batch.layout.counts == "int":
+            state["step"] += 1
+        elif batch.layout.counts:
+            state["step"].add_(1)
+
+
+def _vector(column: Sequence[Any], differentiable: bool) -> Tensor:
+    if differentiable and any(map(levels.is_tracked, column)):
+        return torch.stack([x.to(torch.float64) for x in column])
+    return torch.tensor([float(x) for x in column], dtype=torch.float64)
+
+
+def _values(
+    batch: Batch, data: Mapping[str, Mapping[int, Any]]
+) -> Callable[..., Sequence[dict[str, Any]]]:
+    """What gives each leaf its keyword arguments."""
+    rows: list[dict[str, Any]] = batch.rows
+    own = {name: [found[id(p)] for p in batch.params] for name, found in data.items()}
+    for name, declared in batch.spec.hyper.items():
+        if declared.wanted and name not in own and rows[0][name] is None:
+            own[name] = normal_like(batch.params, torch.default_generator)
+    for name, column in own.items():
+        rows = [{**row, name: x} for row, x in zip(rows, column)]
+    return partial(_given, rows)
+
+
+def _given(rows: Sequence[dict[str, Any]], *_: Any) -> Sequence[dict[str, Any]]:
+    return rows

@@ -1,0 +1,92 @@
+"""A group's keys: which of them choose the formula, and which are the rule's numbers."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from numbers import Real
+from typing import Any
+
+import torch
+
+from funcopt.optimizer import Optimizer
+from funcopt.spec import Spec
+from funcopt.types import Tensor
+
+#: what torch.optim's groups say of how a step is run; ours follow `differentiable`
+EXECUTION: dict[str, Any] = {
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+
+
+class Flags:
+    """One factory's keyword arguments, told apart."""
+
+    def __init__(self, factory: Callable[..., Optimizer]) -> None:
+        self.factory = factory
+        self.signature = inspect.signature(factory)
+        names = self.signature.parameters
+        made = factory()
+        self.vanishing = ()  #: numbers that leave a slot out where they are 0
+        if "momentum" in names and "momentum" not in factory(momentum=0.0).hyper:
+            made, self.vanishing = factory(momentum=0.5), ("momentum",)
+        self.numbers = tuple(made.hyper)
+        self.static = tuple(name for name in names if name not in made.hyper)
+        self._made = lru_cache(maxsize=64)(self._make)
+
+    def key(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What groups have in common that one rule steps."""
+        flags = (
+            (name, tuple(v) if isinstance(v := group[name], list) else v)
+            for name in self.static
+            if name in group
+        )
+        return *flags, *((name, bool(group[name] != 0) / 2) for name in self.vanishing)
+
+    def optimizer(self, key: tuple[Any, ...]) -> Optimizer:
+        """What steps the groups of this key; its numbers are the factory's own."""
+        return self._made(key)
+
+    def _make(self, key: tuple[Any, ...]) -> Optimizer:
+        return self.factory(**dict(key))
+
+
+def row(spec: Spec, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The rule's keyword arguments that a group's numbers are; none is checked.
+
+    torch.optim looks at ranges when an optimizer is made, and never again.
+    """
+    found: dict[str, Any] = {}
+    for name, declared in spec.hyper.items():
+        value = group[name]
+        if not declared.parts:
+            found[name] = number(value)
+            continue
+        for i, (part, v) in enumerate(zip(declared.parts, value, strict=True)):
+            if v is not None or i not in declared.optional:
+                found[part] = number(v)
+    # A rate that begins or ends at 0 is no other formula, with a kernel of its own.
+    if isinstance(found.get("lr"), float) and found["lr"] == 0:
+        found["lr"] = torch.zeros((), dtype=torch.float64)
+    return found
+
+
+def number(value: Any) -> Any:
+    """A float, or a 0-d float64 tensor."""
+    if isinstance(value, Tensor):
+        return (value.squeeze() if value.numel() == 1 else value).to(torch.float64)
+    return float(value) if isinstance(value, Real) else value
+
+
+def fixed(group: Mapping[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether the values are what they were as long as they are the same objects."""
+    return not any(isinstance(group.get(name), (Tensor, list)) for name in names) and (
+        not any(
+            isinstance(part, Tensor)
+            for name in names
+            if isinstance(group.get(name), tuple)
+            for part in group[name]
+        )
+    )

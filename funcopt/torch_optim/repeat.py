@@ -1,0 +1,208 @@
+"""A step like the last one: what was found out then holds, and is not asked again."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+
+from funcopt.execution import dispatch
+from funcopt.execution.guard import Known
+from funcopt.execution.lane import Lane
+from funcopt.execution.leaves import Leaves
+from funcopt.torch_optim import flags
+from funcopt.torch_optim.batch import Batch, Group, step
+from funcopt.torch_optim.flags import Flags
+from funcopt.types import Tensor
+
+
+class _Row:
+    """A group's keyword arguments for the rule, read again when they may have changed."""
+
+    def __init__(self, batch: Batch, group: Group, known: Flags, kinds: Any) -> None:
+        self.group, self._spec, self._known = group, batch.spec, known
+        names = [name for name in (*known.static, *known.numbers) if name in group]
+        self._read = itemgetter(*names, names[0])  # always a tuple
+        self._names = (*names,)
+        self._key, self._rule, self._kinds = known.key(group), batch.stepper.rule, kinds
+        self._seen: tuple[Any, ...] | None = None
+        self._row: dict[str, Any] = {}
+
+    def get(self) -> dict[str, Any] | None:
+        """The arguments; None if they are now of another kind."""
+        values = self._read(self.group)
+        if self._seen is not None and all(map(is_, values, self._seen)):
+            return self._row
+        if self._known.key(self.group) != self._key:
+            return None
+        row = flags.row(self._spec, self.group)
+        if self._rule.kinds(row) != self._kinds:
+            return None
+        self._row = row
+        self._seen = values if flags.fixed(self.group, self._names) else None
+        return row
+
+
+class _Way:
+    """Parameters of a batch that one kernel steps, by rows of scalars that they share."""
+
+    def __init__(self, batch: Batch, lane: Lane, known: Flags) -> None:
+        self.batch, self._lane = batch, lane
+        columns, rule = batch.columns(), batch.stepper.rule
+        owner = leaves_of(batch).rows(lane.kinds)[1]
+        self._firsts = [owner.index(row) for row in range(max(owner) + 1)]
+        self._owners = [self._firsts[row] for row in owner]
+        self._rows = [
+            _Row(batch, batch.groups[i], known, lane.kinds) for i in self._firsts
+        ]
+        self._names = rule.scalars(lane.kinds)
+        self.fixed = [batch.params, *(columns[slot] for slot in batch.stepper.trees)]
+        # Numbers are views of one vector each: one operation steps all.
+        self._steps = _joined(batch, "step") if batch.layout.counts else None
+        scalar = batch.stepper.scalar
+        self._scalars = {slot: _joined(batch, slot) for slot in scalar if scalar[slot]}
+        self._outputs = [*scalar]
+
+    def rows(self) -> list[list[Any]] | None:
+        """The scalars; None where they, or what they belong to, are others."""
+        groups = [row.get() for row in self._rows]
+        if None in groups:
+            return None
+        count = len(self.batch.params)
+        numbers = [vector.tolist() for vector in self._scalars.values()]
+        if self._steps is None:
+            numbers.append([2] * count)
+        else:
+            numbers.append([int(t) + 1 for t in self._steps.tolist()])
+        for column in numbers:
+            if column.count(column[0]) != count and column != [
+                column[first] for first in self._owners
+            ]:
+                return None
+        return [
+            [*(column[i] for column in numbers), *map(row.__getitem__, self._names)]
+            for i, row in zip(self._firsts, groups)
+            if row is not None
+        ]
+
+    def run(self, grads: list[Tensor], rows: list[list[Any]]) -> None:
+        """One update."""
+        columns = self._lane.step([grads, *self.fixed], rows, donate=True)
+        if columns is None:
+            step(replace(self.batch, grads=grads), {}, differentiable=False)
+            return
+        if self._steps is not None:
+            self._steps.add_(1)
+        for slot, column in zip(self._outputs, columns[1:]):
+            if slot in self._scalars:
+                vector = self._scalars[slot]
+                vector.copy_(torch.tensor(column, dtype=torch.float64))
+
+
+class Repeat:
+    """A step of all groups like the one that it was made from.
+
+    It holds for as long as the same parameters have gradients, and the state is in the
+    tensors that it knows.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], state: dict[Tensor, Any], ways: Sequence[_Way]
+    ) -> None:
+        self._ways = ways
+        self._live = [way.batch.params for way in ways]
+        live = {id(p) for params in self._live for p in params}
+        self._params = [p for group in groups for p in group["params"]]
+        self._idle = [p for p in self._params if id(p) not in live]
+        self._state = state
+        self._held = _held(state)
+        self._fixed = [x for way in ways for column in way.fixed for x in column]
+        grads: list[Any] = [p.grad for params in self._live for p in params]
+        self._alike: Known[bool] = Known()
+        self._alike.put([*grads, *self._fixed], True)
+
+    def run(self, groups: Sequence[Group], state: dict[Tensor, Any]) -> bool:
+        """Whether this was such a step; it is then done."""
+        grads: list[Any] = [[p.grad for p in params] for params in self._live]
+        held, params = _held(state), [*chain(*map(_params, groups))]
+        if (
+            state is not self._state
+            or len(held) != len(self._held)
+            or len(params) != len(self._params)
+            or not all(map(is_, held, self._held))
+            or not all(map(is_, params, self._params))
+            or any(p.grad is not None for p in self._idle)
+            or not self._alike.get([*chain(*grads), *self._fixed])
+        ):
+            return False
+        rows = [way.rows() for way in self._ways]
+        if None in rows:
+            return False
+        for way, gradients, scalars in zip(self._ways, grads, rows):
+            assert scalars is not None
+            way.run(gradients, scalars)
+        return True
+
+
+_params = itemgetter("params")
+
+
+def _held(state: dict[Tensor, Any]) -> list[Any]:
+    """What the state holds: keys, and all values of all entries."""
+    return [*state, *chain.from_iterable(map(dict.values, state.values()))]
+
+
+def _joined(batch: Batch, key: str) -> Tensor:
+    """A vector of what are 0-d tensors, which are its entries from now on."""
+    vector = torch.stack([state[key] for state in batch.states])
+    for state, entry in zip(batch.states, vector.unbind()):
+        state[key] = entry
+    return vector
+
+
+def leaves_of(batch: Batch) -> Leaves:
+    """The batch as what an executor takes."""
+    stepper, spec = batch.stepper, batch.spec
+    slots = [
+        [float(x) for x in column] if stepper.scalar[slot] else column
+        for slot, column in batch.columns().items()
+    ]
+    steps = [batch.layout.steps(state, spec) + 1 for state in batch.states]
+    return Leaves(stepper.rule, batch.grads, batch.params, slots, steps, batch.rows)
+
+
+def repeat(
+    groups: Sequence[Group],
+    state: dict[Tensor, Any],
+    batches: Sequence[Batch],
+    known: Flags,
+) -> Repeat | None:
+    """What does steps like this one, which is done; None if each has to be looked at."""
+    ways = []
+    for batch in batches:
+        if not _simple(batch):
+            return None
+        lanes = dispatch.lanes(leaves_of(batch))
+        if lanes is None:
+            return None
+        ways += [_Way(batch.pick(which), lane, known) for which, lane in lanes]
+    return Repeat(groups, state, ways) if ways else None
+
+
+def _simple(batch: Batch) -> bool:
+    tensors = [*batch.grads, *batch.params]
+    if any(x.layout is not torch.strided or x.is_complex() for x in tensors):
+        return False
+    if batch.layout.counts == "int" or batch.stepper.measures:
+        return False
+    if len({*map(id, batch.params)}) < len(batch.params):
+        return False
+    numbers = [k for k, scalar in batch.stepper.scalar.items() if scalar]
+    numbers += ["step"] if batch.layout.counts else []
+    forms = {
+        (type(s[k]), s[k].dtype, s[k].device.type) for s in batch.states for k in numbers
+    }
+    kinds = {(t, d) for t, _, d in forms}
+    return kinds <= {(Tensor, "cpu")}
