@@ -1,4 +1,4 @@
-"""Meta-gradients: estimators of them, constraints, batches of tasks, and families."""
+"""Meta-gradients: a step's derivatives, estimators, constraints, tasks, families."""
 
 from funcopt.inner.step import Stepped
 from funcopt.inner.view import hvp, mixed_vp, step_jvp, step_vjp, update_vjp
@@ -19,6 +19,7 @@ from funcopt.meta.constraints import (
     simplex,
     softplus,
 )
+from funcopt.meta.descent import hypergradient_descent
 from funcopt.meta.estimate import Estimate
 from funcopt.meta.evolution import es, es_single, pes
 from funcopt.meta.families import (
@@ -33,8 +34,10 @@ from funcopt.meta.families import (
     reptile,
     step_weights,
 )
+from funcopt.meta.fixed_point import implicit, weight_update_implicit
 from funcopt.meta.problem import Problem, advance
 from funcopt.meta.smoothness import metasmoothness
+from funcopt.meta.tangents import forward
 from funcopt.meta.tasks import value_and_grad
 
 __all__ = [
@@ -54,7 +57,10 @@ __all__ = [
     "exp",
     "first_order",
     "fomaml",
+    "forward",
     "hvp",
+    "hypergradient_descent",
+    "implicit",
     "lslr",
     "maml",
     "metasgd",
@@ -75,4 +81,5 @@ __all__ = [
     "truncated",
     "update_vjp",
     "value_and_grad",
+    "weight_update_implicit",
 ]

@@ -49,15 +49,19 @@ _ALL, _HYPER = tuple(KINDS), ("rates", "decay", "rule")
 #: refuses. The checks, the tests and the table of docs/estimators.md are made from this.
 SEES: Mapping[str, Mapping[str, str]] = {
     "reverse": dict.fromkeys(_ALL, EXACT),
+    "forward": dict.fromkeys(_ALL, EXACT),
     "truncated": {
         "init": "exact, first window only",
         **dict.fromkeys((*_HYPER, "meta"), BIASED),
     },
     "first_order": dict.fromkeys(("init", *_HYPER), BIASED),
     "reptile_gradient": {"init": BIASED},
+    "implicit": {"meta": "exact at convergence"},
+    "weight_update_implicit": dict.fromkeys((*_HYPER, "meta"), BIASED),
     "es": dict.fromkeys(_ALL, SMOOTHED),
     "pes": dict.fromkeys(_ALL, SMOOTHED),
     "es_single": dict.fromkeys(_ALL, SMOOTHED),
+    "hypergradient_descent": dict.fromkeys((*_HYPER, "meta"), "greedy"),
 }
 
 #: why an estimator is blind to what stands under a key

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 
 from funcopt import tree
+from funcopt.derivatives import Pullback, Trees, vjp
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.inner.per_step import PerStep, per_step
 from funcopt.inner.unroll import unroll
@@ -159,6 +160,16 @@ def hyper_at(problem: Problem, eta: Tree, k: int) -> dict[str, Any]:
     return tree.map(entry, dict(eta.get("hyper", {})))
 
 
+def settings_at(problem: Problem, eta: Tree, k: int) -> tuple[Trees, Pullback]:
+    """What step ``k`` takes of eta, and what brings its gradients back to that."""
+
+    def settings(given: Trees) -> Trees:
+        at = ready(problem, given["eta"])
+        return {"hyper": hyper_at(problem, at, k), "meta": meta_of(at)}
+
+    return vjp(settings, {"eta": eta})
+
+
 def meta_of(eta: Tree) -> Tree:
     return eta.get("meta")
 
@@ -176,17 +187,30 @@ def outer_value(problem: Problem, eta: Tree, params: Tree, k: int) -> Tensor:
     return value
 
 
+def outer_vjp(
+    problem: Problem, eta: Tree, params: Tree, k: int
+) -> tuple[Tensor, dict[str, Tree]]:
+    """The outer loss after ``k`` steps, and its gradients by ``params`` and ``eta``."""
+
+    def value(given: Trees) -> Trees:
+        at = ready(problem, given["eta"])
+        return {"value": outer_value(problem, at, given["params"], k)}
+
+    out, pullback = vjp(value, {"params": params, "eta": eta})
+    return out["value"], pullback({"value": torch.ones_like(out["value"])})
+
+
 def roll(
     problem: Problem, eta: Tree, carry: Carry, count: int, **how: Any
 ) -> tuple[Tensor, Carry, Tensor]:
     """``count`` steps on: their objective, where they end, and the inner losses."""
     if problem.objective == "last":
-        carry, losses = _steps(problem, eta, carry, count, **how)
+        carry, losses = steps_on(problem, eta, carry, count, **how)
         return outer_value(problem, eta, carry["params"], carry["step"]), carry, losses
     values: list[Tensor] = []
     inner: list[Tensor] = []
     for _ in range(count):
-        carry, loss = _steps(problem, eta, carry, 1, **how)
+        carry, loss = steps_on(problem, eta, carry, 1, **how)
         values.append(outer_value(problem, eta, carry["params"], carry["step"]))
         inner.append(loss)
     total = torch.stack(values).sum()
@@ -195,9 +219,10 @@ def roll(
     return total, carry, torch.cat(inner)
 
 
-def _steps(
+def steps_on(
     problem: Problem, eta: Tree, carry: Carry, count: int, **how: Any
 ) -> tuple[Carry, Tensor]:
+    """``count`` steps on: where they end, and the losses before each."""
     start = carry["step"]
     part = slice(start, start + count)
 
@@ -271,4 +296,4 @@ def advance(
         )
     with torch.no_grad():
         eta = ready(problem, tree.detach(eta))
-        return tree.detach(_steps(problem, eta, go_on(problem, eta, carry), steps)[0])
+        return tree.detach(steps_on(problem, eta, go_on(problem, eta, carry), steps)[0])

@@ -1,0 +1,105 @@
+"""Hypergradient descent: what the last update should have been."""
+
+import torch
+
+from funcopt import tree
+from funcopt.inner.loss import InnerLoss
+from funcopt.inner.step import asks_for_loss
+from funcopt.inner.view import mixed_vp, update_vjp
+from funcopt.meta.estimate import Estimate, check_eta
+from funcopt.meta.problem import (
+    Carry,
+    Problem,
+    batch_at,
+    go_on,
+    outer_vjp,
+    ready,
+    settings_at,
+    stands_at,
+)
+from funcopt.types import Tree
+
+
+def hypergradient_descent(
+    problem: Problem, eta: Tree, *, carry: Carry | None = None
+) -> Estimate:
+    r"""One step of the training, and how it should have been made.
+
+    .. math::
+        \text{grads} = \frac{\partial V(\theta_{t+1})}{\partial \theta_{t+1}}
+        \frac{\partial \, \text{update}(g_t, s_t, \theta_t; \eta)}{\partial \eta}
+
+    Of SGD's learning rate that is :math:`-\nabla V(\theta_{t+1}) \cdot g_t`. Change eta
+    by it and call again with the carry: eta is tuned while the training runs, at the cost
+    of one gradient per step where ``outer_loss`` is None, and of two elsewhere. Greedy: a
+    setting is judged by the very next loss. A loss's weights are seen through one mixed
+    second derivative of the step (T1-T2).
+
+    Args:
+        problem: a `Problem`; its objective counts as "last". With ``outer_loss`` None, V
+            is the inner loss on the next step's batch, whose gradient makes that step.
+        eta: a dict with "hyper", "meta" or both: see `Problem`.
+        carry: that of the last call; None, or a carry at the end, is the start.
+
+    Returns:
+        An `Estimate` of one step; diagnostics: none. The carry holds ``"grads"``, the
+        inner gradient of the step to come, where it is known already.
+
+    Raises:
+        MetaParameterError: "init" in eta, or other keys.
+        Whatever else `unroll` raises.
+
+    Source:
+        Almeida, Langlois, Amaral, Plakhov, "Parameter adaptation in stochastic
+        optimization", 1998; Baydin, Cornish, Martínez Rubio, Schmidt, Wood, "Online
+        learning rate adaptation with hypergradient descent", 2018; for any optimizer:
+        Chandra, Xie, Ragan-Kelley, Meijer, "Gradient descent: the ultimate optimizer",
+        2022; for the loss: Luketina, Berglund, Greff, Raiko, 2016.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(), lambda p, _: 0.5 * p**2, None, steps=20,
+        ...     params=torch.tensor(1.0))
+        >>> lr, carry = torch.tensor(0.01), None
+        >>> for _ in range(20):
+        ...     estimate = fo.meta.hypergradient_descent(
+        ...         problem, {"hyper": {"lr": lr}}, carry=carry)
+        ...     carry, lr = estimate.carry, lr - 0.1 * estimate.grads["hyper"]["lr"]
+        >>> estimate.value < 0.001                # 0.3345 with the rate it started with
+        tensor(True)
+    """
+    check_eta("hypergradient_descent", problem, eta, carry)
+    with torch.no_grad():
+        eta = tree.detach(eta)
+        at = go_on(problem, ready(problem, eta), carry)
+        k = stands_at(problem, at)
+        settings, back_to_eta = settings_at(problem, eta, k)
+        batch, meta = batch_at(problem, k), settings["meta"]
+        loss = InnerLoss(problem.inner_loss)
+        grads = at.get("grads")
+        if grads is None:
+            grads = loss.grad(at["params"], batch, meta, None)[0]
+        more = {}
+        if asks_for_loss(problem.opt):
+            more["loss_fn"] = lambda params: loss(params, batch, meta, None)[0]
+        (params, state), pullback = update_vjp(
+            problem.opt, grads, at["state"], at["params"], hyper=settings["hyper"], **more
+        )
+        value, slopes = outer_vjp(problem, eta, params, k + 1)
+        back = pullback({"params": slopes["params"]})
+        through = {"hyper": back["hyper"]}
+        if meta is not None:
+            through |= mixed_vp(
+                problem.inner_loss,
+                at["params"],
+                back["grads"],
+                batch,
+                meta=meta,
+                wrt=("meta",),
+            )
+        total = tree.map(torch.add, slopes["eta"], back_to_eta(through)["eta"])
+    end = {"params": params, "state": state, "step": k + 1}
+    if problem.outer_loss is None and meta is None:
+        end["grads"] = slopes["params"]
+    return Estimate(value, total, {}, end)

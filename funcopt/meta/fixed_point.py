@@ -1,0 +1,268 @@
+"""Estimators at the end of the training alone: implicit differentiation."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from funcopt import tree
+from funcopt.errors import HyperparameterError
+from funcopt.inner.loss import InnerLoss
+from funcopt.inner.view import hvp, mixed_vp, step_vjp
+from funcopt.meta.estimate import Estimate, check_eta
+from funcopt.meta.problem import (
+    Carry,
+    Problem,
+    advance,
+    batch_at,
+    outer_vjp,
+    settings_at,
+    stands_at,
+)
+from funcopt.types import Tensor, Tree
+
+Product: TypeAlias = Callable[[Tree], Tree]
+
+
+def implicit(
+    problem: Problem,
+    eta: Tree,
+    *,
+    carry: Carry | None = None,
+    solver: Literal["cg", "neumann", "identity"] = "cg",
+    iterations: int = 10,
+    damping: float = 0.0,
+    step_size: float = 1.0,
+) -> Estimate:
+    r"""The derivative of a minimum: implicit differentiation where the training ends.
+
+    .. math::
+        \text{grads} = \frac{\partial V}{\partial \eta} - v^\top
+        \frac{\partial^2 L}{\partial \theta \, \partial \eta}, \qquad
+        (H + \lambda I) \, v \approx \frac{\partial V}{\partial \theta}, \qquad
+        H = \frac{\partial^2 L}{\partial \theta^2}
+
+    Memory of one gradient, however long the training, which may be of any kind. Exact
+    where the inner loss has a minimum at the end, and the solver comes to its own. v is
+
+    - "cg": conjugate gradients, for H + λI positive (iMAML, HOAG);
+    - "neumann": :math:`\alpha \sum_{j<k} (I - \alpha (H + \lambda I))^j \,
+      \partial V / \partial \theta` with k = ``iterations`` and α = ``step_size``, which
+      has to be below 2/λ_max; of a minimum, the last k steps of gradient descent;
+    - "identity": :math:`\alpha \, \partial V / \partial \theta`, its first term (T1-T2).
+
+    Args:
+        problem: a `Problem`; its objective counts as "last". H is taken on ``batch``, or
+            the last of ``batches``.
+        eta: ``{"meta": ...}``: a minimum knows no other meta-parameters.
+        carry: where to begin; None, or a carry at the end, is the start.
+        solver: "cg", "neumann" or "identity".
+        iterations: products with H, ≥ 1; none are made by "identity".
+        damping: λ ≥ 0.
+        step_size: α > 0, of "neumann" and "identity".
+
+    Returns:
+        An `Estimate`; diagnostics: ``gradient_norm``, the inner loss's at the end, 0 at a
+        minimum; ``residual``, the norm of ∂V/∂θ - (H + λI)v relative to ∂V/∂θ (above 1
+        "neumann" diverges; None by "identity"); ``indefinite``, whether "cg" met a
+        direction of curvature ≤ 0, where it stops (damp then).
+
+    Raises:
+        HyperparameterError: an option out of its range.
+        MetaParameterError: "init" or "hyper" in eta, or other keys.
+        Whatever else `unroll` raises.
+
+    Source:
+        Pedregosa, "Hyperparameter optimization with approximate gradient", 2016 (CG);
+        Rajeswaran, Finn, Kakade, Levine, "Meta-learning with implicit gradients", 2019;
+        Lorraine, Vicol, Duvenaud, "Optimizing millions of hyperparameters by implicit
+        differentiation", 2020 (Neumann); Luketina, Berglund, Greff, Raiko, "Scalable
+        gradient-based tuning of continuous regularization hyperparameters", 2016.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> def ridge(p, batch, meta):
+        ...     return 0.5 * (p - 3.0) ** 2 + 0.5 * meta["l2"] * p**2
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(lr=0.5), ridge, lambda p, batch, meta: 0.5 * (p - 1.0) ** 2,
+        ...     steps=100, params=torch.tensor(0.0))
+        >>> eta = {"meta": {"l2": torch.tensor(0.5)}}            # the minimum is 3 / 1.5
+        >>> fo.meta.implicit(problem, eta).grads["meta"]["l2"]   # -(2 - 1) 3 / 1.5²
+        tensor(-1.3333)
+    """
+    check_eta("implicit", problem, eta, carry)
+    if solver not in ("cg", "neumann", "identity"):
+        raise HyperparameterError(
+            f"solver is 'cg', 'neumann' or 'identity', not {solver!r}"
+        )
+    _check_count(iterations)
+    if not 0 <= damping < float("inf"):
+        raise HyperparameterError(f"damping must be in [0, inf), got {damping!r}")
+    if not 0 < step_size < float("inf"):
+        raise HyperparameterError(f"step_size must be positive, got {step_size!r}")
+    with torch.no_grad():
+        eta = tree.detach(eta)
+        end = _end(problem, eta, carry)
+        batch, params = batch_at(problem, problem.steps), end["params"]
+        settings, back_to_eta = settings_at(problem, eta, problem.steps - 1)
+        meta = settings["meta"]
+        value, slopes = outer_vjp(problem, eta, params, problem.steps)
+
+        def product(v: Tree) -> Tree:
+            bent = hvp(problem.inner_loss, params, v, batch, meta=meta)
+            return tree.map(lambda h, x: h + damping * x, bent, v)
+
+        wanted = slopes["params"]
+        diagnostics: dict[str, Any] = {"residual": None}
+        if solver == "cg":
+            v, diagnostics = _conjugate_gradients(product, wanted, iterations)
+        elif solver == "neumann":
+            v, diagnostics = _neumann(product, wanted, iterations, step_size)
+        else:
+            v = tree.map(lambda x: step_size * x, wanted)
+        mixed = mixed_vp(problem.inner_loss, params, v, batch, meta=meta, wrt=("meta",))
+        through = back_to_eta(mixed)["eta"]
+        grads = tree.map(torch.sub, slopes["eta"], through)
+        diagnostics["gradient_norm"] = _gradient_norm(problem, params, batch, meta)
+    return Estimate(value, grads, diagnostics, end)
+
+
+def weight_update_implicit(
+    problem: Problem,
+    eta: Tree,
+    *,
+    carry: Carry | None = None,
+    iterations: int = 10,
+) -> Estimate:
+    r"""Implicit differentiation of the update: sees learning rates and momentum.
+
+    .. math::
+        \text{grads} = \frac{\partial V}{\partial \eta} + \sum_{j < k}
+        \frac{\partial V}{\partial \theta}
+        \left(\frac{\partial u}{\partial w}\right)^j \frac{\partial u}{\partial \eta},
+        \qquad w' = u(w, \eta), \quad w = (\theta, s)
+
+    The last step is taken for each of the last k: as if the training had stood where it
+    ends. Biased, more so the more it still moves; and where it moves no more a rate has
+    no influence. Memory of one step.
+
+    Args:
+        problem: a `Problem`; its objective counts as "last".
+        eta: a dict with "hyper", "meta" or both: see `Problem`. Of values `per_step`
+            those of the last step are seen.
+        carry: where to begin; None, or a carry at the end, is the start.
+        iterations: how many steps k ≥ 1 to look back.
+
+    Returns:
+        An `Estimate`; diagnostics: ``cotangent_ratio``, the norm of what reaches the
+        k-th step back relative to ∂V/∂θ: small where the sum has converged.
+
+    Raises:
+        HyperparameterError: ``iterations`` below 1.
+        MetaParameterError: "init" in eta, or other keys.
+        Whatever else `unroll` raises.
+
+    Source:
+        Clarke, Oldewage, Hernández-Lobato, "Scalable one-pass optimisation of
+        high-dimensional weight-update hyperparameters by implicit differentiation", 2022.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(), lambda p, _: 0.5 * p**2, lambda p, _: 0.5 * p**2, steps=2,
+        ...     params=torch.tensor(1.0))
+        >>> eta = {"hyper": {"lr": torch.tensor(0.5)}}
+        >>> fo.meta.weight_update_implicit(problem, eta, iterations=2).grads
+        {'hyper': {'lr': tensor(-0.0938)}}
+    """
+    check_eta("weight_update_implicit", problem, eta, carry)
+    _check_count(iterations)
+    with torch.no_grad():
+        eta = tree.detach(eta)
+        end = _end(problem, eta, carry)
+        settings, back_to_eta = settings_at(problem, eta, problem.steps - 1)
+        value, slopes = outer_vjp(problem, eta, end["params"], problem.steps)
+        _, pullback = step_vjp(
+            problem.opt,
+            problem.inner_loss,
+            end["params"],
+            end["state"],
+            batch_at(problem, problem.steps),
+            hyper=settings["hyper"],
+            meta=settings["meta"],
+            wrt=("params", "state", "hyper", "meta"),
+        )
+        at = {"params": slopes["params"]}
+        grads = slopes["eta"]
+        for _ in range(iterations):
+            back = pullback(at)
+            through = back_to_eta({"hyper": back["hyper"], "meta": back["meta"]})["eta"]
+            grads = tree.map(torch.add, grads, through)
+            at = {"params": back["params"], "state": back["state"]}
+        left = _dot(at["params"], at["params"]).sqrt()
+        ratio = left / _dot(slopes["params"], slopes["params"]).sqrt()
+    return Estimate(value, grads, {"cotangent_ratio": ratio}, end)
+
+
+def _end(problem: Problem, eta: Tree, carry: Carry | None) -> Carry:
+    left = problem.steps - stands_at(problem, carry)
+    return advance(problem, eta, left, carry=carry)
+
+
+def _conjugate_gradients(
+    product: Product, wanted: Tree, iterations: int
+) -> tuple[Tree, dict[str, Any]]:
+    """Solve ``product(x) = wanted``; no number is read, so that no device is waited for.
+
+    Where it is solved, or curvature is not positive, x stays.
+    """
+    x, r, p = tree.map(torch.zeros_like, wanted), wanted, wanted
+    start = left = _dot(r, r)
+    indefinite = torch.zeros_like(start, dtype=torch.bool)
+    for _ in range(iterations):
+        bent = product(p)
+        curvature = _dot(p, bent)
+        going = (left > 0) & (curvature > 0)
+        indefinite = indefinite | ((left > 0) & (curvature <= 0))
+        size = torch.where(going, left, 0.0) / torch.where(going, curvature, 1.0)
+        x, r = _plus(x, size, p), _plus(r, -size, bent)
+        before, left = left, _dot(r, r)
+        turn = torch.where(going, left, 0.0) / torch.where(going, before, 1.0)
+        p = _plus(r, turn, p)
+    return x, {"residual": _ratio(left, start), "indefinite": indefinite}
+
+
+def _neumann(
+    product: Product, wanted: Tree, iterations: int, step_size: float
+) -> tuple[Tree, dict[str, Any]]:
+    """The first terms of the series: what is left over of ``wanted`` is the next one."""
+    x, term = tree.map(torch.zeros_like, wanted), wanted
+    for _ in range(iterations):
+        x = _plus(x, step_size, term)
+        term = _plus(term, -step_size, product(term))
+    return x, {"residual": _ratio(_dot(term, term), _dot(wanted, wanted))}
+
+
+def _gradient_norm(problem: Problem, params: Tree, batch: Tree, meta: Tree) -> Tensor:
+    slope = InnerLoss(problem.inner_loss, has_aux=False).grad(params, batch, meta, None)[
+        0
+    ]
+    return _dot(slope, slope).sqrt()
+
+
+def _ratio(squares: Tensor, start: Tensor) -> Tensor:
+    return (squares / start).sqrt()
+
+
+def _plus(x: Tree, size: Tensor | float, y: Tree) -> Tree:
+    return tree.map(lambda a, b: a + size * b, x, y)
+
+
+def _dot(x: Tree, y: Tree) -> Tensor:
+    products = tree.leaves(tree.map(lambda a, b: (a * b).sum(), x, y))
+    return torch.stack([p for p in products if p is not None]).sum()
+
+
+def _check_count(iterations: int) -> None:
+    if not isinstance(iterations, int) or iterations < 1:
+        raise HyperparameterError(f"iterations must be at least 1, got {iterations!r}")

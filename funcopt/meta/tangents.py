@@ -1,0 +1,159 @@
+"""Forward mode: how the training depends on eta is carried along with it."""
+
+import torch
+
+from funcopt import tree
+from funcopt.derivatives import Function, Trees, jvp
+from funcopt.listed import Listed
+from funcopt.meta.estimate import Estimate, check_eta
+from funcopt.meta.problem import (
+    Carry,
+    Problem,
+    go_on,
+    outer_vjp,
+    ready,
+    stands_at,
+    steps_on,
+    window_of,
+)
+from funcopt.types import Tensor, Tree
+
+
+def forward(
+    problem: Problem,
+    eta: Tree,
+    *,
+    carry: Carry | None = None,
+    window: int | None = None,
+) -> Estimate:
+    r"""The exact derivative, carried forward with the training (RTRL).
+
+    .. math::
+        Z_{k+1} = \frac{\partial (\theta_{k+1}, s_{k+1})}{\partial (\theta_k, s_k)} Z_k
+        + \frac{\partial (\theta_{k+1}, s_{k+1})}{\partial \eta}, \qquad
+        \text{grads} = \frac{\partial V}{\partial \theta_K} Z_K
+        + \frac{\partial V}{\partial \eta}
+
+    One tangent for each of the H numbers of eta, all pushed at once by vmap. No graph is
+    kept: memory is H + 1 times parameters and state, however many steps there are. For
+    few meta-parameters and long trainings; ``"init"`` costs a tangent for each parameter.
+    The inner loss needs forward derivatives.
+
+    Args:
+        problem: a `Problem`; its objective is that of the window's steps.
+        eta: a dict with any of "init", "hyper", "meta": see `Problem`.
+        carry: where to begin; None, or a carry at the end, is the start. One of
+            ``forward`` holds Z, so that a window's derivative reaches back to the start
+            (with the eta that each step was made with: RTHO).
+        window: how many steps to make; None for all that are left.
+
+    Returns:
+        An `Estimate`; diagnostics: ``tangent_norms`` [H], of the parameters' tangents
+        after the last step: what grows without bound here makes every exact estimator
+        useless. The carry holds ``"tangents"``.
+
+    Raises:
+        HyperparameterError: a window below 1.
+        MetaParameterError: eta of other keys.
+        Whatever else `reverse` raises.
+
+    Source:
+        Williams, Zipser, "A learning algorithm for continually running fully recurrent
+        neural networks", 1989; Franceschi, Donini, Frasconi, Pontil, "Forward and reverse
+        gradient-based hyperparameter optimization", 2017, algorithm 2.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(), lambda p, _: 0.5 * p**2, lambda p, _: 0.5 * p**2, steps=1000,
+        ...     params=torch.tensor(1.0))
+        >>> eta = {"hyper": {"lr": torch.tensor(1e-3)}}
+        >>> fo.meta.forward(problem, eta).grads              # -1000 (1 - lr)¹⁹⁹⁹
+        {'hyper': {'lr': tensor(-135.3352)}}
+    """
+    check_eta("forward", problem, eta, carry)
+    eta = tree.detach(eta)
+    start = stands_at(problem, carry)
+    count = window_of(problem, start, window)
+    every = _basis(eta)
+
+    def pushed(function: Function, given: Trees, along: Trees) -> tuple[Trees, Trees]:
+        """``function`` and its derivatives along all tangents at once."""
+        listed = Listed(lambda along: jvp(function, given, along), along)
+        out = torch.func.vmap(listed, randomness="same")(*listed.inputs)
+        value, tangents = listed.rebuild(out)
+        return tree.map(lambda x: x[0], value), tangents  # no value depends on them
+
+    with torch.no_grad():
+        if carry is not None and start and "tangents" in carry:
+            at, z = carry, carry["tangents"]
+        elif carry is not None and start:
+            at, z = carry, {}
+        else:
+            at, z = pushed(
+                lambda given: _smooth(go_on(problem, ready(problem, given["eta"]), None)),
+                {"eta": eta},
+                {"eta": every},
+            )
+        values: list[Tensor] = []
+        grads = torch.zeros(())
+        for k in range(start, start + count):
+
+            def step(given: Trees, k: int = k) -> Trees:
+                here = {**given, "step": k}
+                return _smooth(
+                    steps_on(problem, ready(problem, given["eta"]), here, 1)[0]
+                )
+
+            given = {"params": at["params"], "state": at["state"], "eta": eta}
+            at, z = pushed(step, given, {**z, "eta": every})
+            if problem.objective != "last" or k + 1 == start + count:
+                value, slopes = outer_vjp(problem, eta, at["params"], k + 1)
+                values.append(value)
+                grads = grads + _contracted(slopes["params"], z["params"])
+                grads = grads + _flat(slopes["eta"])
+        total = torch.stack(values).sum()
+        if problem.objective == "mean":
+            total, grads = total / count, grads / count
+        norms = torch.stack([_rows(x).square().sum(1) for x in _there(z["params"])])
+    end = {**at, "step": start + count, "tangents": z}
+    return Estimate(total, _like(eta, grads), {"tangent_norms": norms.sum(0).sqrt()}, end)
+
+
+def _smooth(carry: Carry) -> Trees:
+    return {"params": carry["params"], "state": carry["state"]}
+
+
+def _basis(eta: Tree) -> Tree:
+    """A tangent of eta for each of its numbers: one there, zero elsewhere."""
+    found = _there(eta)
+    rows = torch.eye(sum(x.numel() for x in found)).split([x.numel() for x in found], 1)
+    blocks = iter(zip(rows, found))
+    return tree.map(lambda _: _block(*next(blocks)), eta)
+
+
+def _block(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.reshape(-1, *like.shape).to(like)
+
+
+def _contracted(slopes: Tree, tangents: Tree) -> Tensor:
+    """How a value moves along each tangent."""
+    parts = zip(_there(slopes), _there(tangents))
+    return torch.stack([_rows(z) @ g.flatten() for g, z in parts]).sum(0)
+
+
+def _rows(tangents: Tensor) -> Tensor:
+    return tangents.flatten(1) if tangents.ndim > 1 else tangents[:, None]
+
+
+def _flat(values: Tree) -> Tensor:
+    return torch.cat([x.flatten() for x in _there(values)])
+
+
+def _like(eta: Tree, flat: Tensor) -> Tree:
+    parts = iter(flat.split([x.numel() for x in _there(eta)]))
+    return tree.map(lambda x: next(parts).reshape(x.shape).to(x), eta)
+
+
+def _there(values: Tree) -> list[Tensor]:
+    return [x for x in tree.leaves(values) if x is not None]
