@@ -32,7 +32,8 @@ def exact_norms() -> Iterator[None]:
     ``instance_norm``, and so the modules of ``torch.nn``. Values are torch's but for
     rounding. Running statistics are updated in place, by torch's own kernel, with its
     rules and errors. What torch refuses it still does. Enter the block outside of
-    ``grad`` and ``vmap``, or inside.
+    ``grad`` and ``vmap``, or inside. `unroll` enters it by itself for the inner gradient
+    where a derivative is asked for outside of vmap.
 
     Args:
         (none)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jvp, vmap
 from torch.nn import functional as F
 
+import funcopt as fo
 from funcopt import func, tree
 
 Params = dict[str, Tensor]
@@ -231,6 +232,27 @@ def test_meta_gradients_are_right_in_every_order(norm: str, order: Any, right: b
     with func.exact_norms():
         assert distance(order(problem), truth) < 1e-12
     assert distance(func.exact_norms()(order)(problem), truth) < 1e-12
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
+def test_unroll_is_right_by_itself_in_every_order(norm: str, order: Any):
+    def step(p: Params, x: Tensor) -> Params:
+        return fo.unroll(fo.sgd(lr=0.3), problem.loss, p, x, steps=2).params
+
+    problem = Problem(norm, step)
+    assert distance(order(problem), problem.truth()) < 1e-12
+
+
+def test_unroll_replaces_nothing_where_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("funcopt.inner.loss.exact_norms", None)
+    problem = Problem("batch", lambda p, x: fo.unroll(
+        fo.sgd(lr=0.3), problem.loss, p, x, steps=1).params)  # fmt: skip
+    inside_vmap(problem)
+    grad(problem.adapted)(problem.params, problem.tasks[0])
+    vmap(problem.adapted, (None, 0))(problem.params, problem.tasks)
+    with pytest.raises(TypeError):
+        func_over_vmap(problem)
 
 
 one = torch.ones(()).double()

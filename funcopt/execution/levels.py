@@ -66,6 +66,31 @@ def followed(tensors: Iterable[Any]) -> bool:
     return any(isinstance(t, Tensor) and is_tracked(t) for t in tensors)
 
 
+def differentiated_outside_vmap(tensors: Iterable[Any]) -> bool:
+    """Whether a derivative is asked for outside of a vmap that is now running.
+
+    By a transform, or by autograd, which follows one of the tensors below every level.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    stack = _functorch.get_interpreter_stack() or ()
+    kinds = [level.key() for level in stack]
+    if _functorch.TransformType.Vmap not in kinds:
+        return False
+    inmost = len(kinds) - kinds[::-1].index(_functorch.TransformType.Vmap)
+    if set(kinds[:inmost]) - {_functorch.TransformType.Vmap}:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(t, Tensor) and _bottom(t).requires_grad for t in tensors)
+
+
+def _bottom(tensor: Tensor) -> Tensor:
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def recorded(tensors: Sequence[Tensor]) -> bool:
     """Whether autograd records each tensor at the level that is now running.
 
@@ -147,8 +172,7 @@ def _is_batch(tensor: Tensor) -> bool:
     """Whether vmap is all that keeps the values from being read."""
     if torch._C._len_torch_dispatch_stack():
         return False
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
+    tensor = _bottom(tensor)
     return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 

@@ -1,12 +1,15 @@
 """The loss of one inner step as a pure function, and its gradient."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from funcopt import tree
 from funcopt.errors import StructureError
+from funcopt.execution import levels
+from funcopt.func import exact_norms
 from funcopt.listed import Listed
 from funcopt.types import LossFunction, Tensor, Tree
 
@@ -54,7 +57,11 @@ class InnerLoss:
     ) -> tuple[Tree, tuple[Tensor, Tree, Tree]]:
         """∇L by the parameters, and beside it what a call gives."""
         listed = Listed(lambda at: self(at, batch, meta, buffers), params)
-        grads, out = listed.grad(*listed.inputs)
+        given = (x for each in (params, batch, meta) for x in tree.leaves(each))
+        # Of norm layers torch has the derivative of this gradient wrong there.
+        outside = levels.differentiated_outside_vmap(given)
+        with exact_norms() if outside else nullcontext():
+            grads, out = listed.grad(*listed.inputs)
         return listed.like_first(grads), listed.rebuild(out)
 
 
