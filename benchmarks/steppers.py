@@ -81,15 +81,26 @@ def _ours_from_start(
     opt: fo.Optimizer, params: list[Tensor], centers: list[Tensor], donate: bool
 ) -> Stepper:
     """What makes many steps in one call: always the first call."""
-    run: dict[str, Any] = {}
+    first = opt.init(params)
+    held, state = [x.clone() for x in params], {k: v.clone() for k, v in first.items()}
+    run: dict[str, Any] = {"params": held}
+    again = [key for key in first if key not in ("old_dirs", "old_stps")]
 
     def loss(p: list[Tensor]) -> Tensor:
         return quadratic(p, centers)
 
     def step() -> None:
-        p = [x.clone() for x in params]
-        grads = torch.func.grad(loss)(p)
-        run["params"], _ = opt.update(grads, opt.init(p), p, loss_fn=loss, donate=donate)
+        p, s = params, first
+        if donate:  # a history of no steps need not be written over
+            p, s = held, state
+            for x, start in zip(held, params):
+                x.copy_(start)
+            for key in again:
+                s[key].copy_(first[key])
+        with torch.enable_grad():
+            asked = [x.requires_grad_() for x in map(Tensor.detach, p)]
+            grads = list(torch.autograd.grad(loss(asked), asked))
+        run["params"], _ = opt.update(grads, s, p, loss_fn=loss, donate=donate)
 
     return Stepper(step, lambda: list(run["params"]))
 

@@ -32,10 +32,48 @@ def everywhere(condition: Tensor) -> bool:
     return found is not None and bool(found.all())
 
 
+def decided(condition: Tensor) -> bool | None:
+    """What a condition is for every task; None if they differ, or a look would take long.
+
+    That is, on an accelerator, and where nothing is seen.
+    """
+    found = levels.seen(condition)
+    if found is None or not found.is_cpu:
+        return None
+    return bool(found.all()) or (None if found.any() else False)
+
+
+def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``a`` where it holds, else ``b``: that very tensor, if all tasks agree."""
+    known = decided(condition)
+    return torch.where(condition, a, b) if known is None else a if known else b
+
+
 def most(counts: Tensor, otherwise: int) -> int:
     """The largest number of all tasks; ``otherwise`` where none can be seen."""
     found = levels.seen(counts)
     return otherwise if found is None or not found.numel() else int(found.max())
+
+
+def slope_of(loss: Loss) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A function of x that gives the loss's gradient there, and its value."""
+    transformed: Any = torch.func.grad_and_value(loss)
+
+    def slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        # What nobody differentiates or watches autograd does alone, in half the time.
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return transformed(x)
+        if levels.inside() or levels.pushing() or not levels.readable(x):
+            return transformed(x)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = loss(x)
+            if value.ndim or not value.requires_grad:
+                return transformed(x.detach())  # which has the words for it
+            (g,) = torch.autograd.grad(value, x)
+        return g, value.detach()
+
+    return slope
 
 
 def flat(

@@ -21,7 +21,8 @@ ONCE = MATRIX[1::2]
 def many(case: Case, dtype: torch.dtype = torch.float64) -> Tree:
     """Two of each shape that the rule takes, and two more of the first."""
     first = case.mixed(dtype, 1)
-    return {"a": first, "b": case.mixed(dtype, 2), "c": first["layers"][0]["weight"] * 2}
+    more = [first["layers"][0]["weight"] * k for k in (2, 3)]
+    return {"a": first, "b": case.mixed(dtype, 2), "c": more}
 
 
 @pytest.mark.parametrize("donate", [False, True])
@@ -90,10 +91,11 @@ def test_the_derivative_of_a_stack(case: Case):
 
 def test_what_cannot_be_stacked_is_said():
     square, wide = torch.ones(3, 3), torch.ones(3, 4)
-    assert "no two small leaves" in str(fo.plan(fo.muon(), [square, wide]))
+    assert "no 4 small leaves" in str(fo.plan(fo.muon(), [square, wide] * 3))
+    assert "muon: 4 leaves" in str(fo.plan(fo.muon(), [square] * 4, execution="stacked"))
     large = torch.ones(200, 200)
-    assert "no two small leaves" in str(fo.plan(fo.muon(), [large, large]))
-    with pytest.raises(fo.ExecutionError, match="no two small leaves"):
+    assert "no 4 small leaves" in str(fo.plan(fo.muon(), [large] * 4))
+    with pytest.raises(fo.ExecutionError, match="no 2 small leaves"):
         fo.plan(fo.muon(), [square, wide], execution="stacked")
     with pytest.raises(fo.ExecutionError, match="only leaves of a rule that needs each"):
         fo.plan(fo.adam(), [square, square], execution="stacked")

@@ -149,7 +149,9 @@ def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
             kernels = f"{leaves.rule.name} needs each leaf, and each task's, whole"
         reasons = dict.fromkeys(ENGINES, kernels)
         if not leaves.rule.elementwise or forced:
-            reasons["stacked"] = untouchable or stacked.refuses(leaves.pick(which))
+            reasons["stacked"] = untouchable or stacked.refuses(
+                leaves.pick(which), bool(forced)
+            )
         params = [leaves.params[i] for i in which]
         least = _least_worth(params) if followed and not forced else 0
         name, refused = _choose(leaves.rule, kind, dtype, device, least, reasons, forced)

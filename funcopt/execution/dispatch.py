@@ -25,6 +25,8 @@ from funcopt.types import Tensor
 
 _MOST_FORMS = 64  # of the calls of one rule
 
+_copy: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+
 
 def step(
     leaves: Leaves,
@@ -98,8 +100,10 @@ def _lane(
 
 def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
     if group.choice.name not in ENGINES:
-        plain = group.choice.name == "reference"
-        columns = reference.of_leaves(leaves) if plain else stacked.step(leaves)
+        if group.choice.name == "reference":
+            columns = reference.of_leaves(leaves)
+        else:
+            columns = stacked.step(leaves, apart=not donate)
         return _written_over(leaves, columns) if donate else columns
     streams = leaves.streams(group.kinds)
     rows, which = leaves.rows(group.kinds)
@@ -158,9 +162,8 @@ def _written_over(leaves: Leaves, columns: Sequence[Column]) -> list[Column]:
     given = [leaves.params, *leaves.slots]
     with torch.no_grad():
         for old, new, stream in zip(given, columns, leaves.rule.outputs):
-            if stream:
-                for target, value in zip(old, new):
-                    target.copy_(value)
+            if stream and new:
+                _copy(list(old), list(new))
             kept.append(old if stream else new)
     return kept
 

@@ -46,7 +46,10 @@ _is_zero = Tensor._is_zerotensor
 def overlap(columns: Sequence[Sequence[Tensor]]) -> bool:
     """Whether two of the tensors share memory."""
     spans = sorted(
-        (x.data_ptr(), x.data_ptr() + _extent(x)) for c in columns for x in c if x.numel()
+        (at, at + (x.nbytes if x.is_contiguous() else _extent(x)))
+        for column in columns
+        for x in column
+        if (at := x.data_ptr()) and x.numel()
     )
     return any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:]))
 

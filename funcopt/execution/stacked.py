@@ -17,23 +17,35 @@ from funcopt.types import Tensor
 #: numbers of a leaf up to which a stack is faster: on a CPU larger ones, one by one, stay
 #: in its caches; elsewhere it is a guess
 _MOST, _MOST_ELSEWHERE = 1 << 14, 1 << 20
+#: leaves of a stack from which it is worth it: vmap costs as much as the rule on a few
+_FEWEST = 4
 
 
-def refuses(leaves: Leaves) -> str | None:
-    """Why there is nothing to stack, as a sentence, or None."""
+def refuses(leaves: Leaves, forced: bool = False) -> str | None:
+    """Why there is nothing to stack, as a sentence, or None.
+
+    Two leaves will do where it is ``forced``.
+    """
     if leaves.rule.elementwise or leaves.rule.norms or leaves.rule.sums:
         return "only leaves of a rule that needs each whole are stacked"
-    if all(len(which) == 1 for which in _stacks(leaves)):
-        return "no two small leaves are alike in shape, hyperparameters and step"
+    fewest = 2 if forced else _FEWEST
+    if all(len(which) < fewest for which in _stacks(leaves)):
+        return f"no {fewest} small leaves are alike in shape, hyperparameters and step"
     return None
 
 
-def step(leaves: Leaves) -> list[Column]:
-    """The columns ``p, *slots``, as by the reference."""
+def step(leaves: Leaves, apart: bool = True) -> list[Column]:
+    """The columns ``p, *slots``, as by the reference.
+
+    Unless ``apart`` they may be views of one tensor, for leaves that are alike.
+    """
     columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
     for which in _stacks(leaves):
         some = leaves.pick(which)
-        made = _together(some) if len(which) > 1 else reference.of_leaves(some)
+        if len(which) > 1:
+            made = _together(some, apart)
+        else:
+            made = reference.of_leaves(some)
         for column, values in zip(columns, made):
             for i, value in zip(which, values):
                 column[i] = value
@@ -54,7 +66,7 @@ def _stacks(leaves: Leaves) -> list[list[int]]:
     return list(found.values())
 
 
-def _together(leaves: Leaves) -> Sequence[Column]:
+def _together(leaves: Leaves, apart: bool) -> Sequence[Column]:
     """One call of the rule for leaves that are alike."""
     first = leaves.pick([0])
     streams = [leaves.grads, leaves.params, *leaves.state]
@@ -69,5 +81,7 @@ def _together(leaves: Leaves) -> Sequence[Column]:
         return tuple(torch.as_tensor(x) for (x,) in columns)  # vmap returns no numbers
 
     made = torch.vmap(one)(*[torch.stack([*column]) for column in streams])
+    if not apart:
+        return [column.unbind() for column in made]
     # A leaf keeps no memory alive but its own, and may be written over in place.
     return [[x.clone() for x in column.unbind()] for column in made]

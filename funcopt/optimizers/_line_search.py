@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from funcopt.flat import everywhere
+from funcopt.flat import decided, everywhere
 from funcopt.types import Tensor
 
 _DECREASE = 1e-4  # c₁ of Nocedal and Wright
@@ -23,6 +23,9 @@ class Point(NamedTuple):
 
 def pick(condition: Tensor, a: Point, b: Point) -> Point:
     """``a`` where the condition holds, else ``b``."""
+    known = decided(condition)
+    if known is not None or a is b:
+        return a if known else b
     return Point(*(torch.where(condition, x, y) for x, y in zip(a, b)))
 
 

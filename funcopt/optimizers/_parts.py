@@ -10,6 +10,7 @@ import torch
 
 from funcopt import select
 from funcopt.errors import HyperparameterError
+from funcopt.execution import levels
 from funcopt.hyper import Hyper
 from funcopt.types import HyperValue, SlotStart, Tensor
 
@@ -110,6 +111,15 @@ def root(x: Tensor) -> Tensor:
     bit-equal (down to ε = 1e-11 in float32).
     """
     return torch.sqrt(x.clamp(min=torch.finfo(x.dtype).tiny))
+
+
+def known(x: Tensor) -> Number:
+    """A 0-d float64 tensor as Python's number, where that waits for no device.
+
+    And loses no derivative. Arithmetic with it is the same, in a tenth of the time. For
+    rules of whole leaves: a kernel is printed of what happens to tensors.
+    """
+    return x.item() if levels.readable(x) and not levels.differentiating([x]) else x
 
 
 def sqrt(x: Number) -> Number:

@@ -7,7 +7,15 @@ import torch
 
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, per_tensor
-from funcopt.optimizers._parts import Number, decoupled_decay, norm, towards, where
+from funcopt.optimizers._parts import (
+    Number,
+    decoupled_decay,
+    known,
+    larger,
+    sqrt,
+    towards,
+    where,
+)
 from funcopt.types import HyperValue, Tensor
 
 
@@ -31,31 +39,39 @@ def rule(
     limits = torch.finfo(p.dtype)
     least = limits.eps if eps1 is None else eps1
     rate = 1 / step**0.5
-    alpha = _largest(eps2, _root_mean_square(p)) * where(lr < rate, lr, rate)
+    alpha = larger(_root_mean_square(p), eps2) * where(lr < rate, lr, rate)
     weight = step**beta2_decay
+    squares = g * g
     if p.ndim > 1:
-        row_var = towards(row_var, _mean(g * g, -1), weight)
-        col_var = towards(col_var, _mean(g * g, -2), weight)
-        estimate = row_var @ col_var / _largest(_mean(row_var, -2), least)
+        row_var = towards(row_var, _mean(squares, -1), weight)
+        col_var = towards(col_var, _mean(squares, -2), weight)
+        estimate = row_var / _clamped(_mean(row_var, -2), least) * col_var
     else:
-        estimate = variance = towards(variance, g * g, weight)
-    u = g * torch.rsqrt(_largest(estimate, _largest(least**2, limits.tiny)))
-    size = _largest(_root_mean_square(u) / d, 1.0)
-    p = decoupled_decay(p, lr, weight_decay) - alpha / size * u
+        estimate = variance = towards(variance, squares, weight)
+    u = g * torch.rsqrt(_clamped(estimate, larger(least**2, limits.tiny)))
+    size = larger(_root_mean_square(u) / d, 1.0)
+    p = _moved(decoupled_decay(p, lr, weight_decay), u, alpha / size)
     return p, row_var, col_var, variance
 
 
-def _largest(a: Number, b: Number) -> Number:
-    return where(a > b, a, b)
+def _clamped(x: Tensor, least: Number) -> Tensor:
+    """At least ``least``: `larger`, in a tenth of the time on many elements."""
+    if isinstance(least, Tensor):
+        least = least.to(x.dtype)
+    return x.clamp(min=least)
+
+
+def _moved(p: Tensor, u: Tensor, by: Number) -> Tensor:
+    return p - by * u if isinstance(by, Tensor) else torch.sub(p, u, alpha=by)
 
 
 def _mean(x: Tensor, axis: int) -> Tensor:
     return x.sum(axis, keepdim=True) / max(x.shape[axis], 1)
 
 
-def _root_mean_square(x: Tensor) -> Tensor:
-    length, there = norm(x)
-    return where(there, length, 0.0) / max(x.numel(), 1) ** 0.5
+def _root_mean_square(x: Tensor) -> Number:
+    flat = x.reshape(-1)
+    return sqrt(known((flat @ flat).to(torch.float64)) / max(x.numel(), 1))
 
 
 def _row_var(p: Tensor) -> Tensor:

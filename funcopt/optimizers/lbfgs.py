@@ -3,7 +3,7 @@
 import torch
 
 from funcopt.errors import HyperparameterError
-from funcopt.flat import Loss, everywhere, flat, most
+from funcopt.flat import Loss, everywhere, flat, most, slope_of, where
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
 from funcopt.optimizers._line_search import Point, strong_wolfe
@@ -50,13 +50,12 @@ def rule(
     max_eval: int,
     search: bool,
 ) -> tuple[Tensor, Slots]:
-    evaluate = torch.func.grad_and_value(loss)
-    where = torch.where
+    evaluate = slope_of(loss)
     d, t, scale = slots["d"], slots["t"], slots["H_diag"]
     last_g, last_f = slots["prev_flat_grad"], slots["prev_loss"]
     n_iter = slots["n_iter"]
     if moves is not None:
-        d, last_g = where(moves, d, 0.0), where(moves, last_g, 0.0)
+        d, last_g = torch.where(moves, d, 0.0), torch.where(moves, last_g, 0.0)
     size = slots["ro"].shape[0]
     known = min(size, most((slots["ro"] > 0).sum(), size))
     memory = [slots[key][size - known :] for key in ("old_dirs", "old_stps", "ro")]
@@ -72,22 +71,22 @@ def rule(
         y, s = g - last_g, d * t
         ys, yy = y @ s, y @ y
         curved = ~done & (ys > _CURVED)
-        ys = where(curved, ys, 1.0)
+        ys = torch.where(curved, ys, 1.0)
         products = _bordered(products, memory[1] @ y, memory[0] @ s, ys, curved, size)
         memory = [
             _pushed(rows, row, curved, size)
             for rows, row in zip(memory, (y, s, 1 / ys), strict=True)
         ]
-        scale = where(curved, ys / where(curved, yy, 1.0), scale)
+        scale = where(curved, ys / torch.where(curved, yy, 1.0), scale)
         way = direction(g, *memory, products, scale)
         if moves is not None:
-            way = where(moves, way, 0.0)
+            way = torch.where(moves, way, 0.0)
         d, last_g, last_f = (
             where(done, old, new) for old, new in ((d, way), (last_g, g), (last_f, f))
         )
         size_g = g.abs().sum()
         far = (n_iter == 1) & (size_g > 1)
-        t = where(done, t, lr * where(far, 1 / where(far, size_g, 1.0), 1.0))
+        t = where(done, t, lr * torch.where(far, 1 / torch.where(far, size_g, 1.0), 1.0))
 
         slope = g @ d
         done = done | (slope > -tolerance_change)
