@@ -40,7 +40,8 @@ class Orthogonalized(torch.autograd.Function):
             gram = y @ y.mT
             y = product(y, product(gram, gram, gram, beta=b, alpha=c), y, beta=a)
         y = y.mT if x.shape[-2] > x.shape[-1] else y
-        return y.reshape(x.shape).to(x.dtype).contiguous()  # as its tangent is
+        y = y.to(x.dtype, memory_format=torch.contiguous_format)
+        return y.reshape(x.shape)  # contiguous, as its tangent is
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

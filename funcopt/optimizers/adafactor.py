@@ -50,7 +50,7 @@ def rule(
         estimate = variance = towards(variance, squares, weight)
     u = g * torch.rsqrt(_clamped(estimate, larger(least**2, limits.tiny)))
     size = larger(_root_mean_square(u) / d, 1.0)
-    p = _moved(decoupled_decay(p, lr, weight_decay), u, alpha / size)
+    p = decoupled_decay(p, lr, weight_decay) - alpha / size * u
     return p, row_var, col_var, variance
 
 
@@ -59,10 +59,6 @@ def _clamped(x: Tensor, least: Number) -> Tensor:
     if isinstance(least, Tensor):
         least = least.to(x.dtype)
     return x.clamp(min=least)
-
-
-def _moved(p: Tensor, u: Tensor, by: Number) -> Tensor:
-    return p - by * u if isinstance(by, Tensor) else torch.sub(p, u, alpha=by)
 
 
 def _mean(x: Tensor, axis: int) -> Tensor:
