@@ -18,6 +18,7 @@ from funcopt.errors import (
     HyperparameterTypeError,
     LeafError,
     MetaParameterError,
+    RemoteTaskError,
     StructureError,
     UnknownHyperparameterError,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "HyperparameterTypeError",
     "LeafError",
     "MetaParameterError",
+    "RemoteTaskError",
     "Optimizer",
     "Schedule",
     "StructureError",

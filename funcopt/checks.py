@@ -6,7 +6,8 @@ from typing import Any, TypeAlias
 import torch
 
 from funcopt import tree
-from funcopt.errors import LeafError, StructureError
+from funcopt.errors import GradientLostError, LeafError, StructureError
+from funcopt.execution import levels
 from funcopt.types import State, Tensor
 
 Form: TypeAlias = tuple[Any, ...]  #: shape, dtype, device and layout
@@ -65,6 +66,19 @@ def check_matrices(leaves: Sequence[Any], structure: tree.Structure, name: str) 
                 f"shape {tuple(leaf.shape)}; give it to another optimizer, by "
                 "fo.partition({'matrices': ..., 'others': ...}, labels)"
             )
+
+
+def check_no_graph(tensors: Sequence[Any], what: str, which: str) -> None:
+    """No derivative may be asked of ``what``; ``which`` tensors it would follow."""
+    if not levels.differentiating(tensors):
+        return
+    why = f"{which} requires grad"
+    if levels.inside() or levels.pushing():
+        why = "a transform of torch.func or a forward-mode level is open"
+    raise GradientLostError(
+        f"{what} gives results without a graph, but {why}. Call it under "
+        "torch.no_grad(), or detach the tensor"
+    )
 
 
 class FormOf:

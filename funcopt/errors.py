@@ -39,3 +39,7 @@ class ExecutionError(FuncoptError, RuntimeError):
 
 class CompileError(FuncoptError, RuntimeError):
     """A function was to be compiled that cannot be, or the compiler failed."""
+
+
+class RemoteTaskError(FuncoptError, RuntimeError):
+    """Another process that shares the tasks has failed; the message is its own."""

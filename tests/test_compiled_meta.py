@@ -212,7 +212,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a graph of a closed-over tensor": (
         lambda: with_loop(lambda t, x: times(t, x) * CLOSED)(ONE, TWO),
         fo.GradientLostError,
-        r"but what it closes over requires grad",
+        r"but a tensor that it closes over requires grad",
     ),
     "a transform": (
         lambda: torch.func.grad(lambda t: with_loop(times)(t, TWO)[0])(ONE),

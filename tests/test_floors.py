@@ -105,6 +105,7 @@ FLOORS = {
     "funcopt.torch_optim": 7,
     "funcopt.meta": 8.5,
     "funcopt.meta.compiled": 7.9,
+    "funcopt.meta.ranks": 7.9,
     "funcopt.meta.problem": 8,
     "funcopt.meta.estimate": 8.1,
     "funcopt.meta.*": 8.2,

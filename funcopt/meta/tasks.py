@@ -1,16 +1,18 @@
 """The mean of a task loss over a batch of tasks, and its gradient."""
 
 from collections.abc import Callable
+from functools import partial
 from operator import itemgetter
 from typing import Any, Literal
 
 import torch
 
 from funcopt import tree
-from funcopt.checks import check_floats
+from funcopt.checks import check_floats, check_no_graph
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.listed import Listed
 from funcopt.meta.compiled import Compiled
+from funcopt.meta.ranks import Part, over_ranks
 from funcopt.types import Tensor, Tree
 
 Randomness = Literal["error", "different", "same"]
@@ -24,6 +26,7 @@ def value_and_grad(
     has_aux: bool = False,
     randomness: Randomness = "error",
     compile: bool = False,
+    process_group: Any = None,
 ) -> Callable[[Tree, Tree], tuple[Any, Tree]]:
     r"""The meta-loss and the meta-gradient over a batch of tasks.
 
@@ -55,6 +58,12 @@ def value_and_grad(
             Python numbers that it closes over are frozen, tensors are read at each
             call; the results have no graph, so call it under ``torch.no_grad()`` where
             an input requires grad. Random numbers are other ones than without.
+        process_group: a group of ``torch.distributed`` (such as
+            ``torch.distributed.group.WORLD``, once initialized): ``tasks`` are those of
+            this rank, as many as it likes but one at least, and ``loss`` and ``grads``
+            are the means over the tasks of all ranks, the same on each. ``aux`` stays
+            that of this rank's tasks. All ranks call ``f`` equally often; where one
+            fails, all raise. Under ``torch.no_grad()``, where theta requires grad.
 
     Returns:
         ``f(theta, tasks) -> (loss, grads)``, with ``has_aux`` ``((loss, aux), grads)``.
@@ -67,8 +76,10 @@ def value_and_grad(
         HyperparameterError: an unknown ``tasks`` or ``randomness``, a chunk size below 1.
         CompileError: by ``f``, with ``compile``: ``task_loss`` asks for a value, or the
             compiler fails; the message says where.
-        GradientLostError: by ``f``, with ``compile``, where a derivative of its result
-            would be asked for.
+        GradientLostError: by ``f``, with ``compile`` or ``process_group``, where a
+            derivative of its result would be asked for.
+        RemoteTaskError: by ``f``, with ``process_group``: another rank has failed (its
+            number and message are told), or has not answered within the group's timeout.
 
     Source:
         Finn, Abbeel, Levine, "Model-agnostic meta-learning", 2017, algorithm 1.
@@ -115,7 +126,8 @@ def value_and_grad(
     if compile:
         sums = {path: Compiled(part, "meta-step") for path, part in sums.items()}
 
-    def mean_value_and_grad(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
+    def total(theta: Tree, task_batch: Tree) -> Part:
+        """The sums over these tasks, their number, and each one's aux."""
         check_floats(theta, "theta")
         count = tree.leading_axis(task_batch, "tasks")
         if not count:
@@ -125,17 +137,23 @@ def value_and_grad(
         path = choose(theta, count) if tasks == "auto" else tasks
         size = 1 if path == "loop" else chunk_size or count
         seed = torch.get_rng_state() if randomness == "same" else None
-        total: Tree = None
+        added: Tree = None
         auxes: list[Tree] = []
         for start in range(0, count, size):
             if seed is not None:
                 torch.set_rng_state(seed)
             some = slice(start, start + size)
             *parts, aux = sums[path](theta, tree.map(itemgetter(some), task_batch))
-            total = tree.map(torch.add, total, parts) if start else parts
+            added = tree.map(torch.add, added, parts) if start else parts
             auxes.append(aux)
-        loss, grads = tree.map(lambda x: x / count, total)
-        aux = tree.map(lambda *rows: torch.cat(rows), *auxes)
+        if process_group is not None:
+            check_no_graph(tree.leaves(added), "a sum over ranks", "theta or a task")
+        return added, count, tree.map(lambda *rows: torch.cat(rows), *auxes)
+
+    def mean_value_and_grad(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
+        part = partial(total, theta, task_batch)
+        added, count, aux = over_ranks(part, process_group) if process_group else part()
+        loss, grads = tree.map(lambda x: x / count, added)
         return ((loss, aux) if has_aux else loss), grads
 
     return mean_value_and_grad
