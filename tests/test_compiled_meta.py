@@ -217,7 +217,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a transform": (
         lambda: torch.func.grad(lambda t: with_loop(times)(t, TWO)[0])(ONE),
         fo.GradientLostError,
-        r"a transform of torch\.func is running",
+        r"a transform of torch\.func or a forward-mode level is open",
     ),
     "a subclass": (
         lambda: with_loop(times)(ONE.as_subclass(Odd), TWO),

@@ -86,9 +86,9 @@ def _gathered(numbers: Sequence[int], group: Any) -> list[list[int]]:
 
     on = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     own = torch.tensor(numbers, dtype=torch.int64, device=on)
-    every = own.new_empty(dist.get_world_size(group) * len(numbers))
-    dist.all_gather_into_tensor(every, own, group=group)
-    return every.reshape(-1, len(numbers)).tolist()
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, own, group=group)
+    return torch.stack(every).tolist()
 
 
 def _all_words(words: str | None, group: Any) -> list[str | None]:

@@ -143,7 +143,8 @@ def value_and_grad(
             if seed is not None:
                 torch.set_rng_state(seed)
             some = slice(start, start + size)
-            *parts, aux = sums[path](theta, tree.map(itemgetter(some), task_batch))
+            loss, grads, aux = sums[path](theta, tree.map(itemgetter(some), task_batch))
+            parts = {"loss": loss, "theta": grads}
             added = tree.map(torch.add, added, parts) if start else parts
             auxes.append(aux)
         if process_group is not None:
@@ -153,7 +154,7 @@ def value_and_grad(
     def mean_value_and_grad(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
         part = partial(total, theta, task_batch)
         added, count, aux = over_ranks(part, process_group) if process_group else part()
-        loss, grads = tree.map(lambda x: x / count, added)
+        loss, grads = tree.map(lambda x: x / count, added).values()
         return ((loss, aux) if has_aux else loss), grads
 
     return mean_value_and_grad

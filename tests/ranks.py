@@ -1,0 +1,154 @@
+"""What each process does in test_ranks.py, and a line of JSON for what came of it.
+
+python tests/ranks.py RANK WORLD FILE CASE CASE ...
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import funcopt as fo
+from funcopt import tree
+
+
+def f64(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def theta() -> dict[str, Any]:
+    return {"w": f64(3, 2, seed=1), "gap": None, "lr": torch.tensor(0.1)}  # two dtypes
+
+
+TASKS = {"x": f64(5, 4, 3, seed=3), "y": f64(5, 4, 2, seed=4)}
+
+
+def task_loss(theta: Any, task: Any) -> Any:
+    def loss(w: Tensor, batch: Any) -> Tensor:
+        return (torch.tanh(batch["x"] @ w) - batch["y"]).square().mean()
+
+    hyper = {"lr": theta["lr"]}
+    end = fo.unroll(fo.adam(), loss, theta["w"], task, steps=2, hyper=hyper)
+    return loss(end.params, task), end.losses
+
+
+def meta(part: slice, theta: Any, group: Any, task_loss: Any = task_loss) -> Any:
+    f = fo.meta.value_and_grad(task_loss, has_aux=True, process_group=group)
+    return f(theta, tree.map(lambda x: x[part], TASKS))
+
+
+def mine(rank: int) -> slice:
+    return slice(0, 3) if rank == 0 else slice(3, 5)
+
+
+# The cases: each is given its rank and the group, and returns what JSON can hold. -------
+
+
+def numbers(rank: int, group: Any) -> Any:
+    (loss, aux), grads = meta(mine(rank), theta(), group)
+    return {
+        "loss": loss.item(),
+        "w": grads["w"].tolist(),
+        "lr": [grads["lr"].item(), str(grads["lr"].dtype)],
+        "aux": aux.tolist(),
+        "gap": grads["gap"],
+    }
+
+
+def failing(rank: int, group: Any) -> Any:
+    def fails(theta: Any, task: Any) -> Any:
+        raise KeyError("no such task")
+
+    def call() -> Any:
+        meta(mine(rank), theta(), group, fails if rank else task_loss)
+
+    # The next meta-step works: nobody is left waiting for the last one.
+    return {**raised(call), "loss": numbers(rank, group)["loss"]}
+
+
+def without_tasks(rank: int, group: Any) -> Any:
+    return raised(lambda: meta(slice(0, 3 * (1 - rank)), theta(), group))
+
+
+def another_theta(rank: int, group: Any) -> Any:
+    given = {**theta(), **({"v": f64(2, seed=9)} if rank else {})}
+    return raised(lambda: meta(mine(rank), given, group))
+
+
+def with_a_graph(rank: int, group: Any) -> Any:
+    given = {**theta(), "w": f64(3, 2, seed=1).requires_grad_()}
+    return raised(lambda: meta(mine(rank), given, group))
+
+
+def ended(rank: int, group: Any) -> Any:
+    if rank:
+        return {}  # without a word; the other waits no longer than the timeout
+    return raised(lambda: meta(mine(rank), theta(), group))
+
+
+def raised(call: Callable[[], Any]) -> dict[str, str]:
+    try:
+        call()
+    except Exception as error:
+        return {"error": type(error).__name__, "words": str(error)}
+    return {"error": "none"}
+
+
+def elementwise(rank: int, group: Any) -> Any:
+    """How far two steps on DTensors are from those on plain tensors, and of what kind."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    places: dict[str, Any] = {"sharded": [Shard(0)], "replicated": [Replicate()]}
+    whole = {name: f64(4, 3, seed=i) for i, name in enumerate(places)}
+    gradient = {name: f64(4, 3, seed=9 + i) for i, name in enumerate(places)}
+
+    def spread(values: Any) -> Any:
+        return {n: distribute_tensor(x, mesh, places[n]) for n, x in values.items()}
+
+    found = {}
+    for name in ("sgd", "adam", "adamw", "rmsprop", "lion"):
+        opt = getattr(fo, name)(lr=0.1, **({"momentum": 0.9} if name == "sgd" else {}))
+        outcomes = []
+        for params, grads in ((whole, gradient), (spread(whole), spread(gradient))):
+            state = opt.init(params)
+            for _ in range(2):
+                params, state = opt.update(grads, state, params)
+            outcomes.append((params, state))
+        plain, spread_out = map(tree.leaves, outcomes)
+        distance, kinds = 0.0, []
+        for a, b in zip(plain, spread_out):
+            kinds.append(f"{b.placements}" if isinstance(b, DTensor) else "plain")
+            whole_b = b.full_tensor() if isinstance(b, DTensor) else b
+            distance = max(distance, (a - whole_b).abs().max().item())
+        found[name] = {"distance": distance, "kinds": kinds}
+    return found
+
+
+def main() -> None:
+    rank, world, file, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{file}",
+        rank=int(rank),
+        world_size=int(world),
+        timeout=timedelta(seconds=30),
+    )
+    for name in names:  # one after another: to start takes seconds
+        outcome = globals()[name](int(rank), dist.group.WORLD)
+        print(json.dumps({name: outcome}), flush=True)
+    sys.stdout.flush()
+    os._exit(0)  # where the other has ended, there is no orderly end
+
+
+if __name__ == "__main__":
+    main()

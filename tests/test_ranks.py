@@ -1,0 +1,136 @@
+"""Tasks split over two processes: the numbers of one, and errors that all are told."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch.testing import assert_close
+
+import funcopt as fo
+
+CASES = (
+    "numbers",
+    "failing",
+    "without_tasks",
+    "another_theta",
+    "with_a_graph",
+    "elementwise",
+    "ended",  # the last: a rank is gone
+)
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What each rank says of each case."""
+    script, store = Path(ranks.__file__), tmp_path_factory.mktemp("ranks") / "store"
+    environment = {**os.environ, "PYTHONPATH": str(Path(fo.__file__).parents[1])}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(WORLD), str(store), *CASES],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        said = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    lines = [[json.loads(line) for line in out.splitlines()] for out, _ in said]
+    assert all(len(each) == len(CASES) for each in lines), [error for _, error in said]
+    return {name: [each[i][name] for each in lines] for i, name in enumerate(CASES)}
+
+
+def expected() -> tuple[Any, Any]:
+    return ranks.meta(slice(0, 5), ranks.theta(), None)
+
+
+@pytest.mark.slow
+def test_unequal_counts_give_the_mean_over_all_tasks(outcomes: Any):
+    (loss, aux), grads = expected()
+    first, second = outcomes["numbers"]
+    for found in (first, second):
+        numbers = [torch.tensor(found[n], dtype=torch.float64) for n in ("loss", "w")]
+        assert_close(numbers, [loss, grads["w"]], rtol=1e-12, atol=1e-12)
+        lr, dtype = found["lr"]
+        assert lr == pytest.approx(grads["lr"].item(), rel=1e-6) and found["gap"] is None
+        assert dtype == "torch.float32"
+    # What comes beside the loss stays where it is.
+    own = torch.tensor(first["aux"] + second["aux"], dtype=torch.float64)
+    assert len(first["aux"]) == 3
+    assert_close(own, aux, rtol=1e-12, atol=1e-12)
+
+
+ERRORS = {
+    "failing": (
+        ("RemoteTaskError", "rank 1 failed: KeyError: 'no such task'"),
+        ("KeyError", "no such task"),
+    ),
+    "without_tasks": (
+        ("RemoteTaskError", "rank 1 failed: StructureError: tasks has 0 entries"),
+        ("StructureError", "tasks has 0 entries"),
+    ),
+    "another_theta": (
+        ("StructureError", "rank 0 has theta.w torch.float64 (3, 2), rank 1 theta.v"),
+    )
+    * 2,
+    "with_a_graph": (("GradientLostError", "a sum over ranks gives results without"),)
+    * 2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ERRORS)
+def test_all_ranks_raise(outcomes: Any, name: str):
+    for found, (kind, words) in zip(outcomes[name], ERRORS[name]):
+        assert found["error"] == kind and words in found["words"]
+
+
+@pytest.mark.slow
+def test_after_a_failure_the_next_meta_step_works(outcomes: Any):
+    loss = expected()[0][0].item()
+    for found in outcomes["failing"]:
+        assert found["loss"] == pytest.approx(loss, rel=1e-12)
+
+
+@pytest.mark.slow
+def test_a_process_that_has_ended_is_not_waited_for(outcomes: Any):
+    found, _ = outcomes["ended"]
+    assert found["error"] == "RemoteTaskError"
+    assert "another rank did not answer" in found["words"]
+
+
+@pytest.mark.slow
+def test_updates_of_dtensors_are_those_of_their_parts(outcomes: Any):
+    """The plain rule on each rank's part; the state lies as the parameters do."""
+    for found in outcomes["elementwise"]:
+        for name, outcome in found.items():
+            assert outcome["distance"] <= 1e-12, name
+            *state, step = outcome["kinds"]
+            assert step == "plain"
+            assert state == ["(Replicate(),)", "(Shard(dim=0),)"] * (len(state) // 2)
+
+
+def test_a_group_of_one(tmp_path: Path):
+    file = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=file, rank=0, world_size=1)
+    try:
+        found = ranks.meta(slice(0, 5), ranks.theta(), dist.group.WORLD)
+        with pytest.raises(fo.StructureError, match="tasks has 0 entries"):
+            ranks.meta(slice(0, 0), ranks.theta(), dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    assert_close(found, expected(), rtol=1e-12, atol=1e-12)
