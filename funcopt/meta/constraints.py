@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import floor, log
 from typing import Any, final
 
 import torch
@@ -64,7 +65,7 @@ def exp() -> Constraint:
         (none)
 
     Returns:
-        A constraint; where y would overflow it is the largest finite number, constant.
+        A constraint; where y would overflow (x ≥ 89 in float32) it is constant.
 
     Raises:
         HyperparameterError: by ``inverse``, for a number that is not positive.
@@ -81,8 +82,7 @@ def exp() -> Constraint:
     """
 
     def forward(x: Tensor) -> Tensor:
-        largest = torch.finfo(x.dtype).max
-        return x.clamp(max=torch.tensor(largest, dtype=x.dtype).log().item()).exp()
+        return x.clamp(max=floor(log(torch.finfo(x.dtype).max))).exp()
 
     return Constraint("exp", forward, lambda y: _inside("exp", y, y > 0).log())
 
@@ -117,8 +117,14 @@ def softplus() -> Constraint:
         y = _inside("softplus", y, y > 0)
         return y + (-torch.expm1(-y)).log()
 
-    # torch's own is linear from 20 on, and so not the inverse's inverse there.
-    return Constraint("softplus", lambda x: torch.logaddexp(x, torch.zeros_like(x)), back)
+    def forward(x: Tensor) -> Tensor:
+        # torch's own is linear from 20 on, where it is not the inverse's inverse; and
+        # its logaddexp has no second derivative far below.
+        above = x > 0
+        small = torch.where(above, -x, x).exp().log1p()
+        return torch.where(above, x, 0.0) + small
+
+    return Constraint("softplus", forward, back)
 
 
 def sigmoid() -> Constraint:
