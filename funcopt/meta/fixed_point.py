@@ -6,9 +6,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from funcopt import tree
+from funcopt.derivatives import Trees, vjp
 from funcopt.errors import HyperparameterError
 from funcopt.inner.loss import InnerLoss
-from funcopt.inner.view import hvp, mixed_vp, step_vjp
+from funcopt.inner.view import step_vjp
 from funcopt.meta.estimate import Estimate, check_eta
 from funcopt.meta.problem import (
     Carry,
@@ -42,8 +43,9 @@ def implicit(
         (H + \lambda I) \, v \approx \frac{\partial V}{\partial \theta}, \qquad
         H = \frac{\partial^2 L}{\partial \theta^2}
 
-    Memory of one gradient, however long the training, which may be of any kind. Exact
-    where the inner loss has a minimum at the end, and the solver comes to its own. v is
+    Memory of one gradient's graph, however long the training, which may be of any kind.
+    Exact where the inner loss has a minimum at the end, and the solver comes to its own.
+    v is
 
     - "cg": conjugate gradients, for H + λI positive (iMAML, HOAG);
     - "neumann": :math:`\alpha \sum_{j<k} (I - \alpha (H + \lambda I))^j \,
@@ -103,16 +105,22 @@ def implicit(
     with torch.no_grad():
         eta = tree.detach(eta)
         end = _end(problem, eta, carry)
-        batch, params = batch_at(problem, problem.steps), end["params"]
+        batch, loss = batch_at(problem, problem.steps), InnerLoss(problem.inner_loss)
         settings, back_to_eta = settings_at(problem, eta, problem.steps - 1)
-        meta = settings["meta"]
-        value, slopes = outer_vjp(problem, eta, params, problem.steps)
+        value, slopes = outer_vjp(problem, eta, end["params"], problem.steps)
+        wanted = slopes["params"]
+
+        def gradient(given: Trees) -> Trees:
+            return {"grads": loss.grad(given["params"], batch, given["meta"], None)[0]}
+
+        # One graph for all products: each is a pass back through it.
+        inner, pullback = vjp(
+            gradient, {"params": end["params"], "meta": settings["meta"]}
+        )
 
         def product(v: Tree) -> Tree:
-            bent = hvp(problem.inner_loss, params, v, batch, meta=meta)
-            return tree.map(lambda h, x: h + damping * x, bent, v)
+            return _plus(pullback({"grads": v})["params"], damping, v)
 
-        wanted = slopes["params"]
         diagnostics: dict[str, Any] = {"residual": None}
         if solver == "cg":
             v, diagnostics = _conjugate_gradients(product, wanted, iterations)
@@ -120,10 +128,9 @@ def implicit(
             v, diagnostics = _neumann(product, wanted, iterations, step_size)
         else:
             v = tree.map(lambda x: step_size * x, wanted)
-        mixed = mixed_vp(problem.inner_loss, params, v, batch, meta=meta, wrt=("meta",))
-        through = back_to_eta(mixed)["eta"]
+        through = back_to_eta({"meta": pullback({"grads": v})["meta"]})["eta"]
         grads = tree.map(torch.sub, slopes["eta"], through)
-        diagnostics["gradient_norm"] = _gradient_norm(problem, params, batch, meta)
+        diagnostics["gradient_norm"] = _dot(inner["grads"], inner["grads"]).sqrt()
     return Estimate(value, grads, diagnostics, end)
 
 
@@ -241,13 +248,6 @@ def _neumann(
         x = _plus(x, step_size, term)
         term = _plus(term, -step_size, product(term))
     return x, {"residual": _ratio(_dot(term, term), _dot(wanted, wanted))}
-
-
-def _gradient_norm(problem: Problem, params: Tree, batch: Tree, meta: Tree) -> Tensor:
-    slope = InnerLoss(problem.inner_loss, has_aux=False).grad(params, batch, meta, None)[
-        0
-    ]
-    return _dot(slope, slope).sqrt()
 
 
 def _ratio(squares: Tensor, start: Tensor) -> Tensor:
