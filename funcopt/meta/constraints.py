@@ -278,8 +278,8 @@ def constrained(constraints: Any) -> Constraint:
             it is.
 
     Returns:
-        A constraint: a tree of unconstrained tensors to one of constrained tensors,
-        which ``Problem(constrain=)`` takes.
+        A constraint that takes a tree of unconstrained tensors to one of constrained
+        tensors, as ``Problem(constrain=)`` wants it.
 
     Raises:
         StructureError: by the result, for a tree that ``constraints`` is no prefix of.

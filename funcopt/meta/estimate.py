@@ -14,9 +14,9 @@ class Estimate(NamedTuple):
     """What an estimator of ``fo.meta`` gives: numbers without a graph."""
 
     value: Tensor  #: 0-d, the objective over the steps that were made
-    grads: Tree  #: like eta: the estimate of the objective's derivative
+    grads: Tree  #: the estimate of the objective's derivative, like eta
     diagnostics: dict[str, Any]  #: what else is known; each estimator says
-    carry: Carry  #: where the inner loop stands: pass it on, or save it
+    carry: Carry  #: where the inner loop stands; pass it on, or save it
 
     def without_influence(self) -> list[str]:
         """Names of the leaves of eta whose gradient is 0 in every element.

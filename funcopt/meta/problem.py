@@ -269,7 +269,7 @@ def advance(
         carry: where to begin; None, or a carry at the end, is the start.
 
     Returns:
-        A carry, to be given to an estimator: ``{"params", "state", "step"}``, detached.
+        A carry for an estimator, ``{"params", "state", "step"}``, detached.
 
     Raises:
         HyperparameterError: more steps than are left, or fewer than 0.
