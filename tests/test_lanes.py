@@ -339,6 +339,12 @@ PLAIN: dict[str, tuple[Callable[[], fo.Optimizer], dict[str, Any]]] = {
         ),
         {},
     ),
+    "noise for each element": (fo.sgld, {"noise": positive(8)}),
+    "a rate for each element": (fo.adamw, {"lr": positive(9)}),
+    "and another for each leaf": (
+        fo.adamw,
+        {"lr": positive(9), "weight_decay": {"w": 0.1, "b": 0.2, "none": 0.3}},
+    ),
     "a rate for each leaf": (fo.lars, {"lr": {"w": 0.1, "b": 0.2, "none": 0.3}}),
 }
 
@@ -350,6 +356,7 @@ def test_a_plain_step_goes_by_its_lane(
 ):
     """To the bit the steps of native kernels that are asked for by name."""
     factory, options = PLAIN[what]
+    given = {k: v for k, v in options.items() if k in ("noise", "lr")}
     opt, named = factory(**options), factory(**options)
     params = positive(1)
     runs = [(tree.map(torch.clone, params), opt.init(params)) for _ in range(2)]
@@ -360,9 +367,9 @@ def test_a_plain_step_goes_by_its_lane(
     )
     for seed in range(2, 7):
         grads = positive(seed)
-        expected = named.update(grads, runs[1][1], runs[1][0], execution="native")
+        expected = named.update(grads, *runs[1][::-1], execution="native", **given)
         looked.clear()
-        found = opt.update(grads, runs[0][1], runs[0][0], donate=donate)
+        found = opt.update(grads, *runs[0][::-1], donate=donate, **given)
         assert bool(looked) is (seed == 2)
         pairs = zip(tree.leaves(found), tree.leaves(expected))
         assert all(torch.equal(a, b) for a, b in pairs)

@@ -84,18 +84,20 @@ def _lane(
     leaves: Leaves, group: Group, which: Sequence[int] | None = None
 ) -> Lane | None:
     """A lane for steps like this one, if its leaves go one way as they are."""
-    if group.choice.name not in ENGINES or "stream" in group.kinds:
+    elements = leaves.rule.streams(group.kinds)
+    if group.choice.name not in ENGINES or levels.inside() or levels.pushing():
         return None
-    if levels.inside() or levels.pushing():
+    if elements and (group.choice.transformed or which is not None):
         return None
-    columns = [leaves.grads, leaves.params, *leaves.state]
+    columns = leaves.streams(group.kinds)
     if any(a is not b for a, b in zip(columns, layout.alike(columns))):
         return None
     if group.choice.transformed:
         row, *others = leaves.rows(group.kinds)[0]
         return None if others else Recorded(_form(leaves, group), row)
     executor = _executor(leaves.rule, group)
-    return Plain(executor, group.kinds, leaves.params, leaves.rule, which)
+    given = [values[name] for name in elements for values in leaves.hyper]
+    return Plain(executor, group.kinds, leaves.params, leaves.rule, which, given)
 
 
 def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:

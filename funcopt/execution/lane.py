@@ -28,6 +28,9 @@ class Lane(ABC):
         self._rule = rule
         self.kinds = kinds
         self._names = rule.scalars(kinds)
+        self._elements = rule.streams(kinds)  # hyperparameters with a value for each
+        self._fixed = [name for name in rule.hyper if name not in self._elements]
+        self._alike: Known[bool] = Known()  # of these values: that they are as leaves are
         self._numbers: dict[str, Any] | None = None  # values that were looked at before
 
     def run(
@@ -43,6 +46,12 @@ class Lane(ABC):
         the steps.
         """
         first, each = hyper[0], {id(values): values for values in hyper}
+        if self._elements:
+            more = [[values[name] for values in hyper] for name in self._elements]
+            if not self._alike.get([*chain.from_iterable(more)]):
+                return None
+            streams = [*streams, *more]
+            each = {tuple(id(v[name]) for name in self._fixed): v for v in hyper}
         if len(each) > 1 or first is not self._numbers:
             kinds = self._rule.kinds
             if any(kinds(values) != self.kinds for values in each.values()):
@@ -71,6 +80,7 @@ class Plain(Lane):
     """For steps of which no derivative is asked: by one executor.
 
     Several rows of scalars are those that ``which`` gives each leaf; or one for each.
+    ``elements`` are the hyperparameters that have a value for each of a leaf's.
     """
 
     def __init__(
@@ -80,8 +90,10 @@ class Plain(Lane):
         params: Column,
         rule: Rule,
         which: Sequence[int] | None = None,
+        elements: Sequence[Tensor] = (),
     ) -> None:
         super().__init__(rule, kinds)
+        self._alike.put(elements, True)
         self._executor = executor
         self._shared = executor.direct(params, [0] * len(params))
         self._which = which or range(len(params))
@@ -98,15 +110,14 @@ class Plain(Lane):
                 return None
             rows = [[*map(read_number, row)] for row in rows]
         addresses = [address for column in streams for address in map(_address, column)]
+        old = streams[1 : 1 + self._written]
         if donate and addresses != self._apart:
-            if layout.overlap(streams) or layout.folded(streams[1:]):
+            if layout.overlap([streams[0], *old]) or layout.folded(old):
                 return None
             self._apart = addresses
-        out = (
-            streams[1:]
-            if donate
-            else self._rule.recycler.columns(streams[1], self._written)
-        )
+        out = old
+        if not donate:
+            out = self._rule.recycler.columns(streams[1], self._written)
         direct = self._shared
         if len(rows) > 1:
             if self._own is None:
@@ -114,7 +125,7 @@ class Plain(Lane):
             direct = self._own
         columns = direct(streams, addresses, rows, out)
         if columns is not None and donate:
-            torch.autograd.graph.increment_version([*chain(*streams[1:])])
+            torch.autograd.graph.increment_version([*chain(*old)])
         return columns
 
 
