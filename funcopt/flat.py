@@ -55,15 +55,19 @@ def most(counts: Tensor, otherwise: int) -> int:
     return otherwise if found is None or not found.numel() else int(found.max())
 
 
+def alone(x: Tensor) -> bool:
+    """Whether neither autograd nor a transform nor a mode follows what is computed."""
+    followed = torch.is_grad_enabled() or levels.inside() or levels.pushing()
+    return not followed and levels.readable(x)
+
+
 def slope_of(loss: Loss) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """A function of x that gives the loss's gradient there, and its value."""
     transformed: Any = torch.func.grad_and_value(loss)
 
     def slope(x: Tensor) -> tuple[Tensor, Tensor]:
         # What nobody differentiates or watches autograd does alone, in half the time.
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            return transformed(x)
-        if levels.inside() or levels.pushing() or not levels.readable(x):
+        if not alone(x) or torch.is_inference_mode_enabled():
             return transformed(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()

@@ -3,7 +3,7 @@
 import torch
 
 from funcopt.errors import HyperparameterError
-from funcopt.flat import Loss, everywhere, flat, most, slope_of, where
+from funcopt.flat import Loss, alone, everywhere, flat, most, slope_of, where
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
 from funcopt.optimizers._line_search import Point, strong_wolfe
@@ -60,10 +60,12 @@ def rule(
     known = min(size, most((slots["ro"] > 0).sum(), size))
     memory = [slots[key][size - known :] for key in ("old_dirs", "old_stps", "ro")]
     products = memory[1] @ memory[0].T
+    rounds = min(max_iter, max_eval)
+    rooms = [_Room(rows, rounds) for rows in memory] if alone(x) else None
     f = loss(x).to(x.dtype)
     evals = torch.ones_like(n_iter)
     done = _largest(g) <= tolerance_grad
-    for i in range(min(max_iter, max_eval)):
+    for i in range(rounds):
         if everywhere(done):
             break
         n_iter = n_iter + ~done
@@ -73,10 +75,14 @@ def rule(
         curved = ~done & (ys > _CURVED)
         ys = torch.where(curved, ys, 1.0)
         products = _bordered(products, memory[1] @ y, memory[0] @ s, ys, curved, size)
-        memory = [
-            _pushed(rows, row, curved, size)
-            for rows, row in zip(memory, (y, s, 1 / ys), strict=True)
-        ]
+        new = (y, s, 1 / ys)
+        if rooms is None:
+            pairs = zip(memory, new, strict=True)
+            memory = [_pushed(rows, row, curved, size) for rows, row in pairs]
+        elif curved:
+            memory = [
+                room.pushed(row, size) for room, row in zip(rooms, new, strict=True)
+            ]
         scale = where(curved, ys / torch.where(curved, yy, 1.0), scale)
         way = direction(g, *memory, products, scale)
         if moves is not None:
@@ -124,18 +130,18 @@ def rule(
             | (_largest(d * t) <= tolerance_change)
             | ((f - last_f).abs() < tolerance_change)
         )
-    y, s, ro = (_padded(rows, size) for rows in memory)
+    y, s, ro = (_padded(rows, size, rooms is not None) for rows in memory)
     return x, {
         "func_evals": slots["func_evals"] + evals,
-        "n_iter": n_iter,
-        "d": d,
-        "t": t,
+        "n_iter": n_iter.clone(),  # what may be the old state's, or the loss's
+        "d": d.clone(),
+        "t": t.clone(),
         "old_dirs": y,
         "old_stps": s,
         "ro": ro,
-        "H_diag": scale,
-        "prev_flat_grad": last_g,
-        "prev_loss": last_f,
+        "H_diag": scale.clone(),
+        "prev_flat_grad": last_g.clone(),
+        "prev_loss": last_f.clone(),
     }
 
 
@@ -163,8 +169,27 @@ def _bordered(
     return _pushed(columns, torch.cat([below, corner[None]])[-size:], new, size)
 
 
-def _padded(rows: Tensor, size: int) -> Tensor:
+class _Room:
+    """Memory for rows to come, so that none is copied for another. Nobody may follow."""
+
+    def __init__(self, rows: Tensor, more: int) -> None:
+        self._end = rows.shape[0]
+        self._rows = rows.new_empty(self._end + more, *rows.shape[1:])
+        self._rows[: self._end] = rows
+
+    def pushed(self, row: Tensor, size: int) -> Tensor:
+        """The last ``size`` rows, this one among them."""
+        self._rows[self._end] = row
+        self._end += 1
+        return self._rows[max(0, self._end - size) : self._end]
+
+
+def _padded(rows: Tensor, size: int, in_place: bool) -> Tensor:
     missing = size - rows.shape[0]
+    if in_place:  # pages of zeros that nobody touches cost nothing
+        full = rows.new_zeros(size, *rows.shape[1:])
+        full[missing:] = rows
+        return full
     return torch.cat([rows.new_zeros(missing, *rows.shape[1:]), rows])
 
 
