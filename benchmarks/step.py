@@ -36,7 +36,7 @@ from targets import ADAMW, DONATED, LARGE, PURE, REGISTRY, STEP, TORCH
 REPEATS = 31
 #: Of the registry: seconds for all contenders on one tree, in 5 to 15 samples.
 SECONDS = 1.2
-#: A step that takes longer is not timed.
+#: A first step that takes longer is not compared.
 PATIENCE = 2.0
 CHECKED = 7  # steps: past the fifth, where RAdam begins to rectify
 #: Largest difference from float64, relative to the leaf's largest change in those steps;
