@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import torch
@@ -17,27 +16,11 @@ from sinusoid.methods import LAYERS
 from sinusoid.report import label, mean_and_interval
 from sinusoid.training import INNER_LR, Outcome, predict
 from sinusoid.waves import DOMAIN, Points, Wave
+from style import COLOURS, INK, STYLE
 
 SHOWN = 4  # waves
 WORST = 4.0  # errors above this leave the picture
-COLOURS = "#3B6FB6", "#4FA3A5", "#E07B39", "#8E5EA2", "#A89A2E", "#C44E6B"
-TRUTH, INK, FAINT = "#C3C8CF", "#33373D", "#8A8F98"
-STYLE: dict[Any, Any] = {
-    "savefig.dpi": 160,
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
+TRUTH = "#C3C8CF"
 
 
 def save(
