@@ -15,7 +15,7 @@ import funcopt as fo
 from funcopt import tree
 
 LR, STEPS, TASKS = 0.2, 3, 4
-FAMILIES = ("maml", "fomaml", "anil", "cavia", "metasgd", "lslr", "reptile")
+FAMILIES = ("maml", "fomaml", "anil", "cavia", "metasgd", "lslr", "reptile", "imaml")
 RATES = ("metasgd", "lslr")
 NOT_LEARNED = {"cavia": "context"}
 
@@ -60,9 +60,13 @@ def tasks() -> tuple[Points, Points]:
     return points(5), points(6)
 
 
-def family(name: str, opt: fo.Optimizer | None = None, **options: Any) -> fo.meta.Family:
+def family(
+    name: str, opt: fo.Optimizer | None = None, loss_fn: Any = None, **options: Any
+) -> fo.meta.Family:
     options.setdefault("steps", STEPS)
-    return getattr(fo.meta, name)(loss, opt or fo.sgd(lr=LR), **options)
+    if name == "imaml":
+        options.setdefault("iterations", 40)  # of conjugate gradients: converged
+    return getattr(fo.meta, name)(loss_fn or loss, opt or fo.sgd(lr=LR), **options)
 
 
 def theta_of(name: str) -> Any:
@@ -94,9 +98,10 @@ def descended(name: str, theta: Any, points: Points, steps: int = STEPS) -> list
     moved = {"anil": ("head.weight", "head.bias"), "cavia": ("context",)}.get(name, [*p])
     path = [p]
     for k in range(steps):
-        grads = torch.autograd.grad(
-            loss(p, points), [p[n] for n in moved], create_graph=True
-        )
+        value = loss(p, points)
+        if name == "imaml":  # λ = 2
+            value = value + sum(((p[n] - theta[n]) ** 2).sum() for n in p)
+        grads = torch.autograd.grad(value, [p[n] for n in moved], create_graph=True)
         if name == "fomaml":
             grads = [g.detach() for g in grads]
         steps_made = {n: rate(name, theta, n, k) * g for n, g in zip(moved, grads)}
@@ -115,6 +120,8 @@ def by_hand(name: str, theta: Any, weights: Tensor | None = None) -> tuple[Tenso
             whole = torch.cat([support[0], query[0]]), torch.cat([support[1], query[1]])
             end = tree.detach(descended(name, theta, whole)[-1])
             total = total + sum(((theta[n] - end[n]) ** 2).sum() for n in theta) / 2
+        elif name == "imaml":
+            total = total + implicit_by_hand(theta, support, query)
         else:
             path = descended(name, theta, support)[1:]
             every = torch.stack([loss(p, query) for p in path])
@@ -122,6 +129,22 @@ def by_hand(name: str, theta: Any, weights: Tensor | None = None) -> tuple[Tenso
     leaves = tree.leaves(theta)
     grads = torch.autograd.grad(total / TASKS, leaves, materialize_grads=True)
     return total.detach() / TASKS, tree.unflatten(tree.flatten(theta)[1], list(grads))
+
+
+def implicit_by_hand(theta: Params, support: Points, query: Points) -> Tensor:
+    """The query loss, with (I + H / 2)⁻¹ of its gradient for a gradient; H is dense."""
+    names, sizes = [*theta], [p.numel() for p in theta.values()]
+    end = tree.detach(descended("imaml", theta, support)[-1])
+
+    def of(flat: Tensor, points: Points) -> Tensor:
+        parts = flat.split(sizes)
+        return loss({n: p.view_as(theta[n]) for n, p in zip(names, parts)}, points)
+
+    at = torch.cat([end[n].flatten() for n in names])
+    curved = torch.eye(len(at)).double() + torch.func.hessian(of)(at, support) / 2
+    slope = torch.linalg.solve(curved, torch.func.grad(of)(at, query))
+    start = torch.cat([theta[n].flatten() for n in names])
+    return of(at, query) + (slope * (start - start.detach())).sum()
 
 
 tasks_of_test: Any = None
@@ -174,6 +197,10 @@ def test_adaptation_goes_on_beyond_the_steps_of_training(name: str):
         close(run.params, tree.detach(descended(name, followed, support, steps)[-1]))
         assert run.losses.shape == (steps,)
         assert not any(x.requires_grad for x in tree.leaves(run.params))
+    scale = torch.ones((), requires_grad=True)  # and nothing that the loss closes over
+    scaled = family(name, loss_fn=lambda p, points: scale * loss(p, points))
+    run = fo.meta.adapt(scaled, theta, support)
+    assert not any(x.requires_grad for x in tree.leaves(run.params))
     default = fo.meta.adapt(family(name), theta, support).params
     close(default, family(name).adapt(theta, support).params)
     close(fo.meta.adapt(family(name), theta, support, steps=STEPS).params, default)
@@ -205,9 +232,7 @@ def test_the_unadapted_network(name: str):
 def test_aux_is_of_the_query_after_adaptation(name: str):
     theta = theta_of(name)
     plain = fo.meta.value_and_grad(family(name).task_loss)(theta, tasks_of_test)
-    with_aux = getattr(fo.meta, name)(
-        loss_and_worst, fo.sgd(lr=LR), steps=STEPS, has_aux=True
-    )
+    with_aux = family(name, loss_fn=loss_and_worst, has_aux=True)
     (value, worst), grads = fo.meta.value_and_grad(with_aux.task_loss, has_aux=True)(
         theta, tasks_of_test
     )
@@ -225,7 +250,7 @@ def test_any_inner_optimizer(name: str, opt: fo.Optimizer):
     kind, theta = family(name, opt), theta_of(name)
     mean = fo.meta.value_and_grad(kind.task_loss, tasks="vmap")
     _, grads = mean(theta, tasks_of_test)
-    if name in ("fomaml", "reptile"):
+    if name in ("fomaml", "reptile", "imaml"):
         assert all(torch.isfinite(g).all() for g in tree.leaves(grads))
         return
     way = tree.map(torch.randn_like, theta)
@@ -295,6 +320,34 @@ def test_reptile_in_minibatches():
     close(grads, tree.map(lambda p, q: p - q, theta, end))
 
 
+def test_imaml_at_the_minimum_is_the_closed_form():
+    r"""½(φ - c)ᵀA(φ - c): φ* = (A + λ)⁻¹(Ac + λθ), whose derivative is λ(A + λ)⁻¹."""
+    root, strength = torch.randn(4, 4).double(), 0.7
+    bowl = root @ root.T / 4
+
+    def quadratic(p: Params, centre: Tensor) -> Tensor:
+        way = p["x"] - centre
+        return 0.5 * way @ bowl @ way
+
+    kind = fo.meta.imaml(
+        quadratic, fo.sgd(lr=0.2), steps=400, strength=strength, iterations=6
+    )
+    theta = {"x": torch.randn(4).double()}
+    one_way, other = torch.randn(2, 4).double()
+    value, grads = fo.meta.value_and_grad(kind.task_loss)(
+        theta, (one_way[None], other[None])
+    )
+    resolvent = torch.linalg.inv(bowl + strength * torch.eye(4).double())
+    minimum = resolvent @ (bowl @ one_way + strength * theta["x"])
+    close(value, quadratic({"x": minimum}, other))
+    close(grads["x"], strength * resolvent @ bowl @ (minimum - other))
+    # At the minimum it is also what the exact gradient through all steps comes to.
+    unrolled = torch.func.grad(
+        lambda theta: quadratic(kind.adapt(theta, one_way).params, other)
+    )(theta)
+    close(grads, unrolled)
+
+
 def test_weights_anneal_to_the_last_step():
     weights = [fo.meta.step_weights(5, t) for t in (0.0, 0.3, 0.9, 1.0, 7.0)]
     for w in weights:
@@ -312,17 +365,32 @@ def test_rates_start_from_the_inner_optimizers():
     assert family("metasgd", opt).init(params())["lr"]["context"].shape == (2,)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def normed(p: Params, points: Points, *, buffers: Params) -> Tensor:
+    """By running statistics, too, so that they matter."""
+    x, y = points
+    x = torch.nn.functional.batch_norm(
+        x, buffers["mean"], buffers["var"], training=True, momentum=0.5
+    )
+    return loss(p, (x, y)) + (p["head.bias"] * buffers["mean"]).square().sum()
+
+
+def test_the_last_steps_weight_alone_is_the_plain_loss():
+    """State and buffers go from step to step, and the queries on the way leave them."""
+    buffers = {"mean": torch.zeros(2).double(), "var": torch.ones(2).double()}
+    opt = fo.sgd(lr=LR, momentum=0.9)
+    kind = family("lslr", opt, loss_fn=normed, buffers=buffers)
+    last = partial(kind.task_loss, weights=fo.meta.step_weights(STEPS, 1.0))
+    theta = theta_of("lslr")
+    plain, weighted = (
+        fo.meta.value_and_grad(judged)(theta, tasks_of_test)
+        for judged in (kind.task_loss, last)
+    )
+    close(weighted, plain)
+
+
+@pytest.mark.parametrize("name", FAMILIES[:-1])  # a minimum has no last buffers
 def test_buffers_are_carried_and_not_changed(name: str):
     """Running statistics: the inner loop's go on to the query, and ours stay."""
-
-    def normed(p: Params, points: Points, *, buffers: Params) -> Tensor:
-        x, y = points
-        x = torch.nn.functional.batch_norm(
-            x, buffers["mean"], buffers["var"], training=True, momentum=0.5
-        )
-        return loss(p, (x, y)) + buffers["mean"].square().sum()
-
     buffers = {"mean": torch.zeros(2).double(), "var": torch.ones(2).double()}
     kind = getattr(fo.meta, name)(normed, fo.sgd(lr=LR), steps=2, buffers=buffers)
     theta = kind.init(params())
@@ -348,6 +416,15 @@ def test_a_task_is_a_pair_or_a_dict(name: str):
             kind.task_loss(theta, task)
 
 
+def test_what_is_not_finite_is_counted():
+    inf, nan = float("inf"), float("nan")
+    grads = {"a": [torch.tensor([nan, 1.0, -inf]), None], "b": torch.zeros(2, 2)}
+    counts = fo.meta.nonfinite(grads)
+    assert {path: int(n) for path, n in counts.items()} == {"a.0": 2, "b": 0}
+    many = vmap(fo.meta.nonfinite)({"c": torch.tensor([[nan, nan], [0.0, inf]])})
+    assert many["c"].tolist() == [2, 1]
+
+
 BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
     "no step to have a rate": (
         lambda: family("lslr", steps=0),
@@ -370,6 +447,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
         lambda: family("anil", adapted="tail*").adapt(params(), one(tasks_of_test, 0)[0]),
         fo.HyperparameterError,
         r"the glob 'tail\*' fits none of the parameters",
+    ),
+    "no pull": (
+        lambda: family("imaml", strength=0.0),
+        fo.HyperparameterError,
+        "strength must be positive, got 0.0",
     ),
     "annealing before it begins": (
         lambda: fo.meta.step_weights(3, -0.1),

@@ -28,6 +28,7 @@ from funcopt.meta.families import (
     anil,
     cavia,
     fomaml,
+    imaml,
     lslr,
     maml,
     metasgd,
@@ -35,6 +36,7 @@ from funcopt.meta.families import (
     step_weights,
 )
 from funcopt.meta.fixed_point import implicit, weight_update_implicit
+from funcopt.meta.guards import nonfinite
 from funcopt.meta.problem import Problem, advance
 from funcopt.meta.smoothness import metasmoothness
 from funcopt.meta.tangents import forward
@@ -60,12 +62,14 @@ __all__ = [
     "forward",
     "hvp",
     "hypergradient_descent",
+    "imaml",
     "implicit",
     "lslr",
     "maml",
     "metasgd",
     "metasmoothness",
     "mixed_vp",
+    "nonfinite",
     "one_minus_exp",
     "pes",
     "random_window",

@@ -4,6 +4,7 @@ from funcopt.meta.families.adapt import adapt
 from funcopt.meta.families.anil import anil
 from funcopt.meta.families.cavia import cavia
 from funcopt.meta.families.family import Family
+from funcopt.meta.families.imaml import imaml
 from funcopt.meta.families.lslr import lslr, step_weights
 from funcopt.meta.families.maml import fomaml, maml
 from funcopt.meta.families.metasgd import metasgd
@@ -15,6 +16,7 @@ __all__ = [
     "anil",
     "cavia",
     "fomaml",
+    "imaml",
     "lslr",
     "maml",
     "metasgd",

@@ -1,0 +1,108 @@
+"""iMAML: adapt near θ for as long as it takes, and differentiate the minimum alone."""
+
+from typing import Any
+
+import torch
+
+from funcopt import tree
+from funcopt.errors import HyperparameterError
+from funcopt.inner.unroll import Unrolled, unroll
+from funcopt.meta.families.family import Family, itself, pair
+from funcopt.meta.fixed_point import implicit
+from funcopt.meta.problem import Problem
+from funcopt.optimizer import Optimizer
+from funcopt.types import LossFunction, Tensor, Tree
+
+
+def imaml(
+    loss_fn: LossFunction,
+    inner: Optimizer,
+    *,
+    steps: int,
+    strength: float = 2.0,
+    iterations: int = 5,
+    damping: float = 0.0,
+    has_aux: bool = False,
+) -> Family:
+    r"""Adapt close to θ, and take the gradient by implicit differentiation.
+
+    .. math::
+        \phi^* = \arg\min_\phi L(\phi, \text{support}) + \tfrac\lambda2
+        \lVert \phi - \theta \rVert^2, \qquad
+        \nabla_\theta V = \big(I + \tfrac1\lambda \nabla^2 L(\phi^*,
+        \text{support})\big)^{-1} \nabla L(\phi^*, \text{query})
+
+    The way to the minimum does not matter: memory is that of one gradient in any number
+    of steps, by any optimizer. Exact at the minimum, when conjugate gradients have
+    converged.
+
+    Args:
+        loss_fn: as in `maml`; twice differentiable, as `implicit` needs it.
+        inner: as in `maml`.
+        steps: K ≥ 1, enough to come near the minimum; 16 in the paper.
+        strength: λ > 0, of the proximal term; 2 in the paper.
+        iterations: of conjugate gradients, ≥ 1; 5 in the paper.
+        damping: added to the curvature, ≥ 0: for an adaptation that ends where the
+            curvature is not positive.
+        has_aux: as in `maml`.
+
+    Returns:
+        A `Family`, as of `maml`. Of ``task_loss`` there are first derivatives only.
+
+    Raises:
+        HyperparameterError: a ``strength`` that is not positive; by ``task_loss``, what
+            `implicit` refuses.
+        Whatever `maml` raises.
+
+    Source:
+        Rajeswaran, Finn, Kakade, Levine, "Meta-learning with implicit gradients", 2019.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> def loss(p, target):                     # φ* = (θ + target) / 2, with λ = 1
+        ...     return 0.5 * ((p - target) ** 2).sum()
+        >>> family = fo.meta.imaml(loss, fo.sgd(lr=0.5), steps=1, strength=1.0)
+        >>> tasks = torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [3.0]])
+        >>> fo.meta.value_and_grad(family.task_loss)(torch.zeros(1), tasks)
+        (tensor(0.6250), tensor([-0.5000]))
+    """
+    if not strength > 0:
+        raise HyperparameterError(f"strength must be positive, got {strength}")
+
+    def near(params: Tree, batch: Tree, theta: Tree) -> Any:
+        out = loss_fn(params, batch)
+        ways = tree.leaves(tree.map(lambda p, q: (p - q).square().sum(), params, theta))
+        pull = strength / 2 * torch.stack([x for x in ways if x is not None]).sum()
+        return (out[0] + pull, out[1]) if has_aux else out + pull
+
+    def adapt(theta: Tree, support: Tree, steps: int = steps) -> Unrolled:
+        return unroll(
+            inner, near, theta, support, steps=steps, meta=theta, has_aux=has_aux
+        )
+
+    def only_loss(out: Any) -> Tensor:
+        return out[0] if has_aux else out
+
+    def task_loss(theta: Tree, task: Tree) -> Any:
+        support, query = pair(task)
+        start = tree.detach(theta)
+        problem = Problem(
+            inner,
+            lambda params, batch, meta: only_loss(near(params, batch, meta)),
+            lambda params, batch, meta: only_loss(loss_fn(params, batch)),
+            steps=steps,
+            params=start,
+            batch=support,
+            outer_batch=query,
+        )
+        found = implicit(problem, {"meta": start}, iterations=iterations, damping=damping)
+        # The value, and a slope of zero height: its gradient by θ is what was found.
+        slopes = tree.map(
+            lambda p, at, g: ((p - at) * g).sum(), theta, start, found.grads["meta"]
+        )
+        value = found.value + sum(x for x in tree.leaves(slopes) if x is not None)
+        if not has_aux:
+            return value
+        return value, loss_fn(found.carry["params"], query)[1]
+
+    return Family(itself, adapt, task_loss, itself)
