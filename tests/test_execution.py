@@ -839,3 +839,23 @@ def test_masked_guards_change_nothing(monkeypatch: pytest.MonkeyPatch):
         found = update()
         with ExactRoots():
             assert_bits(found, update(execution="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_arc_tangent_in_every_octant(dtype: torch.dtype):
+    """Its signs, zeros, infinities and NaN exact, the rest to two places."""
+    opt = fo.elementwise(
+        lambda y, x, *, step: (torch.atan2(y, x),), name="atan2", slots={}, hyper={}
+    )
+    inf, nan = float("inf"), float("nan")
+    some = torch.tensor([0, 1, 1e-45, 3e38, inf, 0.7, 2.5, nan], dtype=dtype)
+    drawn = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    every = torch.cat([some, -some, drawn.to(dtype)])
+    y, x = (grid.reshape(-1) for grid in torch.meshgrid(every, every, indexing="ij"))
+    found, _ = opt.update(y, opt.init(x), x, execution="native")
+    exact = torch.atan2(y.double(), x.double())
+    assert torch.equal(found.isnan(), exact.isnan())
+    number = ~exact.isnan()
+    assert torch.equal(found.signbit()[number], exact.signbit()[number])
+    place = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
+    assert ((found.double() - exact).abs() <= 2 * place).logical_or(exact.isnan()).all()

@@ -67,7 +67,7 @@ def _mean(x: Tensor, axis: int) -> Tensor:
 
 def _root_mean_square(x: Tensor) -> Number:
     flat = x.reshape(-1)
-    return sqrt(known((flat @ flat).to(torch.float64)) / max(x.numel(), 1))
+    return sqrt(known(flat @ flat) / max(x.numel(), 1))
 
 
 def _row_var(p: Tensor) -> Tensor:

@@ -90,8 +90,7 @@ static inline float arc_tangent(float y, float x) {{
     r = HORNER(q, z * r, q);
     r = b > a ? 0x1.921fb6p0f - (r + 0x1.777a5cp-25f) : r;
     r = copysignf(1.0f, x) < 0 ? 0x1.921fb6p1f - (r + 0x1.777a5cp-24f) : r;
-    r = copysignf(r, y);
-    return x != x ? x : y != y ? y : r;
+    return copysignf(r, y);  // a NaN has come through the quotient
 }}
 static inline T lerp(T a, T b, T w) {{
     int near = FABS(w) < (T)0.5;
