@@ -80,7 +80,7 @@ def at_memory_speed(results: list[dict[str, Any]]) -> str:
         if r is None:
             continue
         if "milliseconds" not in r:
-            rows.append([rule, "", f"{1e3 * r['seconds']:,.0f}", *[""] * 5])
+            rows.append([rule, "", _untimed(r), *[""] * 5])
             continue
         times = r["milliseconds"]
         adamw = times.get(targets.ADAMW, times[DONATED])["median"] / r["bytes of AdamW"]
@@ -136,12 +136,17 @@ def _best(result: dict[str, Any]) -> tuple[str, float] | None:
 
 def _against(result: dict[str, Any] | None) -> str:
     if result is None or "milliseconds" not in result:
-        return f"{1e3 * result['seconds']:,.0f}, not compared" if result else ""
+        return f"{_untimed(result)}, not compared" if result else ""
     times = result["milliseconds"]
     ours = " / ".join(f"{times[name]['median']:.3g}" for name in (DONATED, PURE))
     name, faster = _best(result) or ("", 0.0)
     mark = "" if faster >= targets.BEST else "**"
     return f"{ours}; {mark}{faster:.2f} ×{mark} {name}"
+
+
+def _untimed(result: dict[str, Any]) -> str:
+    """The first step's milliseconds alone; or that it came to other numbers."""
+    return "**wrong**" if "error" in result else f"{1e3 * result['seconds']:,.0f}"
 
 
 def _microseconds(times: measure.Times | None) -> str:

@@ -27,7 +27,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "dog": {"reps_rel": 0.1},
     "prodigy": {"d0": 1e-3},
     "novograd": {"lr": 1.0},
-    "shampoo": {"eps": 100.0},
     "lbfgs": {"max_iter": 5, "history_size": 10, "tolerance_change": 0.0},
 }
 #: what a flag makes another rule
@@ -70,9 +69,17 @@ class Rule:
 
     @property
     def rounds_coarsely(self) -> bool:
-        """Whether float32 is far from float64: matrices in bfloat16, roots of them."""
+        """Whether it makes a matrix of a leaf, perhaps in bfloat16."""
         spec = self.optimizer.spec
         return bool(spec and not spec.traceable)
+
+    @property
+    def amplifies(self) -> bool:
+        """Whether float32's rounding grows so that a comparison must be in float64.
+
+        That of a difference of gradients, or of roots and bases of singular matrices.
+        """
+        return self.takes_loss or (self.rounds_coarsely and self.theirs is None)
 
     @property
     def implementations(self) -> list[str]:
