@@ -10,6 +10,7 @@ from funcopt import (
     transforms,
 )
 from funcopt.errors import (
+    CheckpointError,
     CompileError,
     ExecutionError,
     FuncoptError,
@@ -31,10 +32,17 @@ from funcopt.optimizers import *
 from funcopt.plan import plan
 from funcopt.schedules.schedule import Schedule
 from funcopt.select import by_name
+from funcopt.torch_optim.bridges import (
+    as_torchopt,
+    from_torch,
+    from_transform,
+    to_torch,
+)
 from funcopt.transforms import *
 from funcopt.tree import detach
 
 __all__ = [
+    "CheckpointError",
     "CompileError",
     "ExecutionError",
     "FuncoptError",
@@ -49,10 +57,13 @@ __all__ = [
     "StructureError",
     "UnknownHyperparameterError",
     "Unrolled",
+    "as_torchopt",
     "by_name",
     "detach",
     "elementwise",
     "execution",
+    "from_torch",
+    "from_transform",
     "func",
     "meta",
     "normal_like",
@@ -61,6 +72,7 @@ __all__ = [
     "plan",
     "projections",
     "schedules",
+    "to_torch",
     "torch_optim",
     "unroll",
 ]

@@ -43,3 +43,9 @@ class CompileError(FuncoptError, RuntimeError):
 
 class RemoteTaskError(FuncoptError, RuntimeError):
     """Another process that shares the tasks has failed; the message is its own."""
+
+
+class CheckpointError(FuncoptError, ValueError, KeyError):
+    """A checkpoint is another optimizer's, or of other parameters."""
+
+    __str__ = Exception.__str__  # a KeyError shows its message with quotes around

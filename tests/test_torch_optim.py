@@ -1,35 +1,77 @@
 """funcopt.torch_optim: the numbers, the state and the groups of torch.optim."""
 
+import copy
+import inspect
+import io
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
+import funcopt as fo
 from funcopt import torch_optim
+from funcopt import tree as tree_of
 
-#: each class with two mixes of its flags
+#: each of torch's classes, and what is not its default
 MIXES: list[tuple[str, dict[str, Any]]] = [
-    ("SGD", {}),
-    ("SGD", {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1}),
-    ("Adam", {}),
+    ("ASGD", {"t0": 3.0}),
+    ("Adadelta", {"weight_decay": 0.1}),
+    ("Adafactor", {}),
+    ("Adagrad", {"lr_decay": 0.1, "initial_accumulator_value": 0.1}),
     ("Adam", {"amsgrad": True, "weight_decay": 0.1}),
     ("AdamW", {}),
-    ("AdamW", {"amsgrad": True, "maximize": True}),
+    ("Adamax", {}),
+    ("Muon", {}),
+    ("NAdam", {"decoupled_weight_decay": True, "weight_decay": 0.1}),
+    ("RAdam", {}),
+    ("RMSprop", {"centered": True, "momentum": 0.9}),
+    ("Rprop", {}),
+    ("SGD", {}),
+    ("SGD", {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1}),
 ]
+each = pytest.mark.parametrize("name, kwargs", MIXES)
+#: the same, most of them for the slow run
+each_slow = pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        pytest.param(*mix, marks=[] if i in (4, 9, 13) else [pytest.mark.slow])
+        for i, mix in enumerate(MIXES)
+    ],
+)
+QUICK = ("Lion", "DoG", "SGLD", "Shampoo")
+OWN = [name for name in torch_optim.FACTORIES if not hasattr(torch.optim, name)]
 SHAPES = [(3, 4), (5,), (), (2, 3, 4)]
 STEPS = 12
 
 
-def parameters(dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
+def parameters(name: str = "", dtype: torch.dtype = torch.float64) -> list[Parameter]:
     generator = torch.Generator().manual_seed(1)
+    shapes = [(3, 4), (2, 2), (4, 2)] if name == "Muon" else SHAPES
     return [
-        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype))
-        for shape in SHAPES
+        Parameter(torch.randn(shape, generator=generator, dtype=dtype))
+        for shape in shapes
     ]
 
 
-def groups(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+def make(library: Any, name: str, **kwargs: Any) -> Any:
+    return getattr(library, name)(groups(parameters(name)), **kwargs)
+
+
+def values(opt: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.detach().clone() for group in opt.param_groups for p in group["params"]]
+
+
+def groups(params: list[Parameter]) -> list[dict[str, Any]]:
     return [{"params": params[:2]}, {"params": params[2:], "lr": 0.02}]
 
 
@@ -72,14 +114,588 @@ def float64_scalars():
     torch.set_default_dtype(default)
 
 
-@pytest.mark.parametrize("name, kwargs", MIXES)
-def test_numbers_state_and_groups(name: str, kwargs: dict[str, Any], float64_scalars):
+@each
+def test_numbers_state_and_groups(name: str, kwargs: Any, float64_scalars: None):
+    ours, theirs = make(torch_optim, name, **kwargs), make(torch.optim, name, **kwargs)
+    for opt in (ours, theirs):
+        train(opt)
+    assert_like(values(ours), values(theirs))
+    assert_like(ours.state_dict(), theirs.state_dict())
+    assert repr(ours) == repr(theirs)
+    wanted = inspect.signature(type(theirs))
+    assert inspect.signature(type(ours)) == wanted and isinstance(ours, type(theirs))
+
+
+@each_slow
+@pytest.mark.parametrize("direction", [(0, 1), (1, 0)], ids=["from torch", "to torch"])
+def test_either_goes_on_from_the_others_checkpoint(
+    name: str, kwargs: Any, direction: tuple[int, int], float64_scalars: None
+):
+    libraries = torch.optim, torch_optim
+    first, second = (libraries[i] for i in direction)
+    one, straight = make(first, name, **kwargs), make(first, name, **kwargs)
+    train(one)
+    train(straight)
+    file = io.BytesIO()
+    torch.save(one.state_dict(), file)
+    file.seek(0)
+    other = make(second, name, **kwargs)
+    for p, value in zip(leaves(other), values(one)):
+        p.data.copy_(value)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    train(other, seed=3)
+    train(straight, seed=3)
+    assert_like(values(other), values(straight))
+    assert_like(other.state_dict(), straight.state_dict())
+
+
+def leaves(opt: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in OWN
+    ],
+)
+def test_every_other_rule_steps_as_its_function_does(name: str):
+    factory = getattr(fo, torch_optim.FACTORIES[name])
+    params = parameters(dtype=torch.float64)[:2]
+    cls = getattr(torch_optim, name)
+    quiet = {"temperature": 0.0} if name == "SGLD" else {}
+    opt = cls(params, **quiet)
+    given = {"noise": [p.detach() for p in params]} if name == "SGLD" else {}
+    rule, tree = factory(**quiet), [p.detach().clone() for p in params]
+    state = rule.init(tree)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(4):
+        grads = [torch.randn(p.shape, generator=generator).double() for p in params]
+        for p, g in zip(params, grads):
+            p.grad = g
+        opt.step()
+        tree, state = rule.update(grads, state, tree, **given)
+    for p, expected in zip(params, tree):
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
+    copy = cls(params)
+    copy.load_state_dict(opt.state_dict())
+    assert_like(copy.state_dict(), opt.state_dict())
+
+
+def test_a_number_of_a_step_is_given_to_it():
+    (p,) = params = parameters()[:1]
+    opt: Any = torch_optim.SophiaG(params, lr=0.1)
+    hessian = torch.rand_like(p)
+    p.grad = torch.ones_like(p)
+    expected, _ = (rule := fo.sophia_g(lr=0.1)).update(
+        p.grad, rule.init(p.detach()), p.detach(), hessian=hessian
+    )
+    opt.step(hessian=[hessian])
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_fire_once_and_in_torchs_order():
+    calls: list[str] = []
+
+    def note(what: str) -> Any:
+        return lambda *args: calls.append(what)
+
+    opt = make(torch_optim, "AdamW")
+    opt.register_step_pre_hook(note("pre"))
+    opt.register_step_post_hook(note("post"))
+    opt.register_state_dict_pre_hook(note("saving"))
+    opt.register_state_dict_post_hook(note("saved"))
+    opt.register_load_state_dict_pre_hook(note("loading"))
+    opt.register_load_state_dict_post_hook(note("loaded"))
+    everywhere = [
+        register_optimizer_step_pre_hook(note("all pre")),
+        register_optimizer_step_post_hook(note("all post")),
+    ]
+    try:
+        train(opt, 1)
+        opt.load_state_dict(opt.state_dict())
+    finally:
+        for handle in everywhere:
+            handle.remove()
+    assert calls[:4] == ["all pre", "pre", "post", "all post"]
+    assert calls[4:] == ["saving", "saved", "loading", "loaded"]
+
+
+def test_a_pre_hook_may_change_the_arguments():
+    opt = make(torch_optim, "SGD")
+    opt.register_step_pre_hook(lambda opt, args, kwargs: (args, {"closure": lambda: 7}))
+    assert opt.step() == 7
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_profiler_sees_the_name():
+    opt = make(torch_optim, "AdamW")
+    with torch.profiler.profile() as profile:
+        train(opt, 1)
+    assert "Optimizer.step#AdamW.step" in {e.key for e in profile.key_averages()}
+
+
+def over_pickle(opt: Any) -> Any:
+    return pickle.loads(pickle.dumps(opt))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "LBFGS", "Lion"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_copies_are_whole_and_apart(name: str, copied: Any):
+    params = parameters()
+    opt = getattr(torch_optim, name)(params)
+    opt.mine = 3
+
+    def closure(of: Any) -> Any:
+        def loss() -> Tensor:
+            of.zero_grad()
+            total = torch.stack([p.square().sum() for p in leaves(of)]).sum()
+            total.backward()
+            return total
+
+        return loss
+
+    opt.step(closure(opt))
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)  # wraps the step of the first
+    other = copied(opt)
+    assert other.mine == 3
+    assert_like(values(other), values(opt))
+    assert_like(other.state_dict(), opt.state_dict())
+    before = values(opt), copy.deepcopy(opt.state_dict())
+    other.step(closure(other))
+    assert_like(values(opt), before[0])
+    assert_like(opt.state_dict(), before[1])
+    opt.step(closure(opt))
+    assert_like(values(other), values(opt))
+    del scheduler
+
+
+def test_the_same_parameters_and_what_has_no_gradient():
+    params = parameters()
+    opt = torch_optim.AdamW(params, lr=0.1)
+    start, addresses = values(opt), [p.data_ptr() for p in params]
+    versions = [p._version for p in params]
+    for _ in range(3):
+        for p in params[:2]:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    assert [p.data_ptr() for p in params] == addresses
+    assert leaves(opt)[0] is params[0] and params[0]._version > versions[0]
+    assert_like(values(opt)[2:], start[2:])
+    assert params[2] not in opt.state and len(opt.state) == 2
+    params[2].grad = torch.ones_like(params[2])  # it may come late
+    opt.step()
+    assert [opt.state[p]["step"].item() for p in params[:3]] == [4, 4, 1]
+    opt.zero_grad(set_to_none=False)
+    assert not params[0].grad.any()  # pyright: ignore[reportOptionalMemberAccess]
+    opt.zero_grad()
+    assert params[0].grad is None
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop"])
+def test_views_and_parameters_that_a_group_names_twice(name: str, float64_scalars: None):
     both = []
     for library in (torch_optim, torch.optim):
-        params = parameters()
-        opt = getattr(library, name)(groups(params), **kwargs)
-        train(opt)
-        both.append((params, opt.state_dict()))
-    (ours, found), (theirs, expected) = both
-    assert_like([*map(Tensor.detach, ours)], [*map(Tensor.detach, theirs)])
-    assert_like(found, expected)
+        base = torch.arange(12.0).reshape(3, 4).double()
+        views = [base[:, i].requires_grad_() for i in range(3)]  # between each other
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt = getattr(library, name)([*views, views[0]])
+        for _ in range(3):
+            for i, view in enumerate(views):
+                view.grad = torch.full_like(view, i + 1.0)
+            opt.step()
+        both.append((base, opt.state_dict()))
+    assert_like(both[0][0].detach(), both[1][0].detach())
+    assert_like(both[0][1], both[1][1])
+
+
+def test_what_changes_between_steps_is_seen(float64_scalars: None):
+    """A step like the last one is short; these are not like it."""
+    ours, theirs = make(torch_optim, "AdamW"), make(torch.optim, "AdamW")
+    extra = [Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)]
+
+    def changes(opt: Any, new: Parameter) -> Iterator[None]:
+        group, p = opt.param_groups[0], leaves(opt)[0]
+        yield
+        group["lr"] = 0.3
+        yield
+        group["lr"] = torch.tensor(0.2, dtype=torch.float64)
+        yield
+        group["lr"].fill_(0.1)  # in place, as schedulers do
+        yield
+        group["weight_decay"] = 0.0  # another formula
+        yield
+        group["maximize"] = True
+        yield
+        opt.add_param_group({"params": [new]})
+        yield
+        opt.state[p]["exp_avg"] = torch.ones_like(p)
+        yield
+        opt.state[p]["step"].fill_(30)
+        yield
+        del opt.state[leaves(opt)[1]]
+        yield
+        p.data = p.data.t().contiguous().t()  # lies otherwise
+        yield
+        opt.state.clear()
+        yield
+        opt.state.pop(opt.param_groups[1]["params"].pop())
+        yield
+
+    both = zip(changes(ours, extra[0]), changes(theirs, extra[1]))
+    for i, _ in enumerate(both):
+        for opt in (ours, theirs):
+            train(opt, 2, seed=i)
+        assert_like(values(ours), values(theirs), f"after change {i}")
+        assert_like(ours.state_dict(), theirs.state_dict(), f"after change {i}")
+
+
+def test_a_step_like_the_last_is_not_looked_at_anew(monkeypatch: pytest.MonkeyPatch):
+    opt = make(torch_optim, "AdamW")
+    train(opt, 2)
+    monkeypatch.setattr(torch_optim.adapter.batch, "gather", None)
+    train(opt, 2)
+    assert opt.state[leaves(opt)[0]]["step"] == 4
+
+
+# Checkpoints ---------------------------------------------------------------------------
+
+
+def named(order: str, **kwargs: Any) -> Any:
+    params = dict(zip("abcd", parameters()))
+    return torch_optim.AdamW([(name, params[name]) for name in order], **kwargs)
+
+
+def test_names_decide_where_state_goes():
+    one, other = named("abcd"), named("dbca")
+    train(one)
+    for state in (one.state_dict(), one.named_state_dict()):
+        other.load_state_dict(state)
+        assert other.param_groups[0]["param_names"] == ["d", "b", "c", "a"]
+        for name, p in zip("dbca", leaves(other)):
+            assert_like(other.state[p], one.state[leaves(one)["abcd".index(name)]])
+    assert list(one.named_state_dict()["state"]) == ["a", "b", "c", "d"]
+
+
+def test_a_loaded_state_is_its_own():
+    one, other = make(torch_optim, "AdamW"), make(torch_optim, "AdamW")
+    train(one)
+    other.load_state_dict(one.state_dict())
+    before = copy.deepcopy(one.state_dict())
+    train(other)
+    assert_like(one.state_dict(), before)
+
+
+def test_state_is_cast_as_torch_casts_it():
+    one = make(torch_optim, "AdamW")
+    train(one)
+    both = []
+    for library in (torch_optim, torch.optim):
+        params = parameters(dtype=torch.bfloat16)
+        opt = library.AdamW(groups(params))
+        opt.load_state_dict(one.state_dict())
+        both.append(opt.state_dict())
+    assert_like(*both)
+
+
+def test_a_checkpoint_that_is_cut_off_is_seen(tmp_path: Path):
+    one = make(torch_optim, "AdamW")
+    train(one, 1)
+    torch.save(one.state_dict(), whole := tmp_path / "whole.pt")
+    data = whole.read_bytes()
+    for share in (0.1, 0.5, 0.99):
+        (cut := tmp_path / "cut.pt").write_bytes(data[: int(len(data) * share)])
+        with pytest.raises((RuntimeError, OSError)):
+            torch.load(cut, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in dict(MIXES) if n not in ("SGD", "RAdam", "AdamW", "Muon")]
+)
+def test_a_checkpoint_of_another_optimizer(name: str):
+    one = make(torch_optim, "SGD", momentum=0.9)
+    train(one, 1)
+    other = make(torch_optim, name)
+    with pytest.raises(fo.CheckpointError, match="another optimizer's") as found:
+        other.load_state_dict(one.state_dict())
+    assert isinstance(found.value, KeyError)  # what torch raises, later
+    assert str(found.value)[0] != "'"
+
+
+def loading(change: Any) -> Any:
+    def act() -> None:
+        one = named("abcd")
+        train(one, 1)
+        state = one.state_dict()
+        change(state)
+        named("abcd").load_state_dict(state)
+
+    return act
+
+
+def of_shape(state: Any) -> None:
+    state["state"][1]["exp_avg"] = torch.zeros(2, dtype=torch.float64)
+
+
+def renamed(state: Any) -> None:
+    state["param_groups"][0]["param_names"] = ["a", "b", "c", "x"]
+
+
+def stepping(grad: Any, name: str = "AdamW") -> Any:
+    def act() -> None:
+        p: Any = Parameter(torch.ones(2, 2))
+        p.grad = grad(p) if callable(grad) else grad
+        getattr(torch_optim, name)([p]).step()
+
+    return act
+
+
+def sparse(p: Tensor) -> Tensor:
+    del p
+    return torch.ones(2, 2).to_sparse(1)
+
+
+P = Parameter(torch.ones(2))
+#: what is done, torch's type of error, words
+BAD: list[tuple[Any, type[Exception], str]] = [
+    (lambda: torch_optim.Adam([]), ValueError, "empty parameter list"),
+    (lambda: torch_optim.Lion([]), ValueError, "empty parameter list"),
+    (lambda: torch_optim.Adam(P), TypeError, "should be an iterable of Tensors"),
+    (lambda: torch_optim.Adam([P * 2]), ValueError, "non-leaf"),
+    (lambda: torch_optim.Adam([3]), TypeError, "can only optimize Tensors"),
+    (lambda: torch_optim.Adam([P], rho=1), TypeError, "rho"),
+    (lambda: torch_optim.Lion([P], rho=1), TypeError, "rho"),
+    (lambda: torch_optim.Lion([P], lr=-1.0), ValueError, "lr must be in"),
+    (lambda: torch_optim.Lion([P], fused=True, foreach=True), RuntimeError, "cannot be"),
+    (
+        lambda: torch_optim.Adam([{"params": [P]}, {"params": [P]}]),
+        ValueError,
+        "more than one parameter group",
+    ),
+    (
+        lambda: torch_optim.Muon([Parameter(torch.ones(2))]),
+        ValueError,
+        "only supports 2D",
+    ),
+    (
+        lambda: torch_optim.Muon([Parameter(torch.ones(2, 2))]).add_param_group(
+            {"params": [P]}
+        ),
+        ValueError,
+        "only supports 2D",
+    ),
+    (loading(renamed), ValueError, "lacks 'd', and has besides 'x'"),
+    (loading(of_shape), ValueError, r"shape \(2,\), and for a parameter of shape \(5,\)"),
+    (loading(lambda state: state.pop("state")), ValueError, "has 'state'"),
+    (
+        loading(lambda state: state["param_groups"].append({"params": []})),
+        ValueError,
+        "different number of parameter groups|another optimizer",
+    ),
+    (lambda: named("abcd").load_state_dict(named("ab").state_dict()), ValueError, "'c'"),
+    (stepping(sparse), RuntimeError, "does not support sparse gradients"),
+    (stepping(sparse, "Lion"), RuntimeError, "Lion does not support sparse"),
+    (stepping(torch.ones(2, 2), "SparseAdam"), RuntimeError, "consider Adam instead"),
+    (
+        lambda: make(torch_optim, "Adam").named_state_dict(),
+        ValueError,
+        "named_parameters",
+    ),
+]
+
+
+@pytest.mark.parametrize("act, kind, words", BAD)
+def test_bad_input(act: Any, kind: type[Exception], words: str):
+    with pytest.raises(kind, match=words):
+        act()
+
+
+def test_unknown_keys_of_a_group_are_kept():
+    """As in torch: schedulers and users write keys of their own."""
+    opt = torch_optim.AdamW([{"params": parameters(), "mine": 3}])
+    train(opt, 2)
+    assert opt.state_dict()["param_groups"][0]["mine"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_gradients_that_hold_a_graph_are_numbers():
+    """As in torch: without ``differentiable`` a step is no part of a graph."""
+    (p,) = params = parameters()[:1]
+    opt = torch_optim.AdamW(params)
+    for _ in range(3):
+        (p**3).sum().backward(create_graph=True, inputs=[p])
+        opt.step()
+        assert p.is_leaf and not opt.state[p]["exp_avg"].requires_grad
+        p.grad = None
+
+
+def test_differentiable_steps_have_the_derivative_that_torchs_lack():
+    """With momentum, of which torch detaches the first buffer."""
+
+    def final(start: Tensor) -> Tensor:
+        p = start.clone()
+        opt = torch_optim.SGD([p], lr=0.1, momentum=0.9, differentiable=True)
+        for _ in range(3):
+            held = p.clone()  # the loss saves what the step writes over
+            (p.grad,) = torch.autograd.grad((held**3).sum(), held, create_graph=True)
+            opt.step()
+        return p.sum()
+
+    start = torch.tensor([0.5, -0.3], dtype=torch.float64, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.autograd.gradcheck(final, start)
+
+
+# Bridges -------------------------------------------------------------------------------
+
+
+@each_slow
+def test_from_torch_goes_on_as_torch_does(name: str, kwargs: Any, float64_scalars: None):
+    running = make(torch.optim, name, **kwargs)
+    train(running)
+    opt, params, state = fo.from_torch(running)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(4):
+        grads = [
+            [torch.randn(p.shape, generator=generator).double() for p in group["params"]]
+            for group in running.param_groups
+        ]
+        for group, column in zip(running.param_groups, grads):
+            for p, g in zip(group["params"], column):
+                p.grad = g
+        running.step()
+        params, state = opt.update(grads, state, params)
+    assert_like([p for group in params for p in group], values(running))
+
+
+@each_slow
+def test_functional_and_back(name: str, kwargs: Any, float64_scalars: None):
+    one, other = (make(torch_optim, name, **kwargs) for _ in range(2))
+    train(one)
+    opt, params, state = one.functional()
+    grads = tree_of.map(torch.ones_like, params)
+    other.load(*opt.update(grads, state, params))
+    for p in leaves(one):
+        p.grad = torch.ones_like(p)
+    one.step()
+    assert_like(values(other), values(one))
+    assert_like(other.state_dict()["state"], one.state_dict()["state"])
+    train(one)
+    train(other)
+    assert_like(values(other), values(one))
+
+
+def test_groups_that_differ_in_flags_are_a_partition():
+    params = parameters()
+    split = [{"params": params[:2]}, {"params": params[2:], "amsgrad": True}]
+    one = torch_optim.AdamW(split, lr=0.1)
+    train(one)
+    opt, tree, state = fo.from_torch(one)
+    assert sorted(state["1"]) == ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"]
+    new = opt.update(tree_of.map(torch.ones_like, tree), state, tree)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    one.step()
+    assert_like([p for group in new[0] for p in group], values(one))
+    before = values(one)
+    one.load(*new)
+    assert_like(values(one), before)
+
+
+def test_the_next_steps_of_a_running_optimizer_are_differentiated():
+    running = make(torch.optim, "Adam")
+    train(running)
+    opt, params, state = fo.from_torch(running)
+
+    def after(lr: Tensor) -> Tensor:
+        p, s = params, state
+        for _ in range(3):
+            p, s = opt.update(tree_of.map(torch.sin, p), s, p, lr=lr)
+        return sum(x.square().sum() for x in tree_of.leaves(p))  # pyright: ignore
+
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(after, lr)
+
+
+def test_lbfgs_goes_over_and_back():
+    def closure(opt: Any) -> Any:
+        def loss() -> Tensor:
+            opt.zero_grad()
+            total = torch.stack([((p - 1) ** 4).sum() for p in leaves(opt)]).sum()
+            total.backward()
+            return total
+
+        return loss
+
+    one, other = (torch_optim.LBFGS(parameters(), max_iter=3) for _ in range(2))
+    for _ in range(2):
+        one.step(closure(one))
+    opt, params, state = one.functional()
+
+    def loss_fn(params: Any) -> Tensor:
+        return sum(((p - 1) ** 4).sum() for p in params[0])  # pyright: ignore
+
+    grads = torch.func.grad(loss_fn)(params)
+    other.load(*opt.update(grads, state, params, loss_fn=loss_fn))
+    one.step(closure(one))
+    torch.testing.assert_close(values(other), values(one), rtol=1e-9, atol=1e-9)
+    for opt in (one, other):
+        opt.step(closure(opt))
+    torch.testing.assert_close(values(other), values(one), rtol=1e-8, atol=1e-8)
+
+
+def test_to_torch_has_the_groups_the_flags_and_the_state():
+    rule = fo.adamw(
+        lr=fo.by_name({"*bias": 0.2}, default=0.1), amsgrad=True, maximize=True
+    )
+    tree: Any = {"layer": {"weight": torch.ones(2, 2), "bias": torch.ones(2)}}
+    state = rule.init(tree)
+    tree, state = rule.update(tree, state, tree)
+    optimizer, params = fo.to_torch(rule, tree, state)
+    assert type(optimizer) is torch_optim.AdamW
+    found = {g["lr"]: g["param_names"] for g in optimizer.param_groups}
+    assert found == {0.2: ["layer.bias"], 0.1: ["layer.weight"]}
+    assert optimizer.defaults["amsgrad"] and optimizer.defaults["maximize"]
+    for p in leaves(optimizer):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    tree, state = rule.update(tree_of.map(torch.ones_like, tree), state, tree)
+    torch.testing.assert_close(tree_of.map(Tensor.detach, params), tree)
+
+
+def test_what_has_no_class_is_refused():
+    chained = fo.chain(fo.clip_by_global_norm(1.0), fo.sgd())
+    for opt in (chained, fo.partition({"a": fo.sgd()}, "a"), fo.lbfgs()):
+        with pytest.raises(TypeError, match="no class of funcopt.torch_optim"):
+            fo.to_torch(opt, [torch.ones(2)])
+    with pytest.raises(TypeError, match="from_torch takes"):
+        fo.from_torch(torch.optim.lr_scheduler)  # pyright: ignore[reportArgumentType]
+
+
+def test_torchopts_transforms_both_ways():
+    torchopt = pytest.importorskip("torchopt")
+    p = {"w": torch.randn(3, dtype=torch.float64)}
+    g = {"w": torch.randn(3, dtype=torch.float64)}
+    theirs, ours = torchopt.adam(0.1), fo.adam(lr=0.1)
+    init, update = fo.as_torchopt(ours)
+    pairs = [
+        (fo.from_transform(theirs), theirs.init, theirs.update),
+        (ours, init, update),
+    ]
+    for opt, start, transform in pairs:
+        params, state = p, opt.init(p)
+        moved, their_state = p, start(p)
+        for _ in range(3):
+            params, state = opt.update(g, state, params)
+            moves, their_state = transform(g, their_state, params=moved, inplace=False)
+            moved = torchopt.apply_updates(moved, moves, inplace=False)
+        torch.testing.assert_close(params, moved, rtol=1e-12, atol=1e-12)
+    with pytest.raises(TypeError, match="needs the parameters"):
+        update(g, init(p))
+    with pytest.raises(TypeError, match="init and update"):
+        fo.from_transform(3)

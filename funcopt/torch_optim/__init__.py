@@ -7,15 +7,15 @@ from typing import Any
 
 from funcopt.torch_optim.adapter import Adapter
 from funcopt.torch_optim.generated import FACTORIES, class_of
+from funcopt.torch_optim.lbfgs import LBFGS
 
-__all__ = ["Adapter", *FACTORIES]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["LBFGS", "Adapter", *FACTORIES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name not in FACTORIES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    made = globals()[name] = class_of(name)
-    return made
+    return class_of(name)
 
 
 def __dir__() -> list[str]:

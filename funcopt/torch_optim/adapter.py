@@ -12,10 +12,12 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from funcopt.torch_optim import batch
+from funcopt.torch_optim import batch, checkpoint
+from funcopt.torch_optim import functional as functions
 from funcopt.torch_optim.flags import Flags
 from funcopt.torch_optim.layout import Layout
 from funcopt.torch_optim.repeat import Repeat, repeat
+from funcopt.types import State, Tensor, Tree
 
 Closure = Callable[[], Any] | None
 
@@ -31,6 +33,95 @@ class Adapter(Optimizer):
     layout: ClassVar[Layout]
 
     _repeat: Repeat | None = None
+
+    def functional(self) -> tuple[functions.Optimizer, Tree, State]:
+        """The optimizer with its groups, and copies of its parameters and their state.
+
+        Returns:
+            ``(opt, params, state)``, as `funcopt.from_torch` gives them.
+        """
+        groups, own = self.param_groups, self.flags
+        return functions.extract(groups, self.state, own, self.layout)
+
+    def load(self, params: Tree, state: State) -> None:
+        """Go on from what steps made of `functional`.
+
+        Args:
+            params: the tree that `functional` gave, after any number of updates; written
+                over the parameters, which stay the same tensors.
+            state: the functional state that belongs to it.
+
+        Raises:
+            StructureError: a tree of other parameters, or another optimizer's state.
+        """
+        groups, own = self.param_groups, self.flags
+        functions.restore(params, state, groups, self.state, own, self.layout)
+
+    def named_state_dict(self) -> dict[str, Any]:
+        """`state_dict` with the parameters' names in place of their numbers.
+
+        `load_state_dict` takes it, too, whatever the order of the parameters.
+
+        Raises:
+            CheckpointError: the parameters have no names, or two have the same.
+        """
+        return checkpoint.by_name(self.state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class, or of torch.optim's of the same name.
+
+        Args:
+            state_dict: from ``state_dict`` or `named_state_dict`. Where it and the
+                optimizer have names, parameters are matched by them, else by position.
+                Its tensors are copied, and cast as torch.optim does.
+
+        Raises:
+            CheckpointError: it is another optimizer's, or of other parameters.
+        """
+        hook: Any = type(self)._fitted
+        handle = self.register_load_state_dict_pre_hook(hook)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def _fitted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        name = type(self).__name__
+        groups = self.param_groups
+        return checkpoint.fitted(state_dict, groups, self.flags, self.layout, name)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; what it does not set is as the constructor was told."""
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if self.layout.own:
+            values = {k: v for k, v in group.items() if k in self.flags.names}
+            for value in values.values():
+                if isinstance(value, Tensor) and value.numel() != 1:
+                    raise ValueError("Tensor lr must be 1-element")
+            self.flags.factory(**values)  # which looks at ranges
+        if self.flags.matrices:
+            for p in group["params"]:
+                if p.ndim != 2:
+                    raise ValueError(
+                        f"{type(self).__name__} only supports 2D parameters whereas we "
+                        f"found a parameter with size: {p.size()}"
+                    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All attributes but hooks, as in torch.optim, and a scheduler's wrapped step."""
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("step", "_repeat", "_zero_grad_profile_name")
+            and not name.startswith("_optimizer_")
+        }
 
     def _step(self, closure: Closure = None, **data: Any) -> Any:
         """Perform a single optimization step.
@@ -79,7 +170,10 @@ class Adapter(Optimizer):
                         p.grad.div_(scale)
         return False
 
-    _hooked = Optimizer.profile_hook_step(_step)
+    def _again(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step(*args, **kwargs)
+
+    _hooked = Optimizer.profile_hook_step(_again)
 
     @functools.wraps(_step)
     def step(*args: Any, **kwargs: Any) -> Any:

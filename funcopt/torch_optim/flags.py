@@ -32,7 +32,9 @@ class Flags:
         self.vanishing = ()  #: numbers that leave a slot out where they are 0
         if "momentum" in names and "momentum" not in factory(momentum=0.0).hyper:
             made, self.vanishing = factory(momentum=0.5), ("momentum",)
+        self.names = tuple(names)
         self.numbers = tuple(made.hyper)
+        self.matrices = bool(made.spec and made.spec.matrices)  #: the leaves it takes
         self.static = tuple(name for name in names if name not in made.hyper)
         self._made = lru_cache(maxsize=64)(self._make)
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ _TORCH = {
 }
 
 
+@cache
 def class_of(title: str) -> type[Adapter]:
     """The class of this name."""
     name = FACTORIES[title]

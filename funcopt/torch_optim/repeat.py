@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from funcopt.execution import dispatch
+from funcopt.execution import choice, dispatch
 from funcopt.execution.guard import Known
 from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
@@ -129,6 +129,7 @@ class Repeat:
         held, params = _held(state), [*chain(*map(_params, groups))]
         if (
             state is not self._state
+            or not choice.is_free()
             or len(held) != len(self._held)
             or len(params) != len(self._params)
             or not all(map(is_, held, self._held))

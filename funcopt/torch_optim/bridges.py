@@ -1,0 +1,259 @@
+"""Between torch.optim's objects, funcopt's Optimizers, and transforms of gradients."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from funcopt import tree
+from funcopt.errors import ExecutionError, HyperparameterTypeError
+from funcopt.optimizer import Optimizer
+from funcopt.torch_optim import functional, lbfgs
+from funcopt.torch_optim.adapter import Adapter
+from funcopt.torch_optim.batch import stepper_of
+from funcopt.torch_optim.generated import FACTORIES, class_of
+from funcopt.types import State, Tensor, Tree
+
+
+def from_torch(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[Optimizer, Tree, State]:
+    """A running torch.optim optimizer as an Optimizer, its parameters and its state.
+
+    Args:
+        optimizer: one of ``torch.optim``'s, or of `funcopt.torch_optim`'s.
+
+    Returns:
+        ``(opt, params, state)``. ``params`` is a list with an entry for each group, a
+        list of its parameters or a dict of named ones; ``opt`` has a group's numbers for
+        its leaves, and where groups differ in flags it is a `partition`. Tensors are
+        copies, which require no gradient: what follows may be differentiated.
+
+    Raises:
+        HyperparameterTypeError: an optimizer of another class.
+        HyperparameterError: a number out of the range that the factory allows.
+
+    Source:
+        funcopt.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, -0.2]))
+        >>> running = torch.optim.Adam([p], lr=0.1)
+        >>> p.square().sum().backward(); running.step()
+        >>> opt, params, state = fo.from_torch(running)
+        >>> loss = lambda lr: opt.update(params, state, params, lr=lr)[0][0][0].sum()
+        >>> torch.func.grad(loss)(torch.tensor(0.1))
+        tensor(-0.0859)
+    """
+    if isinstance(optimizer, Adapter):
+        return optimizer.functional()
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return lbfgs.functional(optimizer)
+    cls = _like(optimizer)
+    groups, states = optimizer.param_groups, optimizer.state
+    return functional.extract(groups, states, cls.flags, cls.layout)
+
+
+def _like(optimizer: torch.optim.Optimizer) -> type[Adapter]:
+    """The class of ours that steps as this one does."""
+    for cls in type(optimizer).__mro__:
+        if cls.__module__.startswith("torch.optim") and cls.__name__ in FACTORIES:
+            return class_of(cls.__name__)
+    raise HyperparameterTypeError(
+        f"from_torch takes an optimizer of torch.optim or funcopt.torch_optim, not "
+        f"{type(optimizer).__name__}"
+    )
+
+
+def to_torch(
+    opt: Optimizer, params: Tree, state: State | None = None
+) -> tuple[torch.optim.Optimizer, Tree]:
+    """An Optimizer as a stateful one of `funcopt.torch_optim`, and its parameters.
+
+    Args:
+        opt: made by a factory of the registry, as `funcopt.adamw`.
+        params: a tree of tensors; a leaf that is a ``torch.nn.Parameter`` is used as it
+            is, others are copied into one.
+        state: of ``opt``; a fresh one unless given.
+
+    Returns:
+        ``(optimizer, parameters)``: leaves with the same numbers are a group, and bear
+        their paths for names; parameters is a tree like ``params``. A `Schedule` stays at
+        the value of the next step.
+
+    Raises:
+        HyperparameterTypeError: an Optimizer that no class stands for, as a `chain`.
+        ExecutionError: a number with a value for each element of a leaf.
+
+    Source:
+        funcopt.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.sgd(lr=0.5)
+        >>> optimizer, params = fo.to_torch(opt, {"w": torch.ones(2)})
+        >>> params["w"].sum().backward(); optimizer.step(); params["w"].detach()
+        tensor([0.5000, 0.5000])
+    """
+    title = next((t for t, name in FACTORIES.items() if name == opt.name), None)
+    if title is None or opt.spec is None:
+        raise HyperparameterTypeError(
+            f"no class of funcopt.torch_optim steps as {opt.name} does; to_torch takes "
+            "what a factory of the registry made"
+        )
+    cls, spec = class_of(title), opt.spec
+    state = opt.init(params) if state is None else state
+    leaves, structure = tree.flatten(params)
+    held = [None if p is None else _parameter(p) for p in leaves]
+    rows = stepper_of(opt).hypers.per_leaf(
+        {}, structure, leaves, (state["step"] + 1).tolist()
+    )
+    static = {
+        **getattr(spec.rule, "keywords", {}),
+        **{name: slot in spec.slots for name, slot in _BY_SLOT.items()},
+    }
+    known = inspect.signature(cls).parameters
+    static = {name: value for name, value in static.items() if name in known}
+    groups: dict[int, dict[str, Any]] = {}
+    for path, p, row in zip(tree.paths(structure), held, rows):
+        if p is None:
+            continue
+        if any(isinstance(x, Tensor) and x.ndim for x in row.values()):
+            raise ExecutionError(
+                f"'{path}' has a number for each element, a group has one for all"
+            )
+        group = groups.setdefault(id(row), {"params": [], **_numbers(opt, row)})
+        group["params"].append((path, p))
+    optimizer = cls([*groups.values()], **static)
+    columns = functional.slot_columns(state, spec, structure)
+    place = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for i, p in enumerate(held):
+        if p is not None:
+            values = {slot: column[i] for slot, column in columns.items()}
+            group, states = place[id(p)], optimizer.state
+            functional.write(states, p, group, spec, cls.layout, values)
+    return optimizer, tree.unflatten(structure, held)
+
+
+#: flags that a slot tells
+_BY_SLOT = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
+
+
+def _parameter(p: Tensor) -> Tensor:
+    if isinstance(p, torch.nn.Parameter):
+        return p
+    return torch.nn.Parameter(p.detach().clone())
+
+
+def _numbers(opt: Optimizer, row: dict[str, Any]) -> dict[str, Any]:
+    """A group's keys of the rule's keyword arguments."""
+    assert opt.spec is not None
+    found: dict[str, Any] = {}
+    for name, declared in opt.spec.hyper.items():
+        if declared.parts:
+            found[name] = tuple(row.get(part) for part in declared.parts)
+        else:
+            found[name] = row[name]
+    return found
+
+
+class GradientTransformation(NamedTuple):
+    """``init(params) -> state`` and ``update(grads, state, ...) -> (updates, state)``."""
+
+    init: Callable[[Tree], Any]
+    update: Callable[..., tuple[Tree, Any]]
+
+
+def as_torchopt(opt: Optimizer) -> GradientTransformation:
+    """An Optimizer in the shape of TorchOpt's and optax's: updates come out.
+
+    Args:
+        opt: any Optimizer.
+
+    Returns:
+        ``(init, update)`` with ``update(grads, state, params=None, *, inplace=False) ->
+        (updates, state)``: what is to be added to the parameters, which it must be given.
+        Nothing is written over, whatever ``inplace`` says. To add and subtract rounds:
+        parameters may differ from ``opt.update``'s in the last place.
+
+    Raises:
+        Nothing; what it returns raises what ``opt`` does, and HyperparameterTypeError
+        without params.
+
+    Source:
+        The shape is optax's (DeepMind, 2020), also TorchOpt's (Ren and others, 2022).
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> init, update = fo.as_torchopt(fo.sgd(lr=0.5))
+        >>> p = torch.ones(2)
+        >>> update(p, init(p), params=p)[0]
+        tensor([-0.5000, -0.5000])
+    """
+
+    def update(
+        updates: Tree,
+        state: Any,
+        params: Tree = None,
+        *,
+        inplace: bool = False,
+        **extra: Any,
+    ) -> tuple[Tree, Any]:
+        del inplace
+        if params is None:
+            raise HyperparameterTypeError(
+                f"{opt.name} needs the parameters: update(grads, state, params=params)"
+            )
+        new, state = opt.update(updates, state, params, **extra)
+        return tree.map(torch.sub, new, params), state
+
+    return GradientTransformation(opt.init, update)
+
+
+def from_transform(tx: Any) -> Optimizer:
+    """A transform in the shape of optax's or TorchOpt's as an Optimizer.
+
+    Args:
+        tx: an object with ``init(params)`` and ``update(grads, state, params=...)`` that
+            gives updates, to be added to the parameters: TorchOpt's, or one's own.
+
+    Returns:
+        An Optimizer with that state; ``update`` takes ``donate`` for nothing.
+
+    Raises:
+        HyperparameterTypeError: an object without ``init`` and ``update``.
+
+    Source:
+        funcopt.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> tx = fo.as_torchopt(fo.sgd(lr=0.5))
+        >>> opt = fo.from_transform(tx)
+        >>> p = torch.ones(2)
+        >>> opt.update(p, opt.init(p), p)[0]
+        tensor([0.5000, 0.5000])
+    """
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
+        raise HyperparameterTypeError(
+            f"from_transform takes an object with init and update, not {tx!r}"
+        )
+    transform = tx.update
+    if "inplace" in inspect.signature(transform).parameters:
+        # TorchOpt's writes over gradients.
+        transform = functools.partial(transform, inplace=False)
+
+    def update(
+        grads: Tree, state: Any, params: Tree, *, donate: bool = False, **extra: Any
+    ) -> tuple[Tree, Any]:
+        del donate
+        updates, state = transform(grads, state, params=params, **extra)
+        flat, structure = tree.flatten(params)
+        moves = tree.flatten_like(structure, updates, "updates")
+        new = [p if u is None else p + u for p, u in zip(flat, moves)]
+        return tree.unflatten(structure, new), state
+
+    return Optimizer(tx.init, update, type(tx).__name__)

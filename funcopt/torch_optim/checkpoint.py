@@ -1,0 +1,171 @@
+"""A checkpoint on its way in: matched by names, looked at, and copied."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from funcopt import tree
+from funcopt.checks import FormOf
+from funcopt.errors import CheckpointError
+from funcopt.torch_optim.flags import Flags
+from funcopt.torch_optim.layout import Layout
+from funcopt.types import Tensor
+
+StateDict = dict[str, Any]
+Groups = Sequence[Mapping[str, Any]]
+
+
+def by_name(state_dict: StateDict) -> StateDict:
+    """The same with the parameters' names in place of their numbers."""
+    groups = state_dict["param_groups"]
+    if not all("param_names" in group for group in groups):
+        raise CheckpointError(
+            "a checkpoint by name is of named parameters: make the optimizer of "
+            "model.named_parameters()"
+        )
+    names = {
+        number: name
+        for group in groups
+        for number, name in zip(group["params"], group["param_names"])
+    }
+    if len({*names.values()}) < len(names):
+        raise CheckpointError("two parameters have the same name")
+    return {
+        **state_dict,
+        "state": {names.get(k, k): state for k, state in state_dict["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[i] for i in group["params"]]} for group in groups
+        ],
+    }
+
+
+def fitted(
+    state_dict: StateDict, groups: Groups, flags: Flags, layout: Layout, owner: str
+) -> StateDict:
+    """The checkpoint in the order of the optimizer's parameters, in tensors of its own.
+
+    Raises:
+        CheckpointError: it is of other parameters, or of another optimizer.
+    """
+    for key in ("state", "param_groups"):
+        if not isinstance(state_dict, Mapping) or key not in state_dict:
+            raise CheckpointError(f"a state_dict of {owner} has '{key}', this has none")
+    saved = [_named(group) for group in state_dict["param_groups"]]
+    if all("param_names" in group for group in (*saved, *groups)):
+        saved = _matched(saved, groups, owner)
+    state = {key: copied(value) for key, value in state_dict["state"].items()}
+    if len(saved) == len(groups):  # torch finds the words for others
+        for i, (found, group) in enumerate(zip(saved, groups)):
+            _check_numbers(found, flags, group, f"{owner}, group {i}")
+            for key, p in zip(found["params"], group["params"]):
+                _check_state(state.get(key) or {}, p, found, flags, layout, owner, key)
+    return {**state_dict, "state": state, "param_groups": saved}
+
+
+def _named(group: Mapping[str, Any]) -> dict[str, Any]:
+    """With names, where the parameters are called by them."""
+    if group["params"] and all(isinstance(key, str) for key in group["params"]):
+        return {**group, "param_names": [*group["params"]]}
+    return dict(group)
+
+
+def _matched(saved: Groups, groups: Groups, owner: str) -> list[dict[str, Any]]:
+    """Each group's saved one, its parameters in the group's order."""
+    theirs = [name for group in saved for name in group["param_names"]]
+    ours = [name for group in groups for name in group["param_names"]]
+    missing = [name for name in ours if name not in {*theirs}]
+    extra = [name for name in theirs if name not in {*ours}]
+    if missing or extra:
+        raise CheckpointError(
+            f"the checkpoint is of other parameters than this {owner}: it lacks "
+            f"{tree.some(missing) if missing else 'none'}, and has besides "
+            f"{tree.some(extra) if extra else 'none'}. Rename them in its "
+            "'param_names', or take these out to load by position"
+        )
+    if len({*ours}) < len(ours) or theirs == ours:
+        return [dict(group) for group in saved]
+    if len(saved) != len(groups):
+        return [dict(group) for group in saved]
+    made = []
+    for i, group in enumerate(groups):
+        wanted = {*group["param_names"]}
+        found = next((g for g in saved if {*g["param_names"]} == wanted), None)
+        if found is None:
+            raise CheckpointError(
+                f"no group of the checkpoint holds just the parameters of group {i}, "
+                f"{tree.some(group['param_names'])}: make the groups as they were"
+            )
+        key = dict(zip(found["param_names"], found["params"]))
+        names = [*group["param_names"]]
+        params = [key[name] for name in names]
+        made.append({**found, "params": params, "param_names": names})
+    return made
+
+
+def copied(value: Any) -> Any:
+    """In tensors of its own: two optimizers are not to step one state."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: copied(entry) for key, entry in value.items()}
+    return [*map(copied, value)] if isinstance(value, list) else value
+
+
+def _check_numbers(
+    found: Mapping[str, Any], flags: Flags, group: Mapping[str, Any], owner: str
+) -> None:
+    missing = [name for name in flags.numbers if name in group and name not in found]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint is another optimizer's: {owner}, steps by "
+            f"{tree.some(missing)}, which it has not; it has {tree.some([*found])}"
+        )
+
+
+def _check_state(
+    state: Mapping[str, Any],
+    p: Tensor,
+    group: Mapping[str, Any],
+    flags: Flags,
+    layout: Layout,
+    owner: str,
+    key: Any,
+) -> None:
+    if not state:
+        return
+    where = f"of parameter {key!r}"
+    spec = flags.optimizer(flags.key(group)).spec
+    assert spec is not None
+    if layout.counts and "step" not in state:
+        raise CheckpointError(
+            f"the checkpoint is another optimizer's: {owner} counts steps, and the state "
+            f"{where} has no 'step', only {tree.some([*state])}"
+        )
+    for slot, first in spec.slots.items():
+        value = state.get(slot)
+        if not callable(first):
+            shape = torch.Size([])
+        else:
+            shape = _form(first)(_real(p))[0]
+            if p.is_complex():
+                shape = shape[:-1]
+        if value is None:
+            if layout.counts and (shape.numel() or not p.numel()):
+                raise CheckpointError(
+                    f"the checkpoint is another optimizer's: {owner} keeps '{slot}', and "
+                    f"the state {where} has {tree.some([*state])}"
+                )
+        elif isinstance(value, Tensor) and value.shape != shape:
+            raise CheckpointError(
+                f"'{slot}' {where} has shape {tuple(value.shape)}, and for a parameter "
+                f"of shape {tuple(p.shape)} it must be {tuple(shape)}"
+            )
+
+
+_form = lru_cache(maxsize=None)(FormOf)
+
+
+def _real(p: Tensor) -> Tensor:
+    return torch.view_as_real(p.detach().resolve_conj()) if p.is_complex() else p

@@ -1,0 +1,198 @@
+"""Groups and ``state[p]`` as an Optimizer, a tree and a functional state, and back."""
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+
+from funcopt import complex_leaves, tree
+from funcopt.errors import StructureError
+from funcopt.optimizer import Optimizer
+from funcopt.spec import Spec
+from funcopt.torch_optim.flags import Flags
+from funcopt.torch_optim.layout import Layout
+from funcopt.transforms.partition import partition
+from funcopt.types import State, Tensor, Tree
+
+Groups = Sequence[Mapping[str, Any]]
+States = Mapping[Tensor, dict[str, Any]]
+
+
+def extract(
+    groups: Groups, states: States, flags: Flags, layout: Layout
+) -> tuple[Optimizer, Tree, State]:
+    """An Optimizer, and copies of the parameters and of their state.
+
+    The tree has an entry for each group: a list, or a dict of named parameters.
+    """
+    keys = [flags.key(group) for group in groups]
+    kinds = [*dict.fromkeys(keys)]
+    optimizers = {str(i): _optimizer(key, groups, flags) for i, key in enumerate(kinds)}
+    params = [_tree(group) for group in groups]
+    labels = [str(kinds.index(key)) for key in keys]
+    made = {
+        label: _state(opt, label, labels, groups, params, states, layout)
+        for label, opt in optimizers.items()
+    }
+    params = tree.map(_copy, params)
+    if len(kinds) == 1:
+        return optimizers["0"], params, made["0"]
+    return partition(optimizers, labels), params, made
+
+
+def restore(
+    params: Tree,
+    state: State,
+    groups: Groups,
+    states: MutableMapping[Tensor, dict[str, Any]],
+    flags: Flags,
+    layout: Layout,
+) -> None:
+    """Write what `extract` gave, or what steps made of it, over parameters and state."""
+    keys = [flags.key(group) for group in groups]
+    kinds = [*dict.fromkeys(keys)]
+    structure = tree.flatten([_tree(group) for group in groups])[1]
+    new = tree.flatten_like(structure, params, "params")
+    each = {"0": state} if len(kinds) == 1 else state
+    columns: dict[Any, dict[str, list[Any]]] = {}
+    for label, key in enumerate(kinds):
+        spec = _spec(flags.optimizer(key))
+        columns[key] = slot_columns(each[str(label)], spec, structure)
+    with torch.no_grad():
+        for i, (group, p) in enumerate(_places(groups)):
+            key = flags.key(group)
+            values = {slot: column[i] for slot, column in columns[key].items()}
+            p.copy_(new[i])
+            write(states, p, group, _spec(flags.optimizer(key)), layout, values)
+
+
+def slot_columns(
+    state: State, spec: Spec, structure: tree.Structure
+) -> dict[str, list[Any]]:
+    """The step and the slots, for each leaf."""
+    if {*state} != {"step", *spec.slots}:
+        raise StructureError(
+            f"the state holds {tree.some([*state])}, and {spec.name} keeps "
+            f"{tree.some(['step', *spec.slots])}: it is another optimizer's"
+        )
+    return {
+        slot: tree.flatten_like(structure, value, f"state['{slot}']")
+        if slot != "step" and callable(spec.slots[slot])
+        else value.tolist()
+        for slot, value in state.items()
+    }
+
+
+def write(
+    states: MutableMapping[Tensor, dict[str, Any]],
+    p: Tensor,
+    group: Mapping[str, Any],
+    spec: Spec,
+    layout: Layout,
+    values: Mapping[str, Any],
+) -> None:
+    """The step and slots of one leaf as ``state[p]``; nothing before the first step."""
+    steps = int(values["step"])
+    if not steps or not (layout.counts or spec.slots):
+        states.pop(p, None)
+        return
+    entry = states[p] = {}
+    layout.complete(entry, p, group, spec)
+    for slot in spec.slots:
+        if slot in entry and isinstance(values[slot], Tensor):
+            entry[slot] = _copy(values[slot])
+        elif slot in entry:
+            entry[slot].fill_(values[slot])
+    if layout.counts == "int":
+        entry["step"] = steps
+    elif layout.counts:
+        entry["step"].fill_(steps)
+
+
+def _places(groups: Groups) -> list[tuple[Mapping[str, Any], Tensor]]:
+    """Each leaf's group and parameter, in the order of the tree."""
+    pairs = [
+        {name: (group, p) for name, p in _members(group)}
+        if "param_names" in group
+        else [(group, p) for p in group["params"]]
+        for group in groups
+    ]
+    found = []
+    for pair in pairs:
+        found += [pair[key] for key in sorted(pair)] if isinstance(pair, dict) else pair
+    return found
+
+
+def _members(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    return zip(group["param_names"], group["params"])
+
+
+def _tree(group: Mapping[str, Any]) -> Any:
+    return dict(_members(group)) if "param_names" in group else [*group["params"]]
+
+
+def _copy(p: Tensor) -> Tensor:
+    return p.detach().clone()
+
+
+def _spec(opt: Optimizer) -> Spec:
+    assert opt.spec is not None
+    return opt.spec
+
+
+def _optimizer(key: tuple[Any, ...], groups: Groups, flags: Flags) -> Optimizer:
+    """What steps the groups of this key, with the numbers of all groups."""
+    static = {name: value for name, value in key if name not in flags.vanishing}
+    numbers = {
+        name: _spread([group[name] for group in groups])
+        for name in flags.numbers
+        if name in groups[0]
+    }
+    return flags.factory(**static, **numbers)
+
+
+def _spread(values: list[Any]) -> Any:
+    """One value if all groups share it, else one for each; a tuple part by part."""
+    if isinstance(values[0], (tuple, list)):
+        return tuple(_spread([*column]) for column in zip(*values))
+    values = [_copy(v) if isinstance(v, Tensor) else v for v in values]
+    plain = not any(isinstance(v, Tensor) for v in values)
+    return values[0] if len(values) == 1 or plain and len({*values}) == 1 else values
+
+
+def _state(
+    opt: Optimizer,
+    label: str,
+    labels: Sequence[str],
+    groups: Groups,
+    params: list[Any],
+    states: States,
+    layout: Layout,
+) -> State:
+    """The functional state of the groups with this label; other leaves are None."""
+    spec = _spec(opt)
+    structure = tree.flatten(params)[1]
+    of = {id(group): name for group, name in zip(groups, labels)}
+    place = _places(groups)
+    mine = [p if of[id(group)] == label else None for group, p in place]
+    found = [{} if p is None else states.get(p) or {} for p in mine]
+    steps = [layout.steps(entry, spec) for entry in found]
+    state: State = {"step": torch.tensor(steps)}
+    for slot, first in spec.slots.items():
+        column = []
+        for p, entry, step in zip(mine, found, steps):
+            value = entry.get(slot) if step else None
+            if not callable(first):
+                column.append(first if value is None else float(value))
+            elif p is None:
+                column.append(None)
+            elif value is None:
+                column.append(complex_leaves.slot(first, p.detach()))
+            else:
+                column.append(_copy(value))
+        state[slot] = (
+            tree.unflatten(structure, column)
+            if callable(first)
+            else torch.tensor(column, dtype=torch.float64)
+        )
+    return state
