@@ -1,0 +1,1 @@
+"""Estimators of meta-gradients side by side, on problems with exact answers."""
