@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from estimators.measure import Point
+from style import FAINT, INK, STYLE
 
-INK, FAINT = "#33373D", "#8A8F98"
 COLOURS = {
     "reverse": "#33373D",
     "forward": "#8A8F98",
@@ -25,22 +24,6 @@ COLOURS = {
     "implicit: cg": "#E07B39",
     "implicit: neumann": "#8E5EA2",
     "implicit: identity": "#C44E6B",
-}
-STYLE: dict[Any, Any] = {
-    "savefig.dpi": 160,
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
 }
 
 
@@ -91,7 +74,8 @@ def errors(axes: Axes, points: Sequence[Point], title: str) -> None:
         colour, label = COLOURS[method], f"{method}, {milliseconds(some)}"
         x, y = [p.setting for p in some], [p.error for p in some]
         if len(some) > 1:
-            axes.plot(x, y, marker="o", markersize=4, color=colour, label=label)
+            size = 8 if method == "truncated" else 4  # a line may lie on it
+            axes.plot(x, y, marker="o", markersize=size, color=colour, label=label)
         else:
             axes.axhline(y[0], linestyle="--", linewidth=1.2, color=colour, label=label)
     axes.set(
