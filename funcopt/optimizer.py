@@ -18,7 +18,7 @@ from funcopt.types import (
 )
 
 
-def _themselves(state: State, params: Tree) -> Tree:
+def _themselves(state: State, params: Tree, **hyper: HyperValue) -> Tree:
     return params
 
 
@@ -45,9 +45,10 @@ class Optimizer:
             hyperparameters; and ``loss_fn``, None, where it wants a function of params
             that gives the loss.
         spec: the rule it steps by, if it is one.
-        eval_params: ``eval_params(state, params)``: what to evaluate a model with, a
-            tree like params. An average where the optimizer keeps one (`ema`,
-            `lookahead`, `schedule_free_sgd`, `asgd`), else params themselves.
+        eval_params: ``eval_params(state, params, **hyper)``: what to evaluate a model
+            with, a tree like params. An average where the optimizer keeps one (`ema`,
+            `lookahead`, `schedule_free_sgd`, `asgd`), else params themselves. ``hyper``
+            is what ``update`` was given in place of the optimizer's own values.
 
     Raises:
         StructureError: a tree that does not fit params, a leaf of another shape.
@@ -76,7 +77,7 @@ class Optimizer:
     name: str = "optimizer"
     hyper: Mapping[str, HyperValue] = field(default_factory=dict)
     spec: Spec | None = None
-    eval_params: Callable[[State, Tree], Tree] = _themselves
+    eval_params: Callable[..., Tree] = _themselves
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         yield self.init
@@ -194,5 +195,6 @@ def from_spec(spec: Spec) -> Optimizer:
     """The Optimizer that steps by one rule."""
     stepper = Stepper(spec)
     public = {key: declared.value for key, declared in spec.hyper.items()}
-    evaluated = stepper.eval_params if spec.evaluated else _themselves
-    return Optimizer(stepper.init, stepper.update, spec.name, public, spec, evaluated)
+    return Optimizer(
+        stepper.init, stepper.update, spec.name, public, spec, stepper.eval_params
+    )

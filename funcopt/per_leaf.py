@@ -46,6 +46,12 @@ class Hypers:
                     f"{self.declared[name].wanted}: update(..., {name}={name})"
                 )
 
+    def check_known(self, overrides: HyperMapping) -> None:
+        """Raises if ``overrides`` names what the rule does not have."""
+        for name in overrides:
+            if name not in self.declared:
+                raise unknown(name, self.declared, self.owner)
+
     def per_leaf(
         self,
         overrides: HyperMapping,
@@ -59,9 +65,8 @@ class Hypers:
         if not overrides and not self._varying:
             return rows
         arguments, varying = dict(self.arguments), set(self._varying)
+        self.check_known(overrides)
         for name, value in overrides.items():
-            if name not in self.declared:
-                raise unknown(name, self.declared, self.owner)
             given = self.declared[name].arguments(name, value)
             arguments |= given
             varying |= given.keys()

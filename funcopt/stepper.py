@@ -211,8 +211,12 @@ class Stepper:
             new[slot] = tree.unflatten(structure, new[slot])
         return tree.unflatten(structure, p), new
 
-    def eval_params(self, state: State, params: Tree) -> Tree:
+    def eval_params(self, state: State, params: Tree, **overrides: HyperValue) -> Tree:
         """What to evaluate with; see `Optimizer`. No derivative is lost."""
+        evaluated = self.spec.evaluated
+        if evaluated is None:
+            self.hypers.check_known(overrides)
+            return params
         p, structure = tree.flatten(params)
         check_state(state, ("step", *self.slots), self.vectors, structure, self.spec.name)
         columns = [
@@ -223,9 +227,7 @@ class Stepper:
         ]
         steps = levels.scalars_of(state["step"])
         last = levels.scalars_of(state["step"].clamp(min=1))  # a schedule's first is 0
-        values = self.hypers.per_leaf({}, structure, p, last)
-        evaluated = self.spec.evaluated
-        assert evaluated is not None
+        values = self.hypers.per_leaf(overrides, structure, p, last)
         parts = complex_leaves.parts
         new = [
             None if x is None else evaluated(*map(parts, (x, *slots)), step=t, **hyper)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
-from trees import assert_close, assert_same, mixed, random_like, small
+from trees import assert_close, assert_moved, assert_same, mixed, random_like, small
 
 import funcopt as fo
 from funcopt import tree
@@ -305,6 +305,8 @@ WRAPPERS: dict[str, Callable[[fo.Optimizer], fo.Optimizer]] = {
     "freeze": lambda opt: fo.freeze(opt, False),
     "partition": lambda opt: fo.partition({"all": opt}, "all"),
     "sam": fo.sam,
+    "chain": lambda opt: fo.chain(fo.zero_nans(), fo.freeze(opt, False)),
+    "scheduled": lambda opt: fo.scheduled(fo.freeze(opt, False)),
 }
 
 
@@ -321,6 +323,42 @@ def test_what_is_evaluated_passes_through(name: str):
         found = opt.update(g, found[1], found[0], **more)
         path.append(found[0])
     assert_close(opt.eval_params(found[1], found[0]), mean(path), 1e-6)
+
+
+@pytest.mark.parametrize("name", [*WRAPPERS, "itself"])
+def test_what_is_evaluated_goes_by_what_a_step_was_given(name: str):
+    """x by its momentum: that of the factory, of `scheduled`, or of each call."""
+    wrap = WRAPPERS.get(name, lambda opt: opt)
+    params, half = mixed(torch.float64), {"momentum": torch.tensor(0.5)}
+    made = wrap(fo.schedule_free_sgd(lr=0.1, momentum=half["momentum"]))
+    plain = wrap(fo.schedule_free_sgd())
+    later = fo.scheduled(plain, lr=0.1, **half)
+    more = {"loss_fn": loss_fn} if name == "sam" else {}
+    found = []
+    for opt, given in ((made, {}), (plain, half), (later, {})):
+        p, state = params, opt.init(params)
+        rate = {"lr": 0.1} if opt is plain else {}
+        for g in gradients(params, 3):
+            p, state = opt.update(g, state, p, **given, **rate, **more)
+        found.append(opt.eval_params(state, p, **given))
+        other = opt.eval_params(state, p, momentum=0.9)
+        assert_moved(other, found[-1], everywhere=False)
+        with pytest.raises(fo.UnknownHyperparameterError, match="'nesterov'"):
+            opt.eval_params(state, p, nesterov=0.5)
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
+
+
+def test_what_an_average_does_not_go_by_is_not_its_affair():
+    """The names are those of `update`, in a chain too; an unknown one is refused."""
+    p = {"w": torch.ones(2)}
+    for inner in (fo.sgd(), fo.freeze(fo.sgd(), False)):
+        for opt in (inner, fo.chain(inner, fo.ema(0.5)), fo.chain(fo.zero_nans(), inner)):
+            state = opt.init(p)
+            expected = opt.eval_params(state, p)
+            assert_same(opt.eval_params(state, p, lr=0.1), expected)
+            with pytest.raises(fo.UnknownHyperparameterError, match="'rate'"):
+                opt.eval_params(state, p, rate=0.1)
 
 
 @pytest.mark.parametrize("name", WRAPPERS)

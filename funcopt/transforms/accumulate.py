@@ -101,7 +101,9 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
         update,
         f"accumulate({opt.name})",
         opt.hyper,
-        eval_params=lambda state, params: opt.eval_params(state["optimizer"], params),
+        eval_params=lambda state, params, **given: opt.eval_params(
+            state["optimizer"], params, **given
+        ),
     )
 
 

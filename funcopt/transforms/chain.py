@@ -138,11 +138,12 @@ def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> 
             return donation.write_over(params, new), donation.write_over(state, new_state)
         return new, new_state
 
-    def eval_params(state: State, params: Tree) -> Tree:
+    def eval_params(state: State, params: Tree, **overrides: HyperValue) -> Tree:
         stages = links.get("parameter_stages")
-        if stages and stages.spec and stages.spec.evaluated:
-            return stages.eval_params(state["parameter_stages"], params)
-        return opt.eval_params(state["optimizer"], params)
+        averages = stages and stages.spec and stages.spec.evaluated
+        last = "parameter_stages" if averages else main
+        given = {k: v for k, v in overrides.items() if owner.get(k, last) == last}
+        return links[last].eval_params(state[last], params, **given)
 
     return Optimizer(init, update, name, hyper, eval_params=eval_params)
 

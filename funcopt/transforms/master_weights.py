@@ -92,8 +92,9 @@ def master_weights(opt: Optimizer, *, stochastic: bool = False) -> Optimizer:
         made = tree.map(rounded, new, params), {"optimizer": inner, "master": master}
         return donation.write_over((params, state), made) if donate else made
 
-    def eval_params(state: State, params: Tree) -> Tree:
-        found = opt.eval_params(state["optimizer"], _stepped(state["master"], params))
+    def eval_params(state: State, params: Tree, **given: Any) -> Tree:
+        master = _stepped(state["master"], params)
+        found = opt.eval_params(state["optimizer"], master, **given)
         return tree.map(lambda x, p: x.to(p.dtype), found, params)
 
     return Optimizer(

@@ -54,6 +54,16 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
                 )
         return {label: [name == label for name in names] for label in optimizers}
 
+    def shares(overrides: Mapping[str, HyperValue]) -> dict[str, Any]:
+        """What of it each optimizer has."""
+        for name in overrides:
+            if not any(name in opt.hyper for opt in optimizers.values()):
+                raise unknown(name, hyper, "partition")
+        return {
+            label: {k: v for k, v in overrides.items() if k in opt.hyper}
+            for label, opt in optimizers.items()
+        }
+
     def init(params: Tree) -> State:
         leaves, structure = tree.flatten(params)
         return {
@@ -70,9 +80,7 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
         execution: str | None = None,
         **overrides: HyperValue,
     ) -> tuple[Tree, State]:
-        for name in overrides:
-            if not any(name in opt.hyper for opt in optimizers.values()):
-                raise unknown(name, hyper, "partition")
+        given = shares(overrides)
         leaves, structure = tree.flatten(params)
         gradients = tree.flatten_like(structure, grads, "grads")
         if not isinstance(state, Mapping) or state.keys() != optimizers.keys():
@@ -84,26 +92,27 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
             donation.check_trees(gradients, leaves, state)
         merged, new_state = list(leaves), {}
         for label, mine in split(structure).items():
-            opt = optimizers[label]
-            its_params, new_state[label] = opt.update(
+            its_params, new_state[label] = optimizers[label].update(
                 _keep(gradients, structure, mine),
                 state[label],
                 _keep(leaves, structure, mine),
                 donate=donate,
                 execution=execution,
-                **{k: v for k, v in overrides.items() if k in opt.hyper},
+                **given[label],
             )
             for i, leaf in enumerate(tree.leaves(its_params)):
                 if mine[i]:
                     merged[i] = leaf
         return tree.unflatten(structure, merged), new_state
 
-    def eval_params(state: State, params: Tree) -> Tree:
+    def eval_params(state: State, params: Tree, **overrides: HyperValue) -> Tree:
+        given = shares(overrides)
         leaves, structure = tree.flatten(params)
         merged = list(leaves)
         for label, mine in split(structure).items():
             its = _keep(leaves, structure, mine)
-            found = tree.leaves(optimizers[label].eval_params(state[label], its))
+            its = optimizers[label].eval_params(state[label], its, **given[label])
+            found = tree.leaves(its)
             merged = [x if keep else y for x, y, keep in zip(found, merged, mine)]
         return tree.unflatten(structure, merged)
 
@@ -182,10 +191,10 @@ def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
         ]
         return tree.unflatten(structure, merged), state
 
-    def eval_params(state: State, params: Tree) -> Tree:
+    def eval_params(state: State, params: Tree, **overrides: HyperValue) -> Tree:
         leaves, structure = tree.flatten(params)
         moving = active(structure)
-        found = opt.eval_params(state, _keep(leaves, structure, moving))
+        found = opt.eval_params(state, _keep(leaves, structure, moving), **overrides)
         rows = zip(tree.leaves(found), leaves, moving)
         return tree.unflatten(structure, [x if moves else p for x, p, moves in rows])
 

@@ -89,10 +89,13 @@ def sam(opt: Optimizer, rho: HyperValue = 0.05, *, adaptive: bool = False) -> Op
         steep = _gradient(loss_fn, above, grads)
         return opt.update(steep, state, params, **given)
 
+    def eval_params(state: State, params: Tree, **given: Any) -> Tree:
+        for name in ("rho", "loss_fn"):  # what is evaluated is not what was climbed to
+            given.pop(name, None)
+        return opt.eval_params(state, params, **given)
+
     hyper = {**opt.hyper, "rho": rho, "loss_fn": None}
-    return Optimizer(
-        opt.init, update, f"sam({opt.name})", hyper, eval_params=opt.eval_params
-    )
+    return Optimizer(opt.init, update, f"sam({opt.name})", hyper, eval_params=eval_params)
 
 
 def _gradient(loss_fn: Callable[[Tree], Tensor], params: Tree, like: Tree) -> Tree:

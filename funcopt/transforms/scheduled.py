@@ -57,9 +57,13 @@ def scheduled(opt: Optimizer, **hyper: HyperValue) -> Optimizer:
     ) -> tuple[Tree, State]:
         return opt.update(grads, state, params, **{**hyper, **given})
 
+    def eval_params(state: State, params: Tree, **given: HyperValue) -> Tree:
+        return opt.eval_params(state, params, **{**hyper, **given})
+
     return replace(
         opt,
         update=update,
+        eval_params=eval_params,
         name=f"scheduled({opt.name})",
         hyper={**opt.hyper, **hyper},
     )

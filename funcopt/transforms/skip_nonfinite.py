@@ -79,7 +79,9 @@ def skip_nonfinite(opt: Optimizer) -> Optimizer:
         update,
         f"skip_nonfinite({opt.name})",
         opt.hyper,
-        eval_params=lambda state, params: opt.eval_params(state["optimizer"], params),
+        eval_params=lambda state, params, **given: opt.eval_params(
+            state["optimizer"], params, **given
+        ),
     )
 
 
