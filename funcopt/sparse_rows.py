@@ -19,6 +19,11 @@ def are_among(grads: Sequence[Any]) -> bool:
     return any(isinstance(g, Tensor) and g.layout is torch.sparse_coo for g in grads)
 
 
+def numbers(g: Tensor) -> Tensor:
+    """Of a gradient, those that are there."""
+    return g.coalesce().values() if are_among([g]) else g
+
+
 def check_all(grads: Sequence[Any], structure: tree.Structure, name: str) -> None:
     """Each gradient must be sparse."""
     for i, g in enumerate(grads):

@@ -32,8 +32,9 @@ class Spec:
     matrices: bool = False  #: whether a leaf must have two axes
     totals: Sequence[Totals] = ()
     evaluated: Callable[..., Any] | None = None
-    #: what is done with a sparse gradient: "" refuses it, "rows" steps what it names,
-    #: "dense" makes it dense; "only" steps what it names, and refuses dense ones
+    #: what is done with a sparse gradient: "" refuses it, "rows" steps what it names (of
+    #: a stage: makes zeros of zeros, which count for nothing), "dense" makes it dense;
+    #: "only" steps what it names, and refuses dense ones
     sparse: Literal["", "rows", "dense", "only"] = ""
 
     @property

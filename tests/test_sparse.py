@@ -139,6 +139,54 @@ def test_derivative(factory: Callable[..., fo.Optimizer]):
     assert torch.autograd.gradcheck(end, inputs)
 
 
+CLIPPED: dict[str, Callable[[], Any]] = {
+    "clip_by_value": lambda: fo.clip_by_value(0.3),
+    "clip_by_global_norm": lambda: fo.clip_by_global_norm(0.5),
+    "normalize": fo.normalize,
+    "zero_nans": fo.zero_nans,
+}
+
+
+@pytest.mark.parametrize("stage", CLIPPED)
+@each
+def test_after_a_stage_that_makes_zeros_of_zeros(
+    factory: Callable[..., fo.Optimizer], twin: Twin, flags: dict[str, Any], stage: str
+):
+    """As torch with gradients that the stage made beforehand, all of them dense."""
+    opt = fo.chain(CLIPPED[stage](), factory(lr=0.1, **flags))
+    ahead = fo.chain(CLIPPED[stage](), fo.sgd(lr=1.0))
+    params = start()
+    copies = {key: p.clone() for key, p in params.items()}
+    theirs, state = twin([*copies.values()], lr=0.1, **flags), opt.init(params)
+    for step in range(10):
+        grads = {key: 3 * g for key, g in sparse_grads(step).items()}
+        if stage == "zero_nans" and step % 5:
+            grads["rows"] = grads["rows"] * torch.tensor(torch.nan)
+        zeros = {key: torch.zeros_like(p) for key, p in params.items()}
+        dense = {key: g.to_dense() for key, g in grads.items()}
+        made, _ = ahead.update(dense, ahead.init(zeros), zeros)
+        for key, copy in copies.items():
+            at = grads[key].coalesce().indices()
+            copy.grad = coo(at, -made[key][tuple(at)], copy.shape)
+        theirs.step()
+        params, state = opt.update(grads, state, params)
+        assert_close(params, copies, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fo.chain(fo.clip_by_block_rms(1.0), fo.sparse_adam()),
+        lambda: fo.chain(fo.add_decayed_weights(0.1), fo.sparse_adam()),
+        lambda: fo.chain(fo.clip_by_value(1.0), fo.sparse_adam(), fo.ema(0.9)),
+        lambda: fo.cautious(fo.sparse_adam()),
+    ],
+)
+def test_what_goes_by_all_of_a_leaf_is_not_for_sparse_adam(make: Any):
+    with pytest.raises(fo.HyperparameterTypeError, match=r"all of a leaf.*fo\.adam"):
+        make()
+
+
 @pytest.mark.parametrize(
     "call, error, words",
     [
@@ -146,6 +194,19 @@ def test_derivative(factory: Callable[..., fo.Optimizer]):
         (lambda p, g: fo.sgd(weight_decay=0.1), fo.HyperparameterError, "weight_decay"),
         (lambda p, g: fo.adam(), fo.LeafError, "to_dense"),
         (lambda p, g: fo.rmsprop(), fo.LeafError, "to_dense"),
+        (
+            lambda p, g: fo.chain(fo.clip_by_block_rms(1.0), fo.sgd()),
+            fo.LeafError,
+            "to_dense",
+        ),
+        (lambda p, g: fo.chain(fo.sgd(), fo.polyak()), fo.LeafError, "to_dense"),
+        (
+            lambda p, g: fo.chain(fo.zero_nans(), fo.freeze(fo.sgd(), False)),
+            fo.LeafError,
+            "to_dense",
+        ),
+        (lambda p, g: fo.accumulate(fo.sgd(), 2), fo.LeafError, "to_dense"),
+        (lambda p, g: fo.cautious(fo.sgd()), fo.LeafError, "to_dense"),
     ],
 )
 def test_refused(call: Any, error: type[Exception], words: str):
@@ -153,6 +214,18 @@ def test_refused(call: Any, error: type[Exception], words: str):
     opt = call(p, g)
     with pytest.raises(error, match=words):
         opt.update(g, opt.init(p), p)
+
+
+def test_a_step_that_is_not_finite_is_skipped():
+    opt, p = fo.skip_nonfinite(fo.sparse_adam(lr=0.1)), start()
+    g, state = sparse_grads(3), opt.init(p)
+    bad = {**g, "rows": g["rows"] * torch.tensor(torch.inf)}
+    same, state = opt.update(bad, state, p)
+    assert_close(same, p, 0.0)
+    assert state["skipped"] == 1
+    alone = fo.sparse_adam(lr=0.1)
+    expected, _ = alone.update(g, alone.init(p), p)
+    assert_close(opt.update(g, state, p)[0], expected, 0.0)
 
 
 def test_misfits():

@@ -53,9 +53,8 @@ def strong_wolfe(
         limit: a number that ``most`` never exceeds.
         running: who takes part; who does not gets ``start`` and 0.
     """
-    asked = running
-    tried = asked.to(torch.int64)
-    new = pick(asked, at(torch.where(asked, t, 0.0)), start)
+    tried = running.to(torch.int64)
+    new = at(torch.where(running, t, 0.0))
     previous = first = second = start  # the interval's ends, as torch orders them
     low_first = torch.ones_like(running)
     zooming = doubtful = torch.zeros_like(running)
@@ -67,14 +66,14 @@ def strong_wolfe(
         # Those that look for an interval: the trial may be its far end.
         seeking = running & ~zooming
         above = high_loss | (new.loss >= previous.loss) if turn > 1 else high_loss
-        found = seeking & ~spent & ~above & flat
+        found = seeking & ~above & flat
         closed = seeking & ~spent & ~found & (above | (new.slope >= 0))
 
         # Those that have one: the trial replaces one of its ends.
         low, high = pick(low_first, first, second), pick(low_first, second, first)
         zoom = running & zooming
         worse = high_loss | (new.loss >= low.loss)
-        beyond = ~flat & (new.slope * (high.t - low.t) >= 0)
+        beyond = new.slope * (high.t - low.t) >= 0
         found = found | (zoom & ~worse & flat)
         high = pick(worse, new, pick(beyond, low, high))
         low = pick(worse, low, new)
@@ -86,7 +85,7 @@ def strong_wolfe(
         ended = seeking & (found | spent)
         first = pick(closed, previous, pick(ended, pick(found, new, start), first))
         second = pick(closed | ended, new, second)
-        ordered = closed | ended | (zoom & worse)
+        ordered = closed | ended | zoom
         low_first = torch.where(ordered, first.loss <= second.loss, low_first)
         zooming = zooming | closed
 
@@ -96,13 +95,11 @@ def strong_wolfe(
             break
 
         far = _cubic(previous, new, new.t + 0.01 * (new.t - previous.t), new.t * 10)
-        near, unsure = _inside(first, second, doubtful)
-        doubtful = torch.where(running & zooming, unsure, doubtful)
-        previous = pick(running & ~zooming, new, previous)
-        t = torch.where(running, torch.where(zooming, near, far), new.t)
-        new = pick(running, at(t), new)
+        near, doubtful = _inside(first, second, doubtful)
+        previous = new
+        new = at(torch.where(running, torch.where(zooming, near, far), new.t))
         tried = tried + running
-    return pick(asked, pick(low_first, first, second), start), tried
+    return pick(low_first, first, second), tried
 
 
 def _inside(first: Point, second: Point, doubtful: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,7 +125,8 @@ def _sorted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _cubic(a: Point, b: Point, least: Tensor, most: Tensor) -> Tensor:
     """The minimum of the cubic through both points, within bounds.
 
-    The middle of the bounds, where there is none; torch has NaN where it divides by 0.
+    The middle of the bounds, where there is none; a bound, where it lies without end, as
+    of a straight line. Where torch has NaN, 0 by 0, it is the middle.
     """
     swapped = a.t > b.t
     a, b = pick(swapped, b, a), pick(swapped, a, b)
@@ -139,9 +137,13 @@ def _cubic(a: Point, b: Point, least: Tensor, most: Tensor) -> Tensor:
     real = squared > 0
     d2 = torch.where(real, torch.where(real, squared, 1.0).sqrt(), 0.0)
     below = b.slope - a.slope + 2 * d2
-    there = there & (squared >= 0) & (below != 0)
-    ratio = (b.slope + d2 - d1) / torch.where(there, below, 1.0)
+    there = there & (squared >= 0)
+    above = b.slope + d2 - d1
+    endless = there & (below == 0) & (above != 0)
+    there = there & (below != 0)
+    ratio = above / torch.where(there, below, 1.0)
     t = b.t - apart * ratio
     t = torch.where(least > t, least, t)
     t = torch.where(most < t, most, t)
-    return torch.where(there & ratio.isfinite(), t, (least + most) / 2)
+    t = torch.where(there & ratio.isfinite(), t, (least + most) / 2)
+    return torch.where(endless, torch.where(above > 0, least, most), t)

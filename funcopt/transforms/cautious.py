@@ -27,7 +27,7 @@ def cautious(opt: Optimizer, *, maximize: bool = False) -> Optimizer:
         An Optimizer with the state and hyperparameters of ``opt``.
 
     Raises:
-        HyperparameterTypeError: ``opt`` is not made of one rule.
+        HyperparameterTypeError: ``opt`` is not made of one rule, or is `sparse_adam`.
 
     Source:
         Liang, Chen, Liu, Liu, "Cautious optimizers: improving training with one line of
@@ -47,6 +47,11 @@ def cautious(opt: Optimizer, *, maximize: bool = False) -> Optimizer:
             f"cautious needs an optimizer made of one rule, and {opt.name} is not; make "
             "its parts cautious"
         )
+    if opt.spec.sparse == "only":
+        raise HyperparameterTypeError(
+            f"{opt.name} steps what a sparse gradient names, and cautious goes by all of "
+            "a leaf; take fo.adam and dense gradients"
+        )
     spec, sign = opt.spec, -1.0 if maximize else 1.0
 
     def rule(g: Tensor, p: Tensor, *slots: Any, **given: Any) -> tuple[Any, ...]:
@@ -63,6 +68,7 @@ def cautious(opt: Optimizer, *, maximize: bool = False) -> Optimizer:
             name=name,
             elementwise=False,
             norms=spec.traceable,
-            sparse="",  # the mean is over all of a leaf
+            # the mean is over all of a leaf
+            sparse="dense" if spec.sparse == "dense" else "",
         )
     )

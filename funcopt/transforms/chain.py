@@ -34,7 +34,8 @@ def chain(*links: Stage | Optimizer) -> Optimizer:
 
     Raises:
         HyperparameterTypeError: a link that is none, no optimizer or two, a gradient
-            stage after it or a parameter stage before it.
+            stage after it or a parameter stage before it, a stage that `sparse_adam`
+            cannot have.
 
     Source:
         The idea is optax's ``chain`` (DeepMind, 2020), with the order checked.

@@ -60,6 +60,7 @@ def clip_by_global_norm(max_norm: HyperValue, eps: HyperValue = 1e-6) -> Gradien
             slots={},
             hyper={"max_norm": Hyper(max_norm), "eps": Hyper(eps)},
             totals=[{"norm_sq": _squares}],
+            sparse="rows",
         )
     )
 
@@ -93,7 +94,9 @@ def clip_by_value(max_value: HyperValue) -> GradientStage:
         return (g.clamp(-max_value, max_value),)
 
     hyper = {"max_value": Hyper(max_value)}
-    return GradientStage(Spec(rule, "clip_by_value", slots={}, hyper=hyper))
+    return GradientStage(
+        Spec(rule, "clip_by_value", slots={}, hyper=hyper, sparse="rows")
+    )
 
 
 def clip_by_block_rms(threshold: HyperValue) -> GradientStage:
@@ -164,7 +167,9 @@ def normalize() -> GradientStage:
         return (g * torch.where(norm_sq > 0, 1 / root(norm_sq), 0.0),)
 
     totals = [{"norm_sq": _squares}]
-    return GradientStage(Spec(rule, "normalize", slots={}, hyper={}, totals=totals))
+    return GradientStage(
+        Spec(rule, "normalize", slots={}, hyper={}, totals=totals, sparse="rows")
+    )
 
 
 def _squares(g: Tensor, p: Tensor, *, step: Any, **hyper: Any) -> Tensor:

@@ -42,7 +42,7 @@ def zero_nans() -> GradientStage:
     def rule(g: Tensor, p: Tensor, *, step: Any) -> tuple[Tensor, ...]:
         return (torch.where(g == g, g, 0.0),)
 
-    return GradientStage(Spec(rule, "zero_nans", slots={}, hyper={}))
+    return GradientStage(Spec(rule, "zero_nans", slots={}, hyper={}, sparse="rows"))
 
 
 def centralize() -> GradientStage:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from funcopt import tree
+from funcopt import sparse_rows, tree
 from funcopt.execution import donation
 from funcopt.optimizer import Optimizer
 from funcopt.transforms._conditional import choose, counter
@@ -87,5 +87,6 @@ def skip_nonfinite(opt: Optimizer) -> Optimizer:
 
 def _all_finite(grads: Tree, device: torch.device) -> Tensor:
     """A 0-d bool, for all leaves together."""
-    each = [g.isfinite().all().to(device) for g in tree.leaves(grads) if g is not None]
+    given = [sparse_rows.numbers(g) for g in tree.leaves(grads) if g is not None]
+    each = [g.isfinite().all().to(device) for g in given]
     return torch.stack(each).all() if each else torch.ones((), dtype=torch.bool)

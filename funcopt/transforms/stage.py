@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
+from funcopt.errors import HyperparameterTypeError
 from funcopt.hyper import Hyper
 from funcopt.spec import Spec
 from funcopt.types import SlotStart, Tensor
@@ -147,4 +148,20 @@ def joined(
             for totals in part.spec.totals
         ],
         evaluated=evaluated if any(spec.evaluated for spec in specs) else None,
+        sparse=_sparse(before, rule, after),
     )
+
+
+def _sparse(before: Sequence[Spec], rule: Spec | None, after: Sequence[Spec]) -> Any:
+    """What the whole does with a sparse gradient: as the rule, if its stages can."""
+    if rule is None:
+        return ""
+    whole = [spec for spec in (*before, *after) if spec.sparse != "rows"]
+    if not whole or rule.sparse == "dense":
+        return rule.sparse
+    if rule.sparse == "only":
+        raise HyperparameterTypeError(
+            f"{rule.name} steps what a sparse gradient names, and {whole[0].name} goes "
+            "by all of a leaf; leave it out, or take fo.adam and dense gradients"
+        )
+    return ""
