@@ -44,6 +44,9 @@ class Row:
     first: Mapping[str, float | str] = field(default_factory=dict)
     warm: int = 2  #: steps after which the rule does all that it ever does
     moves: bool = True  #: whether a step moves every number that has a gradient
+    #: of test_convergence: what a problem ("" those that are not named) needs besides the
+    #: defaults there, ``lr`` and ``steps`` above all; None where it does not arrive
+    arrives: Mapping[str, Any] = field(default_factory=dict)
     smooth: bool = True  #: whether the step depends smoothly on the gradient
     shapes: Sequence[Shape] = MIXED  #: of leaves that the rule takes
     few: Sequence[Shape] = SMALL  #: the same, of few numbers

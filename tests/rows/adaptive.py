@@ -15,6 +15,11 @@ ROWS = [
         idle=("betas",),  # of whose product there is but the sign
         smooth=False,
         twin=Lion,
+        arrives={
+            "": {"lr": 0.01},
+            "mixed": {"lr": 0.01, "steps": 500},
+            "rosenbrock": {"lr": 0.001, "steps": 1600},
+        },
     ),
     Row(
         fo.adabelief,
@@ -62,6 +67,7 @@ ROWS = [
             "weight_decay": 0.1,
         },
         roots=2,
+        arrives={"parabola": {"lr": 1.0}},
     ),
     Row(
         fo.adam_atan2,

@@ -14,17 +14,20 @@ ROWS = [
         half(weight_decay=DECAY, momentum=(0.9, 0.0)),
         {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.1, "eps": 0.1},
         roots=1,
+        arrives={"rosenbrock": {"lr": 0.01, "steps": 4000}},
     ),
     Row(
         fo.sgld,
         half(weight_decay=DECAY, temperature=(1.0, 0.3), noise=(0.7, -0.4)),
         {"lr": 0.1, "temperature": 0.3, "weight_decay": 0.1, "noise": 0.7},
+        arrives={"rosenbrock": {"lr": 0.0015, "steps": 6000}},
     ),
     Row(
         fo.schedule_free_sgd,
         half(weight_decay=DECAY, warmup_steps=(9.5, 12.0), weight_lr_power=(0.8, 1.0)),
         WEIGHTS | {"momentum": 0.8, "weight_decay": 0.1},
         per_leaf=tuple(WEIGHTS),
+        arrives={"rosenbrock": {"lr": 0.01, "steps": 3000}},
     ),
     Row(
         fo.schedule_free_adamw,
@@ -33,5 +36,6 @@ ROWS = [
         per_leaf=tuple(WEIGHTS),
         roots=2,
         powers=2,
+        arrives={"parabola": {"lr": 1.0}, "rosenbrock": {"steps": 2000}},
     ),
 ]

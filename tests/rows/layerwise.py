@@ -17,6 +17,11 @@ ROWS = [
         shapes=SHAPES,
         few=FEW,
         elementwise=False,
+        arrives={
+            "": {"lr": 0.01},
+            "mixed": {"lr": 0.01, "steps": 600},
+            "rosenbrock": {"lr": 0.003, "steps": 3000},
+        },
     ),
     Row(
         fo.lars,
@@ -25,6 +30,7 @@ ROWS = [
         shapes=SHAPES,
         few=FEW,
         elementwise=False,
+        arrives={"": {"lr": 1.0}},
     ),
     Row(
         fo.novograd,
@@ -33,6 +39,7 @@ ROWS = [
         shapes=SHAPES,
         few=FEW,
         elementwise=False,
+        arrives={"": {"lr": 0.01}},
     ),
     Row(
         fo.mars_adamw,

@@ -28,6 +28,7 @@ ROWS = [
         shapes=MATRICES,
         few=((2, 2), (2, 2)),
         elementwise=False,
+        arrives={"": {"lr": 0.01}, "rosenbrock": {"lr": 0.003}},
     ),
     Row(
         fo.adafactor,
@@ -41,6 +42,11 @@ ROWS = [
         shapes=((4, 3), (5,), (2, 3, 2), (2,), (2, 2)),
         few=((2,), (2, 2)),
         elementwise=False,
+        arrives={
+            "": {"lr": 0.03},
+            "mixed": {"lr": 0.03, "steps": 600},
+            "rosenbrock": None,
+        },
     ),
     Row(
         fo.shampoo,
@@ -52,6 +58,7 @@ ROWS = [
         few=((2,), (2, 2)),
         rounding=1e-12,
         elementwise=False,
+        arrives={"": {"lr": 1.0}, "rosenbrock": {"lr": 0.1, "steps": 1500}},
     ),
     Row(
         fo.soap,

@@ -11,6 +11,7 @@ ROWS = [
         mixes(maximize=OFF_ON, weight_decay=DECAY, reps_rel=(0.3,)),
         {"lr": 0.9, "reps_rel": 0.3, "eps": 0.01, "weight_decay": 0.1},
         elementwise=False,
+        arrives={"": {"lr": 1.0}, "rosenbrock": {"lr": 0.5, "steps": 5000}},
     ),
     Row(
         fo.prodigy,
@@ -32,5 +33,6 @@ ROWS = [
             "d_coef": 60.0,
         },
         elementwise=False,
+        arrives={"": {"lr": 1.0}},
     ),
 ]

@@ -10,6 +10,7 @@ ROWS = [
         mixes(maximize=OFF_ON, weight_decay=DECAY),
         {"lr": 0.02, "weight_decay": 0.1},
         smooth=False,
+        arrives={"": {"lr": 0.01}, "rosenbrock": None},
     ),
     Row(
         fo.signum,
@@ -17,6 +18,11 @@ ROWS = [
         {"lr": 0.02, "beta": 0.8, "weight_decay": 0.1},
         idle=("beta",),  # the average's size does not count
         smooth=False,
+        arrives={
+            "parabola": {"lr": 0.01},
+            "": {"lr": 0.003, "steps": 1000},
+            "rosenbrock": {"lr": 0.001, "steps": 1800},
+        },
     ),
     Row(
         fo.sophia_g,
@@ -33,5 +39,6 @@ ROWS = [
             "hessian": 0.8,
         },
         idle=("eps",),  # the least curvature, of which there is more
+        arrives={"": {"lr": 0.01}, "rosenbrock": {"lr": 0.015, "steps": 6000}},
     ),
 ]

@@ -24,6 +24,7 @@ ROWS = [
         ],
         {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9, "dampening": 0.3},
         twin=torch.optim.SGD,
+        arrives={"rosenbrock": {"lr": 0.003, "momentum": 0.9}},
     ),
     Row(
         fo.adam,
@@ -65,6 +66,7 @@ ROWS = [
         roots=2,
         first={"sum": "initial_accumulator_value"},
         twin=torch.optim.Adagrad,
+        arrives={"": {"lr": 1.0}, "rosenbrock": {"steps": 3000}},
     ),
     Row(
         fo.adadelta,
@@ -74,6 +76,11 @@ ROWS = [
         ulps=3,  # torch rounds delta five times, and squares it
         roots=4,
         twin=torch.optim.Adadelta,
+        arrives={
+            "parabola": {"lr": 30.0},
+            "": {"lr": 1.0, "steps": 600},
+            "rosenbrock": {"lr": 0.1, "steps": 5000},
+        },
     ),
     Row(
         fo.rmsprop,
@@ -82,6 +89,7 @@ ROWS = [
         least={"alpha": 0.5},  # at 0 the centered mean square is 0
         roots=3,
         twin=torch.optim.RMSprop,
+        arrives={"": {"lr": 0.03}, "rosenbrock": {"lr": 0.001, "steps": 3500}},
     ),
     Row(
         fo.radam,
@@ -106,6 +114,7 @@ ROWS = [
         first={"mu_product": 1.0},
         per_leaf=("betas", "momentum_decay"),
         twin=torch.optim.NAdam,
+        arrives={"matrix": {"lr": 0.03}, "rosenbrock": {"lr": 0.01, "steps": 2000}},
     ),
     Row(
         fo.asgd,
@@ -115,6 +124,7 @@ ROWS = [
         idle=("t0",),  # it is the average's alone
         first={"mu": 1.0},
         twin=torch.optim.ASGD,
+        arrives={"rosenbrock": {"lr": 0.0015, "steps": 6000}},
     ),
     Row(
         fo.rprop,
@@ -131,5 +141,6 @@ ROWS = [
         warm=1,  # then no gradient is 0 for having been reversed, where a step jumps
         smooth=False,
         twin=torch.optim.Rprop,
+        arrives={"rosenbrock": {"lr": 0.1, "steps": 2000}},
     ),
 ]
