@@ -306,6 +306,7 @@ def test_the_published_losses_of_a_logistic_regression():
         assert abs(float(losses[step]) - value) < 4e-7
 
 
+@pytest.mark.slow
 def test_estimators_agree_on_a_logistic_regression():
     """At the minimum all give its derivative; what looks back k steps, to its power."""
     problem, eta = logistic(300)

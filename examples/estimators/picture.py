@@ -52,9 +52,9 @@ def signs(axes: Axes, points: Sequence[Point], truth: float) -> None:
         if not some[0].setting:
             continue
         x, y = [p.setting for p in some], [p.slope for p in some]
-        line = "-" if method == "truncated" else ""
+        line, colour = "-" if method == "truncated" else "none", COLOURS[method]
         axes.plot(
-            x, y, line, marker="o", markersize=4, color=COLOURS[method], label=method
+            x, y, linestyle=line, marker="o", markersize=5, color=colour, label=method
         )
     axes.set(
         xscale="log",
