@@ -131,6 +131,19 @@ def test_equal_to_torch(problem: str, search: Any, max_iter: int, history_size: 
     assert not state["old_dirs"][: history_size - rows].any()
 
 
+@pytest.mark.slow
+@searches
+def test_fifty_updates_are_torchs(search: Any, monkeypatch: pytest.MonkeyPatch):
+    """Where rounding is not amplified: curved everywhere, and nearly alike."""
+
+    def bent(p: Tensor) -> Tensor:
+        return quadratic(p) + torch.cos(p).sum() / 20
+
+    monkeypatch.setitem(PROBLEMS, "bent", (bent, drawn(6), 0.5))
+    flags = {"max_iter": 1, "tolerance_grad": 0.0, "tolerance_change": 0.0}
+    against_torch("bent", 50, 1e-12, line_search_fn=search, history_size=5, **flags)
+
+
 @searches
 def test_what_is_kept_equals_what_torch_keeps(search: Any):
     state, known = against_torch(

@@ -209,6 +209,32 @@ def test_zero_gradients(case: Case, dtype: torch.dtype):
                 assert torch.equal(ours[off], theirs[off])
 
 
+def misgiven(value: Any) -> Iterator[Any]:
+    """Out of its range, each place of it alone."""
+    for bad in (-1.0, 1.0, 2.0, -1e-3, 60.0):
+        if not isinstance(value, tuple):
+            yield bad
+        else:
+            yield from ((*value[:i], bad, *value[i + 1 :]) for i in range(len(value)))
+
+
+OF_TORCH = [case for case in TWINS if case.row.name != "lion"]
+
+
+@pytest.mark.parametrize("case", OF_TORCH, ids=str)
+def test_what_torch_refuses_is_refused_alike(case: Case):
+    refused = 0
+    for name, value in case.floats().items():
+        for bad in misgiven(value):
+            try:
+                case.twin([torch.ones(2, 2)], **{name: bad})
+            except Exception as error:
+                refused += 1
+                with pytest.raises(type(error)):
+                    case.optimizer(**{name: bad})
+    assert refused > 1
+
+
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_gradients_whose_square_underflows(case: Case):
     """A zero under the root and none above it: eps alone divides."""

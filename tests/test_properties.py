@@ -8,6 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from row import Case
+from rows import sign
 from table import CASES, ELEMENTWISE, ENDS, slots_of
 from torch import Tensor
 from trees import assert_same, random_like
@@ -172,6 +173,40 @@ def test_no_rate_no_step(case: Case, params: Tree):
     assert_same(run(case.optimizer(), params, lr=0.0)[0], params)
     zero = torch.tensor(0.0)
     assert_same(run(case.optimizer(), params, lr=zero)[0], params)
+
+
+by_sign = [case for case in CASES if case.row in sign.ROWS or case.row.name == "lion"]
+by_sign = [case for case in by_sign if case.row.name != "sophia_g"]
+
+
+@given(st.sampled_from(by_sign), parameters(), st.integers(-3, 6))
+def test_a_sign_has_no_size(case: Case, params: Tree, power: int):
+    """Gradients times a power of 2, by which nothing is rounded otherwise."""
+    case = Case(case.row, {**case.flags, "weight_decay": 0.0})
+    found = []
+    for scale in (1.0, 2.0**power):
+        opt, p = case.optimizer(), params
+        state = opt.init(params)
+        for seed in range(3):
+            grads = tree.map(lambda g, c=scale: c * g, random_like(params, seed))
+            p, state = opt.update(grads, state, p)
+        found.append(p)
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ENDS, ids=str)
+def test_no_gradient_no_step(case: Case, dtype: torch.dtype):
+    """Zeros from the first: where 0/0 would be NaN, and half an eps nothing."""
+    still = {"weight_decay": 0.0, "lambd": 0.0, "noise": 0.0}
+    known = case.optimizer().hyper
+    given = {name: value for name, value in still.items() if name in known}
+    opt, params = case.optimizer(), case.mixed(dtype)
+    zeros, new, state = tree.map(torch.zeros_like, params), params, opt.init(params)
+    for _ in range(3):
+        new, state = opt.update(zeros, state, new, **given)
+    assert_same(new, params)
+    assert all(x.isfinite().all() for x in tree.leaves(state))
 
 
 @given(some_case, parameters())
