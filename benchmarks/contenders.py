@@ -18,7 +18,10 @@ MetaStep: TypeAlias = Callable[[], tuple[float, list[Tensor]]]
 
 
 def with_funcopt(
-    problem: Problem, *, tasks: Literal["vmap", "loop", "auto"] = "auto"
+    problem: Problem,
+    *,
+    tasks: Literal["vmap", "loop", "auto"] = "auto",
+    compile: bool = False,
 ) -> MetaStep:
     import funcopt as fo
 
@@ -36,7 +39,7 @@ def with_funcopt(
         return loss(run.params, query)
 
     theta = problem.theta
-    value_and_grad = fo.meta.value_and_grad(task_loss, tasks=tasks)
+    value_and_grad = fo.meta.value_and_grad(task_loss, tasks=tasks, compile=compile)
 
     def meta_step() -> tuple[float, list[Tensor]]:
         value, grads = value_and_grad(theta, problem.tasks)

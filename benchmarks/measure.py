@@ -121,16 +121,44 @@ def difference(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
     )
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
+def peak_bytes(call: Callable[[], Any], *, times: int = 2) -> int:
     """The most bytes that tensors allocated in a call held at one time.
 
     Counted from each allocation and release that torch's allocator reports. The same at
     every run; without Python objects, code, and memory that the system keeps in reserve.
     """
     call()
+
+    def again() -> None:  # what the first leaves behind counts against the second
+        for _ in range(times):
+            call()
+
+    live = most = 0
+    for change in _changes(again)[0]:
+        live += change
+        most = max(most, live)
+    return most
+
+
+def held_bytes(call: Callable[[], Any]) -> int:
+    """The bytes that a call allocates and its result keeps alive, graph included."""
+    call()
+
+    def kept() -> Any:
+        result = call()
+        gc.collect()  # a cycle is no part of the result
+        return result
+
+    changes, result = _changes(kept)
+    del result  # alive until here
+    return sum(changes)
+
+
+def _changes(call: Callable[[], Any]) -> tuple[list[int], Any]:
+    """The bytes of each allocation, and less than 0 of each release; and the result."""
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-        call()  # twice: what the first leaves behind counts against the second
+        result = call()
     assert record.profiler is not None and record.profiler.kineto_results is not None
     events: Any = record.profiler.kineto_results.events()
     changes = [
@@ -138,11 +166,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         for event in events
         if event.name() == "[memory]"
     ]
-    live = most = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        live += change
-        most = max(most, live)
-    return most
+    return [change for _, change in sorted(changes, key=lambda pair: pair[0])], result
 
 
 def environment() -> dict[str, Any]:

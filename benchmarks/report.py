@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import report_meta
 import report_step
 import tables
 import targets
@@ -29,6 +30,7 @@ def write() -> None:
         "ensemble": ensemble_table(),
         "cold": cold_table(),
         "gpu": gpu_table(),
+        "meta": report_meta.meta_tables(),
     }
     for name, table in drawn.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"

@@ -1,0 +1,188 @@
+"""Meta-gradients at scale: compiled meta-steps, long inner loops, many hyperparameters.
+
+    pip install -e ".[benchmarks]"
+    python benchmarks/meta.py                  # eight minutes on two cores
+    python benchmarks/meta.py --only compiled  # or loops, forward, logistic
+
+Each part compares its numbers before the clock starts. Writes ``results/meta.json``,
+and the tables of README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import hyper_steps
+import inner_loops
+import measure
+import report
+import report_meta
+from contenders import CONTENDERS, with_funcopt
+from maml import agreement
+from problems import PROBLEMS
+
+COMPILED = ("sinusoid-sgd", "sinusoid-adam", "conv4-1")
+STEPS = (1, 4, 16, 64)
+#: Largest difference of a gradient of four Adam steps in float64, relative to a leaf's
+#: largest entry: TorchOpt takes 1 - β₂ᵗ in float32.
+TOLERANCE = 1e-4
+OUTER_STEPS = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--compile", choices=PROBLEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    # higher and TorchOpt use names that torch has since deprecated.
+    warnings.simplefilter("ignore")
+    if given.compile:  # in a process of its own, with a cache of its own
+        print(json.dumps(first_call(given.compile, given.warm)))
+        return
+    results = measure.load("meta") or {}
+    for name in tqdm(given.only, unit="part"):
+        results[name] = PARTS[name]()
+        measure.save("meta", results)
+    report.write()
+    print(report_meta.meta_tables())
+
+
+def compiled() -> list[dict[str, Any]]:
+    """Each meta-step as it is and compiled, in a new process with an empty cache."""
+    results = []
+    for name in tqdm(COMPILED, desc="compiled", leave=False):
+        with tempfile.TemporaryDirectory() as cache:
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+            call = [sys.executable, __file__, "--compile", name]
+            cold = _json_of(call, environment)
+            warm = _json_of([*call, "--warm"], environment)
+            results.append({**cold, "warm_seconds": warm["first_call_seconds"]})
+    return results
+
+
+def _json_of(call: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    done = subprocess.run(call, stdout=subprocess.PIPE, check=True, env=environment)
+    return json.loads(done.stdout)
+
+
+def first_call(name: str, warm: bool) -> dict[str, Any]:
+    """The seconds that compiling takes; and unless warm, the times of all contenders."""
+    problem = PROBLEMS[name]()
+    torch.set_num_threads(problem.threads)
+    steps = {"compiled": with_funcopt(problem, compile=True)}
+    start = time.perf_counter()
+    steps["compiled"]()
+    seconds = time.perf_counter() - start
+    if warm:
+        return {"first_call_seconds": seconds}
+    steps |= {contender: make(problem) for contender, make in CONTENDERS.items()}
+    return {
+        "problem": problem.name,
+        "threads": problem.threads,
+        "first_call_seconds": seconds,
+        "difference": agreement(steps),
+        "milliseconds": measure.interleaved(steps, repeats=min(problem.repeats, 11)),
+    }
+
+
+def loops() -> list[dict[str, Any]]:
+    """Bytes that wait for the backward pass, peak bytes and time, of K Adam steps."""
+    torch.set_num_threads(2)
+    results = []
+    cases = [(network, steps) for network in inner_loops.NETWORKS for steps in STEPS]
+    for network, steps in tqdm(cases, desc="loops", leave=False):
+        sides = inner_loops.contenders(inner_loops.loop(network, steps))
+        calls = {n: lambda f=f: inner_loops.gradient(f) for n, f in sides.items()}
+        results.append(
+            {
+                "network": network,
+                "steps": steps,
+                "difference": _differences_of_loops(network),
+                "held_bytes": {n: measure.held_bytes(f) for n, f in sides.items()},
+                "peak_bytes": {n: measure.peak_bytes(call) for n, call in calls.items()},
+                "milliseconds": measure.interleaved(
+                    calls, repeats=5 if steps < 64 else 3, fill=0.02
+                ),
+            }
+        )
+    return results
+
+
+def _differences_of_loops(network: str) -> dict[str, float]:
+    sides = inner_loops.contenders(inner_loops.loop(network, 4, torch.float64))
+    expected = inner_loops.gradient(sides["reverse"])
+    found = {
+        name: measure.difference(inner_loops.gradient(forward), expected)
+        for name, forward in sides.items()
+        if name != "reverse"
+    }
+    if not max(found.values()) <= TOLERANCE:
+        raise AssertionError(f"{network}: gradients differ, {found}")
+    return found
+
+
+def forward() -> list[dict[str, Any]]:
+    """Peak bytes of forward mode, for trainings of 100 and 1,000 steps."""
+    torch.set_num_threads(2)
+    results = []
+    for groups in tqdm((1, 10, 100), desc="forward", leave=False):
+        calls = {k: hyper_steps.forward_mode(groups, k) for k in (100, 1000)}
+        start = time.perf_counter()
+        calls[1000]()
+        seconds = time.perf_counter() - start
+        peaks = {k: measure.peak_bytes(call, times=1) for k, call in calls.items()}
+        results.append(
+            {"hyperparameters": groups, "peak_bytes": peaks, "seconds": seconds}
+        )
+    return results
+
+
+def logistic() -> dict[str, Any]:
+    """One outer step: a rate for each inner step, a penalty for each feature."""
+    torch.set_num_threads(1)
+
+    def sides(dtype: torch.dtype) -> dict[str, hyper_steps.OuterStep]:
+        given = hyper_steps.data(dtype), hyper_steps.start_of(OUTER_STEPS, dtype)
+        return {
+            "funcopt": hyper_steps.with_funcopt(OUTER_STEPS, *given),
+            "compiled": hyper_steps.with_funcopt(OUTER_STEPS, *given, compile=True),
+            "by recomputation": hyper_steps.by_recomputation(OUTER_STEPS, *given),
+        }
+
+    steps = sides(torch.float32)
+    start = time.perf_counter()
+    steps["compiled"]()
+    seconds = time.perf_counter() - start
+    exact = sides(torch.float64)["by recomputation"]()[1].values()
+    difference = {n: measure.difference(f()[1].values(), exact) for n, f in steps.items()}
+    assert max(difference.values()) <= TOLERANCE, difference
+    return {
+        "inner_steps": OUTER_STEPS,
+        "compile_seconds": seconds,
+        "difference": difference,
+        "milliseconds": measure.interleaved(steps, repeats=11),
+    }
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "compiled": compiled,
+    "loops": loops,
+    "forward": forward,
+    "logistic": logistic,
+}
+
+if __name__ == "__main__":
+    main()
