@@ -22,7 +22,7 @@ def data(dtype: torch.dtype = torch.float32) -> Data:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=dtype)
+        return torch.randn(*shape, generator=generator).to(dtype)
 
     truth = random(FEATURES, CLASSES)
     truth[FEATURES // 2 :] = 0
