@@ -35,14 +35,15 @@ def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
 def check_floats(values: Any, what: str) -> None:
     """Each leaf must be ``None`` or a tensor of floating-point numbers."""
     leaves, structure = tree.flatten(values)
-    for name, leaf in zip(tree.paths(structure), leaves):
+    for i, leaf in enumerate(leaves):
         if leaf is None:
             continue
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise LeafError(
-                f"{what}['{name}'] is {kind}; the meta-gradient needs floating-point "
-                "tensors: put everything else with the tasks, or close over it"
+                f"{what}['{tree.paths(structure)[i]}'] is {kind}; the meta-gradient "
+                "needs floating-point tensors: put everything else with the tasks, or "
+                "close over it"
             )
 
 

@@ -98,6 +98,11 @@ def detach(values: Tree) -> Tree:
 def leading_axis(values: Tree, what: str) -> int:
     """The length that every tensor of ``values`` has in its first dimension."""
     found, structure = flatten(values)
+    tensors = [x for x in found if isinstance(x, Tensor) and x.ndim]
+    if tensors and len(tensors) == sum(x is not None for x in found):
+        length = tensors[0].shape[0]
+        if all(x.shape[0] == length for x in tensors):
+            return length  # names are looked up for a message only
     lengths: dict[int, str] = {}
     for name, leaf in zip(paths(structure), found):
         if leaf is None:
@@ -105,12 +110,10 @@ def leading_axis(values: Tree, what: str) -> int:
         if not isinstance(leaf, Tensor) or not leaf.ndim:
             raise StructureError(f"{what}['{name}'] must be a tensor with a leading axis")
         lengths.setdefault(leaf.shape[0], name)
-    if len(lengths) != 1:
-        given = ", ".join(f"'{name}' has {n}" for n, name in lengths.items())
-        raise StructureError(
-            f"the leading axes of {what} must be equal, but {given or 'it is empty'}"
-        )
-    return next(iter(lengths))
+    given = ", ".join(f"'{name}' has {n}" for n, name in lengths.items())
+    raise StructureError(
+        f"the leading axes of {what} must be equal, but {given or 'it is empty'}"
+    )
 
 
 def paths(structure: Structure) -> tuple[str, ...]:

@@ -93,6 +93,7 @@ def test_the_graph_is_the_eager_meta_step(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("path", ["vmap", "loop"])
 def test_kernels_give_the_same_numbers_and_are_made_once(path: Any):
     task_loss = adapted(fo.adam())
