@@ -91,7 +91,7 @@ def assert_like(found: Any, expected: Any, where: str = "state_dict") -> None:
         assert list(found) == list(expected), where
         for key, value in expected.items():
             assert_like(found[key], value, f"{where}[{key!r}]")
-    elif isinstance(expected, list):
+    elif isinstance(expected, (list, tuple)):
         assert len(found) == len(expected), where
         for i, value in enumerate(expected):
             assert_like(found[i], value, f"{where}[{i}]")

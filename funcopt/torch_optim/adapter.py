@@ -137,12 +137,14 @@ class Adapter(Optimizer):
                 loss = closure()
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             if torch.compiler.is_compiling():
-                torch._dynamo.graph_break()
-            if not self._overflowed():
+                _outside_of_graphs(self, data)
+            else:
                 self._advance(data)
         return loss
 
     def _advance(self, data: dict[str, Any]) -> None:
+        if self._overflowed():
+            return
         groups, state = self.param_groups, self.state
         if not data and self._repeat is not None and self._repeat.run(groups, state):
             return
@@ -189,3 +191,7 @@ class Adapter(Optimizer):
 
     # torch would do at every step what is done here where there is a hook
     vars(step)["hooked"] = True
+
+
+# Kernels step all parameters at once, which a compiler would trace one by one.
+_outside_of_graphs = torch._disable_dynamo(Adapter._advance)
