@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.autograd import _profiler_enabled  # pyright: ignore
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
@@ -194,4 +195,4 @@ class Adapter(Optimizer):
 
 
 # Kernels step all parameters at once, which a compiler would trace one by one.
-_outside_of_graphs = torch._disable_dynamo(Adapter._advance)
+_outside_of_graphs = _disable_dynamo(Adapter._advance)
