@@ -112,6 +112,7 @@ def test_gradgradcheck_of_three_steps(case: Case):
     assert gradgradcheck(function, point, fast_mode=True)  # a random projection
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_central_differences(case: Case):
     """A second oracle, past autograd's own checker: one direction at a time."""

@@ -485,6 +485,7 @@ RATES: dict[str, Callable[[Tree], Any]] = {
 REST = "of every kind"
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("case", ONCE, ids=str)
 @pytest.mark.parametrize("name", FAST)

@@ -83,6 +83,7 @@ def test_where_a_hyperparameter_is_zero(case: Case):
     assert_no_sharing(*result, grads, state, params)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_leaves_without_a_gradient_are_returned_themselves(case: Case):
     opt, params = case.optimizer(), case.mixed()

@@ -81,6 +81,7 @@ def test_structure_stays(case: Case, make: Any):
         assert tree.paths(tree.flatten(state)[1]) == tree.paths(first)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_layout(case: Case):
     """int64 steps, a float64 scalar slot, an entry per leaf; other slots like params."""

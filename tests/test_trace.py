@@ -393,6 +393,7 @@ SITUATIONS: dict[str, Callable[[Any], None]] = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", ELEMENTWISE_ENDS[1::2], ids=str)
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_traced_alike_everywhere(name: str, case: Case):
