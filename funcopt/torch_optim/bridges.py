@@ -23,7 +23,7 @@ def from_torch(
     """A running torch.optim optimizer as an Optimizer, its parameters and its state.
 
     Args:
-        optimizer: one of ``torch.optim``'s, or of `funcopt.torch_optim`'s.
+        optimizer: one of ``torch.optim``'s, or of ``funcopt.torch_optim``'s.
 
     Returns:
         ``(opt, params, state)``. ``params`` is a list with an entry for each group, a
@@ -71,7 +71,7 @@ def _like(optimizer: torch.optim.Optimizer) -> type[Adapter]:
 def to_torch(
     opt: Optimizer, params: Tree, state: State | None = None
 ) -> tuple[torch.optim.Optimizer, Tree]:
-    """An Optimizer as a stateful one of `funcopt.torch_optim`, and its parameters.
+    """An Optimizer as a stateful one of ``funcopt.torch_optim``, and its parameters.
 
     Args:
         opt: made by a factory of the registry, as `funcopt.adamw`.
@@ -180,8 +180,7 @@ def as_torchopt(opt: Optimizer) -> GradientTransformation:
         parameters may differ from ``opt.update``'s in the last place.
 
     Raises:
-        Nothing; what it returns raises what ``opt`` does, and HyperparameterTypeError
-        without params.
+        HyperparameterTypeError: by ``update``, without params.
 
     Source:
         The shape is optax's (DeepMind, 2020), also TorchOpt's (Ren and others, 2022).
