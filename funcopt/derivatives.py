@@ -6,12 +6,14 @@ has no derivative: in cotangents, tangents and gradients ``None`` stands in its 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
 
 from funcopt import tree
 from funcopt.errors import StructureError
+from funcopt.execution import levels
 from funcopt.types import Tensor, Tree
 
 Trees: TypeAlias = Mapping[str, Tree]
@@ -35,24 +37,26 @@ def vjp(
     """
     wanted = [*given] if wrt is None else [*wrt]
     _check_names(wanted, given, "wrt")
-    variables = Smooth({name: given[name] for name in wanted})
-    outputs: list[Smooth] = []
+    chosen = {name: given[name] for name in wanted}
+    layout = Layout(chosen)
+    variables, constants = layout.split(chosen)
+    made: list[Layout] = []
 
     def of_variables(values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        out = Smooth(function({**given, **variables.filled(values)}))
-        outputs[:] = [out]
-        return out.values, out.others
+        result = function({**given, **layout.filled(values, constants)})
+        made[:] = [Layout(result)]
+        return made[0].split(result)
 
     # torch.func wants at least one variable: one that nothing depends on
-    made: Any = torch.func.vjp(of_variables, [*variables.values, _NOTHING], has_aux=True)
-    values, pull, others = made
-    (out,) = outputs
+    results: Any = torch.func.vjp(of_variables, [*variables, _NOTHING], has_aux=True)
+    values, pull, others = results
+    (out,) = made
 
     def pullback(cotangents: Trees) -> dict[str, Tree]:
         _check_names(cotangents, out.structures, "cotangents")
-        filled = out.aligned(cotangents, "cotangents")
+        filled = out.aligned(cotangents, values, "cotangents")
         zeroed = [torch.zeros_like(x) if c is None else c for x, c in zip(values, filled)]
-        return variables.with_holes(pull(zeroed)[0])
+        return layout.with_holes(pull(zeroed)[0])
 
     return out.filled(values, others), pullback
 
@@ -65,57 +69,108 @@ def jvp(
     A tree that has no tangents is a constant.
     """
     _check_names(tangents, given, "tangents")
-    variables = Smooth({name: given[name] for name in tangents})
-    along = variables.aligned(tangents, "tangents")
+    chosen = {name: given[name] for name in tangents}
+    layout = Layout(chosen)
+    variables, constants = layout.split(chosen)
+    along = layout.aligned(tangents, variables, "tangents")
     moving = [i for i, t in enumerate(along) if t is not None]
-    outputs: list[Smooth] = []
+    made: list[Layout] = []
 
     def of_moving(values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        merged = list(variables.values)
+        merged = list(variables)
         for i, value in zip(moving, values):
             merged[i] = value
-        out = Smooth(function({**given, **variables.filled(merged)}))
-        outputs[:] = [out]
-        return out.values, out.others
+        result = function({**given, **layout.filled(merged, constants)})
+        made[:] = [Layout(result)]
+        return made[0].split(result)
 
-    start = [*(variables.values[i] for i in moving), _NOTHING]
+    start = [*(variables[i] for i in moving), _NOTHING]
     directions = [*(along[i] for i in moving), _NOTHING]
-    made: Any = torch.func.jvp(of_moving, (start,), (directions,), has_aux=True)
-    values, pushed, others = made
-    (out,) = outputs
+    results: Any = torch.func.jvp(of_moving, (start,), (directions,), has_aux=True)
+    values, pushed, others = results
+    (out,) = made
     return out.filled(values, others), out.with_holes(pushed)
 
 
-class Smooth:
-    """The smooth leaves of several trees, and what puts such leaves back in place."""
+def pull(
+    function: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    values: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    wanted: Sequence[int],
+) -> list[Tensor | None]:
+    """What ``cotangents`` of what ``function(values)`` begins with are to some values.
+
+    ``wanted`` are the numbers of those. None stands for zero. Without torch.func, unless
+    a derivative of the result may be asked for.
+    """
+
+    def of_wanted(chosen: Sequence[Tensor]) -> list[Tensor]:
+        now = dict(zip(wanted, chosen))
+        found = function([now.get(i, x) for i, x in enumerate(values)])
+        return [x for x, c in zip(found, cotangents) if c is not None]
+
+    given = [c for c in cotangents if c is not None]
+    chosen = [values[i] for i in wanted]
+    if not given or not chosen:
+        return [None] * len(wanted)
+    if levels.differentiating([*values, *given]):
+        made: Any = torch.func.vjp(of_wanted, chosen)
+        return made[1](given)[0]
+    with torch.enable_grad():
+        chosen = [x.detach().requires_grad_() for x in chosen]
+        found = [(x, c) for x, c in zip(of_wanted(chosen), given) if x.requires_grad]
+    if not found:
+        return [None] * len(wanted)
+    outputs, given = zip(*found)
+    return list(torch.autograd.grad(outputs, chosen, given, allow_unused=True))
+
+
+def added(*columns: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The sums of what is there, entry by entry."""
+    sums: list[Tensor | None] = []
+    for parts in zip(*columns):
+        there = [x for x in parts if x is not None]
+        sums.append(reduce(torch.add, there) if there else None)
+    return sums
+
+
+class Layout:
+    """Where the tensors of several trees stand, without the tensors."""
 
     def __init__(self, trees: Trees) -> None:
         self.structures: dict[str, tree.Structure] = {}
-        self._leaves: list[Any] = []
+        leaves: list[Any] = []
         for name, given in trees.items():
-            leaves, self.structures[name] = tree.flatten(given)
-            self._leaves += leaves
-        self._smooth = [is_smooth(leaf) for leaf in self._leaves]
-        self.values: list[Tensor] = [
-            leaf for leaf, smooth in zip(self._leaves, self._smooth) if smooth
-        ]
-        self._tensor = [
-            isinstance(leaf, Tensor) and not smooth
-            for leaf, smooth in zip(self._leaves, self._smooth)
-        ]
-        #: tensors that are not smooth: torch.func must see them go by, too
-        self.others: list[Tensor] = [
-            leaf for leaf, tensor in zip(self._leaves, self._tensor) if tensor
-        ]
+            found, self.structures[name] = tree.flatten(given)
+            leaves += found
+        self._smooth = [is_smooth(leaf) for leaf in leaves]
+        self._tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        self._rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-    def filled(
-        self, values: Sequence[Any], others: Sequence[Tensor] | None = None
-    ) -> dict[str, Tree]:
-        """The trees with other smooth leaves, and other tensors beside them."""
-        smooth, rest = iter(values), iter(self.others if others is None else others)
-        leaves = [
+    def split(self, trees: Trees) -> tuple[list[Tensor], list[Tensor]]:
+        """The smooth leaves, and the other tensors: torch.func must see those, too."""
+        leaves: list[Any] = [
+            leaf
+            for name, structure in self.structures.items()
+            for leaf in structure.flatten_up_to(trees[name])
+        ]
+        kinds = list(zip(leaves, self._smooth, self._tensor))
+        return (
+            [leaf for leaf, smooth, _ in kinds if smooth],
+            [leaf for leaf, smooth, tensor in kinds if tensor and not smooth],
+        )
+
+    def names(self) -> list[str]:
+        """The tree that each smooth leaf is of."""
+        spread = [n for n, s in self.structures.items() for _ in range(s.num_leaves)]
+        return [name for name, smooth in zip(spread, self._smooth) if smooth]
+
+    def filled(self, values: Sequence[Any], others: Sequence[Tensor]) -> dict[str, Tree]:
+        """The trees with these smooth leaves, and other tensors beside them."""
+        smooth, rest = iter(values), iter(others)
+        leaves: list[Any] = [
             next(smooth) if is_value else next(rest) if is_tensor else leaf
-            for leaf, is_value, is_tensor in zip(self._leaves, self._smooth, self._tensor)
+            for leaf, is_value, is_tensor in zip(self._rest, self._smooth, self._tensor)
         ]
         return self._unflatten(leaves)
 
@@ -124,8 +179,8 @@ class Smooth:
         smooth = iter(values)
         return self._unflatten([next(smooth) if s else None for s in self._smooth])
 
-    def aligned(self, trees: Trees, what: str) -> list[Any]:
-        """One for each smooth leaf, None for what is not in ``trees``."""
+    def aligned(self, trees: Trees, values: Sequence[Tensor], what: str) -> list[Any]:
+        """One for each of ``values``, None for what is not in ``trees``."""
         found: list[Any] = []
         for name, structure in self.structures.items():
             if name not in trees or trees[name] is None:
@@ -133,7 +188,7 @@ class Smooth:
             else:
                 found += tree.flatten_like(structure, trees[name], f"{what}['{name}']")
         kept = [x for x, smooth in zip(found, self._smooth) if smooth]
-        for value, x in zip(self.values, kept):
+        for value, x in zip(values, kept):
             if x is not None and (not isinstance(x, Tensor) or x.shape != value.shape):
                 shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise StructureError(

@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 
 import funcopt as fo
 from funcopt import tree
-from funcopt.derivatives import Smooth, is_smooth
+from funcopt.derivatives import Layout, is_smooth
 
 FEW = ("sgd", "lamb", "prodigy")  # the quick run's
 SOME = [
@@ -116,12 +116,13 @@ def check_step(opt: fo.Optimizer, given: dict[str, Any]) -> None:
     assert tree.leaves(found["state"].get("step")) == [None]
 
     # by autograd, through `unroll`
-    variables = Smooth(given)
-    values = [x.clone().requires_grad_() for x in variables.values]
-    out = one_step(opt, variables.filled(values))
+    layout = Layout(given)
+    values, others = layout.split(given)
+    values = [x.clone().requires_grad_() for x in values]
+    out = one_step(opt, layout.filled(values, others))
     total = product(cotangents, {k: out[k] for k in cotangents})
     slopes = torch.autograd.grad(total, values, materialize_grads=True)
-    assert_close(found, variables.with_holes(slopes))
+    assert_close(found, layout.with_holes(slopes))
 
     # and forward: ⟨c, J t⟩ = ⟨Jᵀ c, t⟩
     tangents = like(given, seed=80)
@@ -169,14 +170,15 @@ def test_the_update_alone(case: Case):
 
 
 def grad_of_loss(of_loss: dict[str, Any]) -> Any:
-    variables = Smooth({"params": of_loss["params"]})
+    chosen = {"params": of_loss["params"]}
+    layout = Layout(chosen)
 
     def value(values: list[Tensor]) -> Tensor:
-        args = {**of_loss, **variables.filled(values)}
+        args = {**of_loss, **layout.filled(values, [])}
         buffers = tree.map(torch.clone, args["buffers"])
         return loss(args["params"], args["batch"], args["meta"], buffers=buffers)[0]
 
-    return variables.with_holes(grad(value)(variables.values))["params"]
+    return layout.with_holes(grad(value)(layout.split(chosen)[0]))["params"]
 
 
 def squares(p: Tensor, batch: Any) -> Tensor:

@@ -28,6 +28,8 @@ def unbatched(run: Run, call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
 
     interpreter: Any = retrieve_current_functorch_interpreter()
     level = interpreter.level()
+    # A pullback's tensors may still wear the wrappers of a level that has been left.
+    tensors = [_functorch.unwrap_if_dead(x) for x in tensors]
     own = [
         _functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == level
         for x in tensors

@@ -29,6 +29,11 @@ def inside() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
+def depth() -> int:
+    """How many transforms of torch.func are running, one within the other."""
+    return len(_functorch.get_interpreter_stack() or ())
+
+
 def pushing() -> bool:
     """Whether a forward-mode level is open, in which any tensor may be dual."""
     return forward_ad._current_level >= 0

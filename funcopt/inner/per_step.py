@@ -1,6 +1,5 @@
 """Hyperparameters with one value for each step of an inner loop."""
 
-from collections.abc import Callable
 from operator import itemgetter
 from typing import Any, final
 
@@ -49,24 +48,43 @@ def per_step(values: Tree) -> PerStep:
     return PerStep(values)
 
 
-def hyper_by_step(hyper: HyperMapping, steps: int) -> Callable[[int], dict[str, Any]]:
-    """The hyperparameters as a function of the step, `per_step` values resolved."""
-    for name, value in hyper.items():
-        for marked in tree.leaves(value):
-            if isinstance(marked, PerStep):
-                length = tree.leading_axis(marked.values, f"per_step {name}")
-                if length != steps:
-                    raise StructureError(
-                        f"hyper['{name}'] holds values for {length} steps, the loop "
-                        f"makes {steps}"
-                    )
+class HyperBySteps:
+    """The hyperparameters of a loop, and those of each of its steps.
 
-    def at(k: int) -> dict[str, Any]:
-        def entry(value: Any) -> Any:
-            if isinstance(value, PerStep):
-                return tree.map(itemgetter(k), value.values)
-            return value
+    ``values`` is the tree of all of them, in which `per_step` leaves no mark.
+    """
 
-        return tree.map(entry, dict(hyper))
+    def __init__(self, hyper: HyperMapping, steps: int) -> None:
+        leaves, self._structure = tree.flatten(dict(hyper))
+        self._marked = [isinstance(leaf, PerStep) for leaf in leaves]
+        for name, value in hyper.items():
+            for marked in tree.leaves(value):
+                if isinstance(marked, PerStep):
+                    length = tree.leading_axis(marked.values, f"per_step {name}")
+                    if length != steps:
+                        raise StructureError(
+                            f"hyper['{name}'] holds values for {length} steps, the loop "
+                            f"makes {steps}"
+                        )
+        self.values: dict[str, Tree] = tree.unflatten(
+            self._structure,
+            [leaf.values if isinstance(leaf, PerStep) else leaf for leaf in leaves],
+        )
 
-    return at
+    def at(self, k: int, values: Tree) -> dict[str, Any]:
+        """Those of step k."""
+        parts = self._structure.flatten_up_to(values)
+        entries = [
+            tree.map(itemgetter(k), part) if marked else part
+            for part, marked in zip(parts, self._marked)
+        ]
+        return tree.unflatten(self._structure, entries)
+
+    def sliced(self) -> Tree:
+        """Like ``values``: whether each leaf has an entry for each step."""
+        parts = self._structure.flatten_up_to(self.values)
+        marks = [
+            tree.map(lambda _, m=marked: m, part)
+            for part, marked in zip(parts, self._marked)
+        ]
+        return tree.unflatten(self._structure, marks)

@@ -1,16 +1,18 @@
 """One inner step as a function of everything it depends on."""
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from funcopt import tree
 from funcopt.errors import GradientLostError, HyperparameterError
 from funcopt.execution.levels import is_tracked
+from funcopt.inner import apart, mixed
 from funcopt.inner.loss import ARGUMENTS, InnerLoss
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, State, Tensor, Tree
 
-GradMode: TypeAlias = Literal["reverse", "first_order"]
+GradMode: TypeAlias = Literal["reverse", "mixed", "first_order"]
 
 
 class Stepped(NamedTuple):
@@ -37,9 +39,9 @@ class Step:
         has_aux: bool = False,
         grad_mode: GradMode = "reverse",
     ) -> None:
-        if grad_mode not in ("reverse", "first_order"):
+        if grad_mode not in ("reverse", "mixed", "first_order"):
             raise HyperparameterError(
-                f"grad_mode is 'reverse' or 'first_order', not {grad_mode!r}"
+                f"grad_mode is 'reverse', 'mixed' or 'first_order', not {grad_mode!r}"
             )
         if grad_mode == "first_order" and asks_for_loss(opt):
             raise HyperparameterError(
@@ -50,18 +52,41 @@ class Step:
         self.asks_for_loss = asks_for_loss(opt)
         self.loss = InnerLoss(loss_fn, has_aux)
         self.first_order = grad_mode == "first_order"
+        self.mixed = grad_mode == "mixed"
 
     def __call__(self, given: Mapping[str, Tree]) -> Stepped:
-        params, *rest = map(given.__getitem__, ARGUMENTS)
-        at = tree.detach(params) if self.first_order else params
-        grads, (loss, aux, buffers) = self.loss.grad(at, *rest)
+        grads, loss, aux, buffers = self.gradient(given)
         if self.first_order:
             _refuse_lost_gradients(grads)
+        params, state = self.updated(grads, given)
+        return Stepped(params, state, loss, aux, buffers)
+
+    def plain(self) -> "Step":
+        """The same step, its gradient made as for no derivative."""
+        step = copy(self)
+        step.mixed = False
+        return step
+
+    def results(self, given: Mapping[str, Tree]) -> tuple[Tensor, Tree, Tree]:
+        """The loss, aux, and buffers."""
+        return self.loss(**{name: given[name] for name in ARGUMENTS})
+
+    def gradient(self, given: Mapping[str, Tree]) -> tuple[Tree, Tensor, Tree, Tree]:
+        """∇L, the loss, aux and buffers."""
+        of_loss = {name: given[name] for name in ARGUMENTS}
+        if self.first_order:
+            of_loss["params"] = tree.detach(of_loss["params"])
+        if self.mixed and apart.is_possible():
+            return tuple(mixed.gradient(self.loss, of_loss).values())
+        grads, results = self.loss.grad(**of_loss)
+        return grads, *results
+
+    def updated(self, grads: Tree, given: Mapping[str, Tree]) -> tuple[Tree, State]:
+        """What the optimizer makes of the gradient."""
         hyper: dict[str, Any] = dict(given["hyper"])
         if self.asks_for_loss:
-            hyper["loss_fn"] = self._loss_of_params(rest)
-        params, state = self.update(grads, given["state"], params, **hyper)
-        return Stepped(params, state, loss, aux, buffers)
+            hyper["loss_fn"] = self._loss_of_params([given[n] for n in ARGUMENTS[1:]])
+        return self.update(grads, given["state"], given["params"], **hyper)
 
     def _loss_of_params(self, rest: list[Tree]) -> Callable[[Tree], Tensor]:
         return lambda params: self.loss(params, *rest)[0]

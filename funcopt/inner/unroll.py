@@ -1,26 +1,16 @@
 """Unroll: the inner loop of meta-learning, differentiable in everything it is given."""
 
-from operator import itemgetter
-from typing import NamedTuple
-
-import torch
+from typing import Literal
 
 from funcopt import tree
 from funcopt.errors import HyperparameterError, StructureError
-from funcopt.inner.per_step import hyper_by_step
+from funcopt.inner import apart
+from funcopt.inner import remat as sweep
+from funcopt.inner.loop import Loop, Unrolled
+from funcopt.inner.per_step import HyperBySteps
 from funcopt.inner.step import GradMode, Step
 from funcopt.optimizer import Optimizer
-from funcopt.types import HyperMapping, LossFunction, State, Tensor, Tree
-
-
-class Unrolled(NamedTuple):
-    """What `unroll` gives: the end of the inner loop, and a record of the way."""
-
-    params: Tree  #: parameters after the last step
-    state: State  #: the optimizer's state after the last step
-    losses: Tensor  #: [steps], each step's loss before its update
-    aux: Tree  #: each step's auxiliary output, stacked along a leading [steps]
-    buffers: Tree  #: buffers after the last step
+from funcopt.types import HyperMapping, LossFunction, State, Tree
 
 
 def unroll(
@@ -36,6 +26,7 @@ def unroll(
     meta: Tree = None,
     buffers: Tree = None,
     grad_mode: GradMode = "reverse",
+    remat: Literal["step", "sqrt"] | int | None = None,
     window: int | None = None,
     has_aux: bool = False,
 ) -> Unrolled:
@@ -106,32 +97,39 @@ def unroll(
     steps = _number_of_steps(batch, batches, steps)
     if window is not None and not (isinstance(window, int) and window >= 1):
         raise HyperparameterError(f"window must be a whole number ≥ 1, got {window}")
-    step = Step(opt, loss_fn, has_aux, grad_mode)
-    hyper_at = hyper_by_step(hyper or {}, steps)
+    loop = Loop(
+        Step(opt, loss_fn, has_aux, grad_mode),
+        steps,
+        HyperBySteps(hyper or {}, steps),
+        batches is not None,
+        window,
+    )
     state = opt.init(params) if state is None else state
-    losses: list[Tensor] = []
-    auxes: list[Tree] = []
-    for k in range(steps):
-        if window is not None and k % window == 0 and k:
-            params, state, buffers = tree.detach((params, state, buffers))
-        data = batch if batches is None else tree.map(itemgetter(k), batches)
-        params, state, loss, aux, buffers = step(
-            {
-                "params": params,
-                "state": state,
-                "batch": data,
-                "hyper": hyper_at(k),
-                "meta": meta,
-                "buffers": buffers,
-            }
+    carry = {"params": params, "state": state, "buffers": buffers}
+    data = batch if batches is None else batches
+    shared = {"batch": data, "hyper": loop.hyper.values, "meta": meta}
+    segment = _segment(remat, steps, grad_mode)
+    if segment and steps and apart.is_possible():
+        return sweep.run(loop, carry, shared, segment)
+    return loop.run(carry, shared)
+
+
+def _segment(remat: str | int | None, steps: int, grad_mode: str) -> int:
+    """How many steps are made again at a time; 0 where none are."""
+    if remat is None:
+        return 0
+    if remat not in ("step", "sqrt") and not (type(remat) is int and remat >= 1):
+        raise HyperparameterError(
+            f"remat is None, 'step', 'sqrt' or a whole number ≥ 1 of steps, not {remat!r}"
         )
-        losses.append(loss)
-        auxes.append(aux)
-    stacked = (
-        torch.stack(losses) if losses else torch.zeros(0)
-    )  # no loss: no dtype to follow
-    aux = tree.map(lambda *rows: torch.stack(rows), *auxes) if auxes else None
-    return Unrolled(params, state, stacked, aux, buffers)
+    if grad_mode == "first_order":
+        raise HyperparameterError(
+            "remat spares the graph of the inner gradients, and grad_mode='first_order' "
+            "has none; leave out remat"
+        )
+    if isinstance(remat, int):
+        return remat
+    return 1 if remat == "step" else max(1, round(steps**0.5))
 
 
 def _number_of_steps(batch: Tree, batches: Tree, steps: int | None) -> int:

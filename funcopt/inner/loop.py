@@ -1,0 +1,93 @@
+"""The inner loop as a function of its carry and of what all its steps share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+
+from funcopt import tree
+from funcopt.execution.levels import is_tracked
+from funcopt.inner.per_step import HyperBySteps
+from funcopt.inner.step import Step, Stepped
+from funcopt.types import State, Tensor, Tree
+
+
+class Unrolled(NamedTuple):
+    """What `unroll` gives: the end of the inner loop, and a record of the way."""
+
+    params: Tree  #: parameters after the last step
+    state: State  #: the optimizer's state after the last step
+    losses: Tensor  #: [steps], each step's loss before its update
+    aux: Tree  #: each step's auxiliary output, stacked along a leading [steps]
+    buffers: Tree  #: buffers after the last step
+
+
+#: what a step gives to the next
+CARRY = ("params", "state", "buffers")
+Trees = Mapping[str, Tree]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """K steps. They share ``batch``, ``hyper`` and ``meta``: whole, or an entry each."""
+
+    step: Step
+    steps: int
+    hyper: HyperBySteps
+    batches: bool  #: whether ``batch`` holds an entry for each step
+    window: int | None
+
+    def given(self, carry: Trees, shared: Trees, k: int) -> dict[str, Tree]:
+        """What step k depends on."""
+        batch = shared["batch"]
+        return {
+            **carry,
+            "batch": tree.map(itemgetter(k), batch) if self.batches else batch,
+            "hyper": self.hyper.at(k, shared["hyper"]),
+            "meta": shared["meta"],
+        }
+
+    def is_cut(self, k: int) -> bool:
+        """Whether the graph ends before step k."""
+        return self.window is not None and k > 0 and k % self.window == 0
+
+    def run(self, carry: Trees, shared: Trees) -> Unrolled:
+        """All steps, one after another."""
+        record = Record()
+        for k in range(self.steps):
+            if self.is_cut(k):
+                carry = tree.detach(dict(carry))
+            # What all steps use, by a name of each step's own: so are the gradients of a
+            # step added up before those of another, as they are with remat.
+            own = tree.map(_alias, dict(shared))
+            carry = record.add(self.step(self.given(carry, own, k)))
+        return Unrolled(
+            carry["params"], carry["state"], *record.stacked(), carry["buffers"]
+        )
+
+
+def _alias(x: Any) -> Any:
+    return x.view_as(x) if isinstance(x, Tensor) and is_tracked(x) else x
+
+
+class Record:
+    """The losses and auxiliary outputs of the steps."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._auxes: list[Tree] = []
+
+    def add(self, stepped: Stepped) -> dict[str, Tree]:
+        """Note a step; what is left is what it gives to the next."""
+        self._losses.append(stepped.loss)
+        self._auxes.append(stepped.aux)
+        return {name: getattr(stepped, name) for name in CARRY}
+
+    def stacked(self) -> tuple[Tensor, Tree]:
+        """The losses [K], and the tree of auxiliary outputs [K, ...]."""
+        if not self._losses:
+            return torch.zeros(0), None  # no loss: no dtype to follow
+        aux = tree.map(lambda *rows: torch.stack(rows), *self._auxes)
+        return torch.stack(self._losses), aux

@@ -1,0 +1,208 @@
+"""Mixed mode: an inner gradient that keeps nothing of second order for the way back.
+
+Its backward is one forward-over-reverse pass. With g = ∇_θ L and a cotangent c, the
+products cᵀ∂²L/∂θ² and cᵀ∂²L/∂θ∂η are, by symmetry, the derivatives of ∇_θ L and ∇_η L
+along c: value and tangent go together through one forward and one backward of L.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from funcopt import derivatives
+from funcopt.derivatives import Layout, Trees
+from funcopt.errors import ExecutionError
+from funcopt.execution import levels
+from funcopt.inner.apart import Apart, Draws, distinct, guarded
+from funcopt.inner.loss import InnerLoss
+from funcopt.types import Tensor, Tree
+
+#: what a gradient of the loss gives, by name
+_OUTPUTS = ("grads", "loss", "aux", "buffers")
+
+
+def gradient(loss: InnerLoss, given: dict[str, Tree]) -> dict[str, Tree]:
+    """``grads, loss, aux, buffers`` as of `InnerLoss.grad`, by its arguments' names."""
+    call = _Call(loss, given)
+    values, others = call.inputs.split(given)
+    found = _Gradient.apply(call, *values, *others)
+    count = call.smooth_outputs
+    return call.outputs.filled(found[:count], found[count:])
+
+
+class _Gradient(torch.autograd.Function):
+    """The inner gradient, the loss, aux and buffers; only the inputs are saved."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: "_Call", *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(call.apart.run(call.forward, tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.call, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        call, wanted = ctx.call, ctx.needs_input_grad[1:]
+        with call.apart.once() as once:
+            found = call.backward(ctx.saved_tensors, cotangents, wanted)
+        return None, *(guarded(found) if once else found)
+
+
+class _Call:
+    """One call: where its tensors stand, and what random numbers it drew."""
+
+    def __init__(self, loss: InnerLoss, given: dict[str, Tree]) -> None:
+        self.loss = loss
+        self.apart = Apart()
+        self.inputs = Layout(given)
+        self.names = self.inputs.names()
+        self.draws: Draws | None = None
+
+    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        draws = Draws(tensors)
+        given = self._given(tensors)
+        grads, (loss, aux, buffers) = self.loss.grad(**given)
+        self.draws = draws if draws.moved() else None
+        trees: Trees = dict(zip(_OUTPUTS, (grads, loss, aux, buffers)))
+        self.outputs = Layout(trees)
+        values, others = self.outputs.split(trees)
+        self.smooth_outputs = len(values)
+        self.output_names = self.outputs.names()
+        return distinct([*values, *others], tensors)
+
+    def backward(
+        self,
+        saved: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        values = list(saved[: len(self.names)])
+        chosen = [i for i in range(len(values)) if wanted[i]]
+        by_name: dict[str, list[Tensor | None]] = {name: [] for name in _OUTPUTS}
+        for name, cotangent in zip(self.output_names, cotangents):
+            by_name[name].append(cotangent)
+        with self.draws.again() if self.draws else nullcontext():
+            found = pull(
+                lambda smooth: self._results(smooth, saved),
+                values,
+                [i for i, name in enumerate(self.names) if name == "params"],
+                chosen,
+                by_name["grads"],
+                [*by_name["loss"], *by_name["aux"], *by_name["buffers"]],
+            )
+        spread = dict(zip(chosen, found))
+        return [spread.get(i) for i in range(len(saved))]
+
+    def _given(self, tensors: Sequence[Tensor]) -> dict[str, Tree]:
+        count = len(self.names)
+        return self.inputs.filled(tensors[:count], tensors[count:])
+
+    def _results(self, smooth: Sequence[Tensor], saved: Sequence[Tensor]) -> list[Tensor]:
+        """The loss, and the smooth leaves of aux and buffers."""
+        loss, aux, buffers = self.loss(**self._given([*smooth, *saved[len(smooth) :]]))
+        trees: Trees = {"loss": loss, "aux": aux, "buffers": buffers}
+        return Layout(trees).split(trees)[0]
+
+
+def pull(
+    results: Callable[[Sequence[Tensor]], list[Tensor]],
+    values: list[Tensor],
+    params: list[int],
+    wanted: list[int],
+    vector: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """What the cotangents of ∇L (``vector``) and of ``results`` are to the values.
+
+    ``results`` of the values gives the loss, and after it what else is differentiated;
+    ``params`` are the numbers of the values that ∇L is by.
+    """
+    directions = {i: v for i, v in zip(params, vector) if v is not None}
+    first, *rest = cotangents
+    parts: list[Sequence[Tensor | None]] = []
+    if directions:
+        slopes, second = _forward_over_reverse(
+            lambda smooth: results(smooth)[0], values, directions, wanted
+        )
+        parts.append(second)
+        if first is not None and all(c is None for c in rest):
+            # ∇L itself came with its derivative
+            parts.append([s if s is None else first * s for s in slopes])
+            first = None
+    if any(c is not None for c in (first, *rest)):
+        parts.append(derivatives.pull(results, values, [first, *rest], wanted))
+    return derivatives.added(*parts) if parts else [None] * len(wanted)
+
+
+def _forward_over_reverse(
+    loss: Callable[[Sequence[Tensor]], Tensor],
+    values: list[Tensor],
+    directions: dict[int, Tensor],
+    wanted: list[int],
+) -> tuple[list[Any], list[Any]]:
+    """The gradients of the loss by the values that are wanted, and their derivatives."""
+    try:
+        if not levels.differentiating([*values, *directions.values()]):
+            return _by_dual_numbers(loss, values, directions, wanted)
+        moving = [*directions]
+
+        def gradients(moved: list[Tensor]) -> list[Tensor]:
+            at = dict(zip(moving, moved))
+
+            def of_wanted(chosen: list[Tensor]) -> Tensor:
+                now = {**at, **dict(zip(wanted, chosen))}
+                return loss([now.get(i, x) for i, x in enumerate(values)])
+
+            return torch.func.grad(of_wanted)([at.get(i, values[i]) for i in wanted])
+
+        made: Any = torch.func.jvp(
+            gradients,
+            ([values[i] for i in moving],),
+            ([directions[i] for i in moving],),
+        )
+        return made
+    except (RuntimeError, NotImplementedError) as error:
+        raise _explained(error) from error
+
+
+def _by_dual_numbers(
+    loss: Callable[[Sequence[Tensor]], Tensor],
+    values: list[Tensor],
+    directions: dict[int, Tensor],
+    wanted: list[int],
+) -> tuple[list[Any], list[Any]]:
+    """The same without torch.func, which no transform and no graph asks for."""
+    with torch.enable_grad(), forward_ad.dual_level():
+        at = list(values)
+        for i in wanted:
+            at[i] = values[i].detach().requires_grad_()
+        variables = [at[i] for i in wanted]
+        for i, direction in directions.items():
+            at[i] = forward_ad.make_dual(at[i], direction)
+        found = loss(at)
+        slopes: Sequence[Tensor | None] = [None] * len(wanted)
+        if found.requires_grad:
+            slopes = torch.autograd.grad(found, variables, allow_unused=True)
+        pairs = [(s, s) if s is None else forward_ad.unpack_dual(s) for s in slopes]
+        primals, tangents = zip(*pairs) if pairs else ((), ())
+    return [*primals], [*tangents]
+
+
+def _explained(error: Exception) -> Exception:
+    words = str(error)
+    if "forward AD" not in words and "derivative for" not in words:
+        return error
+    return ExecutionError(
+        "grad_mode='mixed' takes a forward derivative of the inner loss's gradient, and "
+        f"an operation of it has none ({words.splitlines()[0][:200]}). For attention use "
+        "its MATH backend: with torch.nn.attention.sdpa_kernel(torch.nn.attention."
+        "SDPBackend.MATH) around the loss. Else use grad_mode='reverse'"
+    )

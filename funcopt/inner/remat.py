@@ -1,0 +1,265 @@
+"""A loop that keeps few of its states, and makes the others again on the way back.
+
+One autograd.Function is the whole loop. Forward it keeps the state at the start of each
+segment; backward it goes through the segments from the last to the first, makes the
+states of one again, and pulls the adjoint of the carry through its steps one by one.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from funcopt import derivatives, tree
+from funcopt.derivatives import Layout
+from funcopt.errors import ExecutionError
+from funcopt.execution import levels
+from funcopt.inner import mixed
+from funcopt.inner.apart import Apart, Draws, distinct, guarded
+from funcopt.inner.loop import CARRY, Loop, Record, Unrolled
+from funcopt.types import Tensor, Tree
+
+Trees = Mapping[str, Tree]
+Tensors = Sequence[Tensor]
+Bars = Sequence[Tensor | None]
+
+
+def run(loop: Loop, carry: Trees, shared: Trees, segment: int) -> Unrolled:
+    """As ``loop.run``, with the states kept at every ``segment`` steps only."""
+    given = {**carry, **shared}
+    call = _Call(loop, Layout(given), segment)
+    values, others = call.inputs.split(given)
+    found = _Sweep.apply(call, *values, *others)
+    return Unrolled(**call.outputs.filled(*call.parts(found)[::2]))
+
+
+class _Sweep(torch.autograd.Function):
+    """Inputs and outputs alone can be saved: the states that are kept are outputs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: "_Call", *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(call.apart.run(call.forward, tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.call, *tensors = inputs
+        _, kept, _, kept_others = ctx.call.parts(output)
+        losses = output[ctx.call.carried]
+        ctx.save_for_backward(losses, *tensors, *kept, *kept_others)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        call, wanted = ctx.call, ctx.needs_input_grad[1:]
+        with call.apart.once() as once:
+            found = call.backward(ctx.saved_tensors, cotangents, wanted)
+        return None, *(guarded(found) if once else found)
+
+
+class _Call:
+    """One loop: where its tensors stand, and what random numbers its segments drew."""
+
+    def __init__(self, loop: Loop, inputs: Layout, segment: int) -> None:
+        self.loop = loop
+        self.inputs = inputs
+        self.apart = Apart()
+        names = inputs.names()
+        self.count = len(names)
+        self.carried = sum(name in CARRY for name in names)  #: they come first
+        self.params = [i for i, name in enumerate(names) if name == "params"]
+        self.starts = [*range(0, loop.steps, segment), loop.steps]
+        self.draws: list[Draws | None] = []
+
+    def forward(self, tensors: Tensors) -> list[Tensor]:
+        given = self.inputs.filled(tensors[: self.count], tensors[self.count :])
+        step = self.loop.step.plain()  # no graph is kept of any gradient
+        carry, record = {name: given[name] for name in CARRY}, Record()
+        kept: list[Tree] = []
+        for start, stop in zip(self.starts, self.starts[1:]):
+            if start:
+                kept.append(carry)
+            draws = Draws(tensors)
+            for k in range(start, stop):
+                carry = record.add(step(self.loop.given(carry, given, k)))
+            self.draws.append(draws if draws.moved() else None)
+        losses, aux = record.stacked()
+        found: Trees = {**carry, "losses": losses, "aux": aux}
+        states: Trees = {"kept": kept}
+        self.outputs, self.kept = Layout(found), Layout(states)
+        (values, others), (kept_values, kept_others) = (
+            self.outputs.split(found),
+            self.kept.split(states),
+        )
+        self.sizes = len(values), len(kept_values), len(others), len(kept_others)
+        return distinct([*values, *kept_values, *others, *kept_others], tensors)
+
+    def parts(self, outputs: Sequence[Any]) -> list[Sequence[Any]]:
+        """The smooth results, the states that are kept; what is not smooth of both."""
+        found, start = [], 0
+        for size in self.sizes:
+            found.append(outputs[start : start + size])
+            start += size
+        return found
+
+    def backward(
+        self, saved: Tensors, cotangents: Bars, wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        losses, inputs = saved[0], saved[1 : 1 + len(wanted)]
+        kept = saved[1 + len(wanted) :]
+        given = self.inputs.filled(inputs[: self.count], inputs[self.count :])
+        states = self.kept.filled(kept[: self.sizes[1]], kept[self.sizes[1] :])["kept"]
+        states = [{name: given[name] for name in CARRY}, *states]
+        bars, kept_bars, _, _ = self.parts(cotangents)
+        ahead = bars[: self.carried]
+        of_steps = [
+            [b if b is None else b[k] for b in bars[self.carried :]]
+            for k in range(self.loop.steps)
+        ]
+        shared = [i for i in range(self.carried, self.count) if wanted[i]]
+        sums: dict[int, Tensor | None] = dict.fromkeys(shared)
+        entries: dict[int, list[Tensor | None]] = {i: [] for i in shared}
+        again: list[Tensor] = []
+        for i in reversed(range(len(states))):
+            carries, draws = self._made_again(i, states.pop(), given)
+            for k in reversed(range(self.starts[i], self.starts[i + 1])):
+                at = self.loop.given(carries.pop(), given, k)
+                back = [] if self.loop.is_cut(k) else [*range(self.carried)]
+                back = [j for j in back if k or wanted[j]] + shared
+                pull = self._pull_mixed if self.loop.step.mixed else self._pull
+                found = pull(at, [*ahead, *of_steps[k]], back, draws.pop(), again)
+                by_place = dict(zip(back, found))
+                ahead = [by_place.get(j) for j in range(self.carried)]
+                for j in shared:
+                    entries[j].append(by_place[j])
+                    if not self._sliced[j]:
+                        (sums[j],) = derivatives.added([sums[j]], entries[j][-1:])
+                        entries[j].clear()
+            if i:
+                of_state = kept_bars[(i - 1) * self.carried : i * self.carried]
+                ahead = derivatives.added(ahead, of_state)
+        self._check(losses, again)
+        for j in shared:
+            if self._sliced[j]:
+                sums[j] = _stacked(entries[j][::-1], inputs[j])
+        first = {j: bar for j, bar in enumerate(ahead) if wanted[j]}
+        return [(first | sums).get(j) for j in range(len(wanted))]
+
+    @property
+    def _sliced(self) -> list[Any]:
+        """Whether each input holds an entry for each step."""
+        marks = {"hyper": self.loop.hyper.sliced()}
+        by_hyper = self.inputs.aligned(marks, (), "")
+        batch = [self.loop.batches and name == "batch" for name in self.inputs.names()]
+        return [a or b for a, b in zip(by_hyper, batch)]
+
+    def _made_again(
+        self, i: int, carry: Tree, given: Trees
+    ) -> tuple[list[Trees], list[Draws | None]]:
+        """The states at the start of each step of a segment, and where generators stood."""
+        carries, draws = [carry], [self.draws[i]]
+        step = self.loop.step.plain()
+        with _drawn(self.draws[i]):
+            for k in range(self.starts[i], self.starts[i + 1] - 1):
+                carry = Record().add(step(self.loop.given(carry, given, k)))
+                carries.append(carry)
+                draws.append(self.draws[i] and Draws(tree.leaves(carry["params"])))
+        return carries, draws
+
+    def _pull(
+        self,
+        at: Trees,
+        bars: Bars,
+        back: list[int],
+        draws: Draws | None,
+        again: list[Tensor],
+    ) -> Bars:
+        """The adjoints of a step's inputs, and its loss."""
+        values, others = self.inputs.split(at)
+
+        def step(values: Tensors) -> Tensors:
+            stepped = self.loop.step(self.inputs.filled(values, others))
+            again.append(stepped.loss.detach())
+            return _smooth(stepped._asdict(), (*CARRY, "loss", "aux"))
+
+        with _drawn(draws):
+            return derivatives.pull(step, values, bars, back)
+
+    def _pull_mixed(
+        self,
+        at: Trees,
+        bars: Bars,
+        back: list[int],
+        draws: Draws | None,
+        again: list[Tensor],
+    ) -> Bars:
+        """The same in two stages: of the update, and of the gradient in mixed mode."""
+        step, count = self.loop.step.plain(), self.count
+        values, others = self.inputs.split(at)
+        with _drawn(draws):
+            grads, loss, *_ = step.gradient(at)
+            of_grads: Trees = {"grads": grads}
+            layout = Layout(of_grads)
+            slopes, _ = layout.split(of_grads)
+
+            def update(values: Tensors) -> Tensors:
+                given = self.inputs.filled(values[:count], others)
+                grads = layout.filled(values[count:], ())["grads"]
+                params, state = step.updated(grads, given)
+                return _smooth({"params": params, "state": state}, ("params", "state"))
+
+            # of the carry the buffers, which come last, are the loss's
+            made = self.carried - self.inputs.names().count("buffers")
+            wanted = [*back, *range(count, count + len(slopes))]
+            first = derivatives.pull(update, [*values, *slopes], bars[:made], wanted)
+        again.append(loss)
+
+        def results(values: Tensors) -> list[Tensor]:
+            stepped = step.results(self.inputs.filled(values, others))
+            names = ("loss", "aux", "buffers")
+            return _smooth(dict(zip(names, stepped)), names)
+
+        of_results = [*bars[self.carried :], *bars[made : self.carried]]
+        with _drawn(draws):
+            second = mixed.pull(
+                results, values, self.params, back, first[len(back) :], of_results
+            )
+        return derivatives.added(first[: len(back)], second)
+
+    def _check(self, losses: Tensor, again: list[Tensor]) -> None:
+        """The losses made again must be the losses.
+
+        Raises:
+            ExecutionError: they are not, and so the gradients would be of another loop.
+        """
+        if not again:
+            return
+        difference = (torch.stack(again[::-1]) - losses.detach()).abs()
+        scale = torch.finfo(losses.dtype).eps ** 0.5 * losses.detach().abs().amax()
+        wrong = levels.seen(difference > 10 * scale)
+        if wrong is not None and bool(wrong.any()):
+            raise ExecutionError(
+                "with remat, steps are made again on the way back, and a loss was not "
+                "what it had been: loss_fn draws from a generator of its own, or changes "
+                "something outside. torch's own generators are set back; hand other "
+                "random numbers in as batches="
+            )
+
+
+def _smooth(trees: Trees, names: Sequence[str]) -> list[Tensor]:
+    """The smooth leaves of the trees, in the order of the names."""
+    chosen = {name: trees[name] for name in names}
+    return Layout(chosen).split(chosen)[0]
+
+
+def _drawn(draws: Draws | None) -> AbstractContextManager[Any]:
+    return draws.again() if draws else nullcontext()
+
+
+def _stacked(entries: list[Tensor | None], like: Tensor) -> Tensor | None:
+    if all(entry is None for entry in entries):
+        return None
+    rows = zip(entries, like)
+    return torch.stack([torch.zeros_like(x) if e is None else e for e, x in rows])
