@@ -71,21 +71,42 @@ class Apart:
             )
         return [*results]
 
-    @contextmanager
-    def once(self) -> Iterator[bool]:
-        """A backward pass of which torch.func will keep no graph; whether it is that.
+    def back(
+        self,
+        function: Callable[[list[Any], list[Any]], Sequence[Tensor | None]],
+        saved: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """``function`` of both, in a backward pass; torch.func keeps no graph of it.
 
-        torch.func.grad always asks for a graph of the backward pass, and drops it: a
-        derivative of higher order is that of another level, which is not stopped here.
+        torch.func.grad always asks for a graph of its backward pass, and drops it: what
+        is of higher order goes by another level, below, which is left as it is.
         """
+        given = [*saved, *cotangents]
         top = _functorch.peek_interpreter_stack()
-        is_same = (
-            top is not None
-            and top.key() == _functorch.TransformType.Grad
-            and levels.depth() == self.depth
-        )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_same):
-            yield is_same
+        if (
+            top is None
+            or top.key() != _functorch.TransformType.Grad
+            or levels.depth() != self.depth
+            or not any(_is_of(x, top.level()) for x in saved)
+        ):
+            return [*function([*saved], [*cotangents])]
+        followed = [x for x in given if x is not None and _is_of(x, top.level())]
+        below = [
+            _functorch.get_unwrapped(x) if x is not None and _is_of(x, top.level()) else x
+            for x in given
+        ]
+        found = function(below[: len(saved)], below[len(saved) :])
+        return [g if g is None else _Once.apply(top.level(), g, *followed) for g in found]
+
+
+def _is_of(x: Tensor, level: int) -> bool:
+    """Whether this running level of torch.func.grad follows the tensor."""
+    return (
+        _functorch.is_gradtrackingtensor(x)
+        and _functorch.maybe_get_level(x) == level
+        and _functorch.unwrap_if_dead(x) is x
+    )
 
 
 def distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -98,29 +119,32 @@ def distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor
     return made
 
 
-def guarded(gradients: Sequence[Any]) -> list[Any]:
-    """The same, but a derivative of them at this level raises."""
-    return [g if g is None else _Once.apply(g) for g in gradients]
-
-
 class _Once(torch.autograd.Function):
+    """A gradient that may not be differentiated by what it was made from, at one level.
+
+    At the levels below it is the gradient, and nothing more.
+    """
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(level: int, gradient: Tensor, *_: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.refuses = inputs[0] == levels.depth()
+        ctx.others = len(inputs) - 2
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        raise GradientLostError(
-            "inside a transform of torch.func, grad_mode='mixed' and remat give first "
-            "derivatives by autograd; take the second by a torch.func.grad around, or "
-            "use grad_mode='reverse' and remat=None"
-        )
+    def backward(ctx: Any, cotangent: Any) -> Any:
+        if ctx.refuses:
+            raise GradientLostError(
+                "inside a transform of torch.func, grad_mode='mixed' and remat give "
+                "first derivatives by autograd; take the second by a torch.func.grad "
+                "around, or use grad_mode='reverse' and remat=None"
+            )
+        return None, cotangent, *[None] * ctx.others
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from funcopt import derivatives
 from funcopt.derivatives import Layout, Trees
 from funcopt.errors import ExecutionError
 from funcopt.execution import levels
-from funcopt.inner.apart import Apart, Draws, distinct, guarded
+from funcopt.inner.apart import Apart, Draws, distinct
 from funcopt.inner.loss import InnerLoss
 from funcopt.types import Tensor, Tree
 
@@ -51,9 +51,12 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         call, wanted = ctx.call, ctx.needs_input_grad[1:]
-        with call.apart.once() as once:
-            found = call.backward(ctx.saved_tensors, cotangents, wanted)
-        return None, *(guarded(found) if once else found)
+        found = call.apart.back(
+            lambda saved, bars: call.backward(saved, bars, wanted),
+            ctx.saved_tensors,
+            cotangents,
+        )
+        return None, *found
 
 
 class _Call:

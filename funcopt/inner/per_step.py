@@ -82,7 +82,7 @@ class HyperBySteps:
 
     def sliced(self) -> Tree:
         """Like ``values``: whether each leaf has an entry for each step."""
-        parts = self._structure.flatten_up_to(self.values)
+        parts = self._structure.flatten_up_to(self.values)  # pyright: ignore[reportArgumentType]
         marks = [
             tree.map(lambda _, m=marked: m, part)
             for part, marked in zip(parts, self._marked)

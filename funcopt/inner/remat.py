@@ -16,7 +16,7 @@ from funcopt.derivatives import Layout
 from funcopt.errors import ExecutionError
 from funcopt.execution import levels
 from funcopt.inner import mixed
-from funcopt.inner.apart import Apart, Draws, distinct, guarded
+from funcopt.inner.apart import Apart, Draws, distinct
 from funcopt.inner.loop import CARRY, Loop, Record, Unrolled
 from funcopt.types import Tensor, Tree
 
@@ -54,9 +54,12 @@ class _Sweep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         call, wanted = ctx.call, ctx.needs_input_grad[1:]
-        with call.apart.once() as once:
-            found = call.backward(ctx.saved_tensors, cotangents, wanted)
-        return None, *(guarded(found) if once else found)
+        found = call.apart.back(
+            lambda saved, bars: call.backward(saved, bars, wanted),
+            ctx.saved_tensors,
+            cotangents,
+        )
+        return None, *found
 
 
 class _Call:
@@ -158,7 +161,7 @@ class _Call:
     def _made_again(
         self, i: int, carry: Tree, given: Trees
     ) -> tuple[list[Trees], list[Draws | None]]:
-        """The states at the start of each step of a segment, and where generators stood."""
+        """The states before each step of a segment, and where generators stood."""
         carries, draws = [carry], [self.draws[i]]
         step = self.loop.step.plain()
         with _drawn(self.draws[i]):

@@ -57,9 +57,22 @@ def unroll(
         buffers: a tree of tensors, such as batch-norm statistics. Each step gets a copy,
             batched by vmap where params, batch or meta are; what ``loss_fn`` writes into
             the copy in place is carried to the next step. Yours do not change.
-        grad_mode: "reverse" is exact. "first_order" takes each gradient as a constant
+        grad_mode: how the inner gradient is differentiated. "reverse": by the graph of
+            its backward pass, which is kept for every step. "mixed": by one
+            forward-over-reverse pass when it is needed; only parameters, state and
+            gradient are kept, and the answer is the same. The inner loss then needs
+            forward derivatives, which attention has by its MATH backend, and
+            torch's LSTM on a CPU has not. "first_order" takes each gradient as a constant
             (FOMAML): cheap in memory, blind to everything that acts through the
             gradient; the losses then are values only.
+        remat: what of the loop is kept for the way back, and what is made again. None
+            keeps all steps. "step" keeps each step's parameters and state, and makes
+            its graph again: one more forward pass. A number n keeps those of every
+            n-th step, and goes over each n steps once more before that; "sqrt" is
+            n = √K. The answer is the same to the bit where the same executor makes the
+            steps. With "mixed" the peak is 2√K states and one first-order graph. Random
+            numbers of torch's own generators are drawn again as they were; any
+            other source of them is found out, and raises.
         window: cut the graph after every ``window`` steps (truncation): gradients of
             ``params`` and ``state`` reach back to the last cut only. ``losses`` keep the
             graph of their own windows; for memory that does not grow, call `unroll` once
@@ -72,16 +85,24 @@ def unroll(
     Raises:
         StructureError: batch and batches both given, leading axes that differ from each
             other or from ``steps``, a loss that is not 0-d.
-        HyperparameterError: ``steps``, ``window`` or ``grad_mode`` out of range.
+        HyperparameterError: ``steps``, ``window``, ``grad_mode`` or ``remat`` out of
+            range.
         GradientLostError: in "first_order" mode, when the loss follows a gradient to
             ``meta``, to ``batch`` or to a closed-over tensor: it would be lost without a
-            word. Give `detach` of it to say that this is meant.
+            word. In "mixed" mode and with ``remat``, when the loss closes over what
+            a gradient is asked of: pass it as ``meta`` or ``batch``. Give `detach` of
+            it to say that this is meant.
+        ExecutionError: on the way back, in "mixed" mode, when the loss has no forward
+            derivative; with ``remat``, when a step made again is not what it was.
         Whatever ``opt.update`` raises.
 
     Source:
         Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through
         reversible learning", 2015; Finn, Abbeel, Levine, "Model-agnostic meta-learning",
-        2017 (also the first-order mode).
+        2017 (also the first-order mode); Kemaev, Calian, Zintgraf, Farquhar,
+        van Hasselt, "Scalable meta-learning via mixed-mode differentiation", 2025
+        ("mixed"); Chen, Xu, Zhang, Guestrin, "Training deep nets with sublinear memory
+        cost", 2016 (``remat``).
 
     Example:
         >>> import torch, funcopt as fo
