@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -121,7 +122,7 @@ def difference(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
     )
 
 
-def peak_bytes(call: Callable[[], Any], *, times: int = 2) -> int:
+def peak_bytes(call: Callable[[], Any]) -> int:
     """The most bytes that tensors allocated in a call held at one time.
 
     Counted from each allocation and release that torch's allocator reports. The same at
@@ -129,20 +130,18 @@ def peak_bytes(call: Callable[[], Any], *, times: int = 2) -> int:
     """
     call()
 
-    def again() -> None:  # what the first leaves behind counts against the second
-        for _ in range(times):
-            call()
+    def twice() -> None:  # what the first leaves behind counts against the second
+        call()
+        call()
 
-    live = most = 0
-    for change in _changes(again)[0]:
-        live += change
-        most = max(most, live)
-    return most
+    return max(accumulate(_changes(twice)[0], initial=0))
 
 
-def held_bytes(call: Callable[[], Any]) -> int:
-    """The bytes that a call allocates and its result keeps alive, graph included."""
-    call()
+def first_call_bytes(call: Callable[[], Any]) -> tuple[int, int]:
+    """What the result of a first call keeps alive, graph included; and the peak.
+
+    The first, since an optimizer makes its next results in the memory of its last ones.
+    """
 
     def kept() -> Any:
         result = call()
@@ -151,7 +150,7 @@ def held_bytes(call: Callable[[], Any]) -> int:
 
     changes, result = _changes(kept)
     del result  # alive until here
-    return sum(changes)
+    return sum(changes), max(accumulate(changes, initial=0))
 
 
 def _changes(call: Callable[[], Any]) -> tuple[list[int], Any]:

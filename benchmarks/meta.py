@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,18 +105,25 @@ def loops() -> list[dict[str, Any]]:
     results = []
     cases = [(network, steps) for network in inner_loops.NETWORKS for steps in STEPS]
     for network, steps in tqdm(cases, desc="loops", leave=False):
-        sides = inner_loops.contenders(inner_loops.loop(network, steps))
-        calls = {n: lambda f=f: inner_loops.gradient(f) for n, f in sides.items()}
+
+        def sides(network: str = network, steps: int = steps) -> Any:
+            return inner_loops.contenders(inner_loops.loop(network, steps))
+
+        calls = {n: partial(inner_loops.gradient, f) for n, f in sides().items()}
+        times = measure.interleaved(calls, repeats=5 if steps < 64 else 3, fill=0.02)
+        held = {n: measure.first_call_bytes(f)[0] for n, f in sides().items()}
+        peaks = {
+            n: measure.first_call_bytes(partial(inner_loops.gradient, f))[1]
+            for n, f in sides().items()
+        }
         results.append(
             {
                 "network": network,
                 "steps": steps,
                 "difference": _differences_of_loops(network),
-                "held_bytes": {n: measure.held_bytes(f) for n, f in sides.items()},
-                "peak_bytes": {n: measure.peak_bytes(call) for n, call in calls.items()},
-                "milliseconds": measure.interleaved(
-                    calls, repeats=5 if steps < 64 else 3, fill=0.02
-                ),
+                "held_bytes": held,
+                "peak_bytes": peaks,
+                "milliseconds": times,
             }
         )
     return results
@@ -139,11 +147,13 @@ def forward() -> list[dict[str, Any]]:
     torch.set_num_threads(2)
     results = []
     for groups in tqdm((1, 10, 100), desc="forward", leave=False):
-        calls = {k: hyper_steps.forward_mode(groups, k) for k in (100, 1000)}
+        peaks = {}
+        for steps in (100, 1000):
+            call = hyper_steps.forward_mode(groups, steps)
+            peaks[steps] = measure.first_call_bytes(call)[1]
         start = time.perf_counter()
-        calls[1000]()
+        hyper_steps.forward_mode(groups, 1000)()
         seconds = time.perf_counter() - start
-        peaks = {k: measure.peak_bytes(call, times=1) for k, call in calls.items()}
         results.append(
             {"hyperparameters": groups, "peak_bytes": peaks, "seconds": seconds}
         )
