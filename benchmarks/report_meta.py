@@ -147,8 +147,7 @@ def _logistic(r: dict[str, Any]) -> str:
         difference = f"{r['difference'][name]:.0e}"
         rows.append([name, _span(times[name]), f"{faster:.2f} ×{judged}", difference])
     header = [f"outer step, K = {r['inner_steps']}", "ms", "faster", "difference"]
-    words = f"Compiling took {r['compile_seconds']:.0f} s."
-    return f"{markdown(header, rows)}\n\n{words}"
+    return markdown(header, rows)
 
 
 def _size(count: int | None) -> str:
