@@ -84,7 +84,9 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize(
+    "tensor", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float", "tensor"]
+)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler(name: str, tensor: bool):
     both = []

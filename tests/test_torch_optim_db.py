@@ -42,7 +42,7 @@ def errors(info: Any) -> list[Any]:
 
 INPUTS = [
     pytest.param(
-        info, i, id=f"{name_of(info)}-{i}", marks=[pytest.mark.slow] if i > 1 else []
+        info, i, id=f"{name_of(info)}-{i}", marks=[pytest.mark.slow] if i else []
     )
     for info in optim_db
     for i in range(len(inputs(info)))

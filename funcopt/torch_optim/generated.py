@@ -36,6 +36,7 @@ _NAMES = {
     "schedule_free_sgd": "ScheduleFreeSGD",
     "sgld": "SGLD",
     "signsgd": "SignSGD",
+    "soap": "SOAP",
 }
 
 _TORCH = {
