@@ -76,6 +76,7 @@ def swarm(call: Callable[..., Any], **given: Any) -> Callable[..., Any]:
 #: every estimator, with as few options as it takes
 CALLS: dict[str, Callable[..., fo.meta.Estimate]] = {
     "reverse": fo.meta.reverse,
+    "mixed": fo.meta.mixed,
     "truncated": partial(fo.meta.truncated, window=STEPS),
     "first_order": fo.meta.first_order,
     "reptile_gradient": fo.meta.reptile_gradient,

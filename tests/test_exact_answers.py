@@ -1,5 +1,6 @@
 """Meta-gradients with exact answers: every estimator against what is known by hand."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,13 +64,19 @@ def test_truncated_windows_get_the_sign_wrong(window: int):
     assert carry is not None and torch.allclose(carry["params"], stationary(), atol=1e-9)
 
 
-EXACT = {"reverse": fo.meta.reverse, "forward": fo.meta.forward}
+EXACT = {
+    "reverse": fo.meta.reverse,
+    "mixed": fo.meta.mixed,
+    "mixed, sqrt": partial(fo.meta.mixed, remat="sqrt"),
+    "forward": fo.meta.forward,
+}
 
 
 @pytest.mark.parametrize(
     "name, steps",
     [
         ("reverse", 100),
+        ("mixed", 100),
         ("forward", 100),
         pytest.param("reverse", 1000, marks=pytest.mark.slow),
     ],

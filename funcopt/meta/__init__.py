@@ -4,6 +4,7 @@ from funcopt.inner.step import Stepped
 from funcopt.inner.view import hvp, mixed_vp, step_jvp, step_vjp, update_vjp
 from funcopt.meta.backward import (
     first_order,
+    mixed,
     random_window,
     reptile_gradient,
     reverse,
@@ -68,6 +69,7 @@ __all__ = [
     "maml",
     "metasgd",
     "metasmoothness",
+    "mixed",
     "mixed_vp",
     "nonfinite",
     "one_minus_exp",

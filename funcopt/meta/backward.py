@@ -20,7 +20,13 @@ from funcopt.meta.problem import (
 from funcopt.types import Tree
 
 
-def reverse(problem: Problem, eta: Tree, *, carry: Carry | None = None) -> Estimate:
+def reverse(
+    problem: Problem,
+    eta: Tree,
+    *,
+    carry: Carry | None = None,
+    remat: Literal["step", "sqrt"] | int | None = None,
+) -> Estimate:
     r"""The exact derivative, back through every step that is left.
 
     .. math:: \text{grads} = \frac{dV(\theta_K(\eta))}{d\eta}
@@ -33,6 +39,8 @@ def reverse(problem: Problem, eta: Tree, *, carry: Carry | None = None) -> Estim
         eta: a dict with any of "init", "hyper", "meta": see `Problem`.
         carry: where to begin; None, or a carry at the end, is the start. What lies before
             it is constant.
+        remat: as for `unroll`: which states are kept, all others being made again.
+            Between two outer losses: it serves the objective "last".
 
     Returns:
         An `Estimate`; diagnostics: ``losses`` [K], the inner losses before each update.
@@ -55,7 +63,50 @@ def reverse(problem: Problem, eta: Tree, *, carry: Carry | None = None) -> Estim
         {'init': tensor(0.0625), 'hyper': {'lr': tensor(-0.2500)}}
     """
     check_eta("reverse", problem, eta, carry)
-    return _back(problem, eta, carry, None)
+    return _back(problem, eta, carry, None, remat=remat)
+
+
+def mixed(
+    problem: Problem,
+    eta: Tree,
+    *,
+    carry: Carry | None = None,
+    remat: Literal["step", "sqrt"] | int | None = None,
+) -> Estimate:
+    r"""The exact derivative, where nothing of second order is stored (MixFlow-MG).
+
+    As `reverse`, but the way back through each inner gradient is one pass of forward
+    over reverse mode, which needs what the gradient was computed from and nothing else.
+    Memory: K times parameters and state, and one gradient's. The inner loss needs
+    forward derivatives.
+
+    Args:
+        problem: a `Problem`.
+        eta: a dict with any of "init", "hyper", "meta": see `Problem`.
+        carry: where to begin; None, or a carry at the end, is the start.
+        remat: as for `unroll`: which states are kept, all others being made again.
+            Between two outer losses: it serves the objective "last".
+
+    Returns:
+        An `Estimate`; diagnostics: ``losses`` [K], the inner losses before each update.
+
+    Raises:
+        Whatever `reverse` raises.
+
+    Source:
+        Kemaev, Calian, Zintgraf, Farquhar, van Hasselt, "Scalable meta-learning via
+        mixed-mode differentiation", 2025.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(), lambda p, _: 0.5 * p**2, lambda p, _: 0.5 * p**2, steps=2)
+        >>> eta = {"init": torch.tensor(1.0), "hyper": {"lr": torch.tensor(0.5)}}
+        >>> fo.meta.mixed(problem, eta).grads
+        {'init': tensor(0.0625), 'hyper': {'lr': tensor(-0.2500)}}
+    """
+    check_eta("mixed", problem, eta, carry)
+    return _back(problem, eta, carry, None, grad_mode="mixed", remat=remat)
 
 
 def truncated(

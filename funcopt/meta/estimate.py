@@ -49,6 +49,7 @@ _ALL, _HYPER = tuple(KINDS), ("rates", "decay", "rule")
 #: refuses. The checks, the tests and the table of docs/estimators.md are made from this.
 SEES: Mapping[str, Mapping[str, str]] = {
     "reverse": dict.fromkeys(_ALL, EXACT),
+    "mixed": dict.fromkeys(_ALL, EXACT),
     "forward": dict.fromkeys(_ALL, EXACT),
     "truncated": {
         "init": "exact, first window only",
