@@ -2,6 +2,7 @@
 
 from funcopt.inner.step import Stepped
 from funcopt.inner.view import hvp, mixed_vp, step_jvp, step_vjp, update_vjp
+from funcopt.meta.adjoints import clip_adjoint
 from funcopt.meta.backward import (
     first_order,
     mixed,
@@ -54,6 +55,7 @@ __all__ = [
     "anil",
     "box",
     "cavia",
+    "clip_adjoint",
     "constrained",
     "es",
     "es_single",

@@ -87,6 +87,8 @@ def sam(opt: Optimizer, rho: HyperValue = 0.05, *, adaptive: bool = False) -> Op
         far = {} if rho is None else {"rho": rho}
         above, _ = climb.update(grads, climb.init(params), params, **far)
         steep = _gradient(loss_fn, above, grads)
+        if "loss_fn" in opt.hyper:
+            given["loss_fn"] = loss_fn
         return opt.update(steep, state, params, **given)
 
     def eval_params(state: State, params: Tree, **given: Any) -> Tree:
