@@ -40,8 +40,9 @@ class Orthogonalized(torch.autograd.Function):
             gram = y @ y.mT
             y = product(y, product(gram, gram, gram, beta=b, alpha=c), y, beta=a)
         y = y.mT if x.shape[-2] > x.shape[-1] else y
-        y = y.to(x.dtype, memory_format=torch.contiguous_format)
-        return y.reshape(x.shape)  # contiguous, as its tangent is
+        # contiguous, as its tangent is; a conversion copies at once, no conversion does not
+        y = y.to(x.dtype, memory_format=torch.contiguous_format).contiguous()
+        return y.reshape(x.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
