@@ -133,13 +133,13 @@ def adafactor(
 
     Example:
         >>> import torch, funcopt as fo
-        >>> opt = fo.adafactor(lr=0.2)
-        >>> p = torch.tensor([[1.0, -0.2]])
+        >>> opt = fo.adafactor(lr=0.1)
+        >>> p = torch.tensor([[1.0, -0.5]])
         >>> state = opt.init(p)
         >>> for _ in range(5):
         ...     p, state = opt.update(2 * p, state, p)      # the gradient of p²
         >>> p
-        tensor([[5.1188e-01, 5.2548e-08]])
+        tensor([[ 0.6887, -0.2129]])
     """
     return per_tensor(
         partial(rule, maximize=maximize),
