@@ -40,7 +40,7 @@ class Orthogonalized(torch.autograd.Function):
             gram = y @ y.mT
             y = product(y, product(gram, gram, gram, beta=b, alpha=c), y, beta=a)
         y = y.mT if x.shape[-2] > x.shape[-1] else y
-        # contiguous, as its tangent is; a conversion copies at once, no conversion does not
+        # contiguous, as its tangent is; only a conversion copies by itself
         y = y.to(x.dtype, memory_format=torch.contiguous_format).contiguous()
         return y.reshape(x.shape)
 
