@@ -81,21 +81,12 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """As ``torch.nn.functional.batch_norm``: each channel, over the batch."""
-    running = (running_mean, running_var)
-    per_channel = (*running, weight, bias)
-    if (
-        input.ndim < 2
-        or not _all_of(per_channel, input.shape[1:2])
-        or input.numel() <= input.shape[1] * training
-        or not (training or _both(running))
-    ):  # torch refuses it, and says why
-        return F.batch_norm(input, *per_channel, training, momentum, eps)
-    if training:
-        if _both(running):
-            F.batch_norm(input.detach(), *running, None, None, True, momentum, eps)
-        over = [0, *range(2, input.ndim)]
-        return _affine(_normalized(input, over, eps), input, 1, weight, bias)
-    return _affine(_standard(input, *running, eps), input, 1, weight, bias)
+    per_channel = (running_mean, running_var, weight, bias)
+    how = (training, momentum, eps)
+    if input.ndim < 2 or input.numel() <= input.shape[1] * training:
+        return F.batch_norm(input, *per_channel, *how)  # torch refuses it, and says why
+    over = [0, *range(2, input.ndim)]
+    return _of_channels(F.batch_norm, input, over, per_channel, how)
 
 
 def instance_norm(
@@ -109,21 +100,31 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """As ``torch.nn.functional.instance_norm``: each channel of each sample alone."""
-    running = (running_mean, running_var)
-    per_channel = (*running, weight, bias)
-    if (
-        input.ndim < 3
-        or not _all_of(per_channel, input.shape[1:2])
-        or input.shape[2:].numel() <= use_input_stats
-        or not (use_input_stats or _both(running))
-    ):
-        return F.instance_norm(input, *per_channel, use_input_stats, momentum, eps)
-    if use_input_stats:
-        if _both(running):
-            F.instance_norm(input.detach(), *running, None, None, True, momentum, eps)
-        over = range(2, input.ndim)
-        return _affine(_normalized(input, over, eps), input, 1, weight, bias)
-    return _affine(_standard(input, *running, eps), input, 1, weight, bias)
+    per_channel = (running_mean, running_var, weight, bias)
+    how = (use_input_stats, momentum, eps)
+    if input.ndim < 3 or input.shape[2:].numel() <= use_input_stats:
+        return F.instance_norm(input, *per_channel, *how)
+    over = [*range(2, input.ndim)]
+    return _of_channels(F.instance_norm, input, over, per_channel, how)
+
+
+def _of_channels(
+    norm: Callable[..., Tensor],
+    input: Tensor,
+    over: Sequence[int],
+    per_channel: tuple[Tensor | None, ...],
+    how: tuple[bool, float, float],
+) -> Tensor:
+    """Each channel by its statistics over axes; or by the running ones, if not new."""
+    mean, var, weight, bias = per_channel
+    running, (new, momentum, eps) = (mean, var), how
+    if not _all_of(per_channel, input.shape[1:2]) or not (new or _both(running)):
+        return norm(input, *per_channel, *how)
+    if not new:
+        return _affine(_standard(input, *running, eps), input, 1, weight, bias)
+    if _both(running):  # torch's own norm brings them on
+        norm(input.detach(), *running, None, None, True, momentum, eps)
+    return _affine(_normalized(input, over, eps), input, 1, weight, bias)
 
 
 def layer_norm(

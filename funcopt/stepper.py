@@ -22,6 +22,7 @@ from funcopt.execution.guard import Known
 from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
+from funcopt.live import merged, picked, which_step
 from funcopt.per_leaf import Hypers
 from funcopt.spec import Spec
 from funcopt.totals import Measure
@@ -128,7 +129,7 @@ class Stepper:
             slot: tree.flatten_like(structure, state[slot], f"state['{slot}']")
             for slot in self.trees
         }
-        live = _live(g, p)
+        live = which_step(g, p)
         if self.lazy is not None:
             if self.spec.sparse == "only":
                 sparse_rows.check_all(g, structure, self.spec.name)
@@ -143,7 +144,9 @@ class Stepper:
         steps = vectors.next_steps(state["step"], live)
         numbers = levels.scalars_of(steps)
         hyper = values(structure, p, numbers)
-        live_g, live_p, *slots = [_pick(column, live) for column in (g, p, *old.values())]
+        live_g, live_p, *slots = [
+            picked(column, live) for column in (g, p, *old.values())
+        ]
         halved = complex_leaves.are_among(live_p) and live_p
         if halved:
             if not self.spec.elementwise:
@@ -155,7 +158,7 @@ class Stepper:
                 for column in (live_g, live_p, *slots)
             ]
         leaves = Leaves(
-            self.rule, live_g, live_p, slots, _pick(numbers, live), _pick(hyper, live)
+            self.rule, live_g, live_p, slots, picked(numbers, live), picked(hyper, live)
         )
         lanes: list[Lane | None] = []
         for measure in self.measures:
@@ -176,7 +179,7 @@ class Stepper:
             self.lanes.setdefault(structure, Known()).put(
                 tensors, [x for x in lanes if x]
             )
-        columns = _merge((p, *old.values()), columns, live)
+        columns = merged((p, *old.values()), columns, live)
         return self._result(structure, params, state, columns, steps, donate)
 
     def _lazily(
@@ -194,7 +197,9 @@ class Stepper:
         hyper = given["values"](structure, params, numbers)
         grads = sparse_rows.check(grads, params, structure, hyper)
         here = [p if sparse_rows.are_among([g]) else g for g, p in zip(grads, params)]
-        check_leaves(here, params, slots, _live(grads, params), structure, self.forms)
+        check_leaves(
+            here, params, slots, which_step(grads, params), structure, self.forms
+        )
         assert self.lazy is not None
         if self.spec.sparse == "dense":
             whole = [g.to_dense() if sparse_rows.are_among([g]) else g for g in grads]
@@ -291,29 +296,3 @@ class Stepper:
                 state[key].copy_(vector)
             return params, state
         return tree.unflatten(structure, columns[0]), new
-
-
-def _live(grads: Sequence[Any], params: Sequence[Any]) -> list[int] | None:
-    """Which leaves have a gradient; None says all."""
-    if all(g is not None for g in grads) and all(p is not None for p in params):
-        return None
-    return [i for i, g in enumerate(grads) if g is not None]
-
-
-def _pick(column: Sequence[Any], live: list[int] | None) -> Sequence[Any]:
-    return column if live is None else [column[i] for i in live]
-
-
-def _merge(
-    columns: Sequence[Sequence[Any]],
-    new: Sequence[Sequence[Any]],
-    live: list[int] | None,
-) -> Sequence[Sequence[Any]]:
-    """The columns with the live leaves' new values in them."""
-    if live is None:
-        return new
-    merged = [list(column) for column in columns]
-    for column, values in zip(merged, new):
-        for i, value in zip(live, values):
-            column[i] = value
-    return merged

@@ -68,6 +68,7 @@ FLOORS = {
     "funcopt.per_leaf": 3.5,
     "funcopt.spec": 3.5,
     "funcopt.vectors": 2,
+    "funcopt.live": 0,
     "funcopt.totals": 3.9,
     "funcopt.sparse_rows": 3.9,
     "funcopt.stepper": 4,
@@ -90,6 +91,7 @@ FLOORS = {
     "funcopt.inner.loss": 4.6,
     "funcopt.inner.mixed": 4.7,
     "funcopt.inner.step": 4.75,
+    "funcopt.inner.curvature": 4.7,
     "funcopt.inner.view": 4.8,
     "funcopt.inner.loop": 4.8,
     "funcopt.inner.remat": 4.85,
@@ -116,6 +118,7 @@ FLOORS = {
     "funcopt.meta.ranks": 7.9,
     "funcopt.meta.problem": 8,
     "funcopt.meta.estimate": 8.1,
+    "funcopt.meta.swarm": 8.15,
     "funcopt.meta.*": 8.2,
     "funcopt": 9,
 }

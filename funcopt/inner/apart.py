@@ -100,6 +100,30 @@ class Apart:
         return [g if g is None else _Once.apply(top.level(), g, *followed) for g in found]
 
 
+class ApartFunction(torch.autograd.Function):
+    """An autograd.Function of a call, which knows how it goes and how it goes back.
+
+    The call has ``apart``, ``forward(tensors)`` and ``backward(saved, cotangents,
+    wanted)``; what is saved, a subclass says in its ``setup_context``.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(call.apart.run(call.forward, tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        call, wanted = ctx.call, ctx.needs_input_grad[1:]
+        found = call.apart.back(
+            lambda saved, bars: call.backward(saved, bars, wanted),
+            ctx.saved_tensors,
+            cotangents,
+        )
+        return None, *found
+
+
 def _is_of(x: Tensor, level: int) -> bool:
     """Whether this running level of torch.func.grad follows the tensor."""
     return (

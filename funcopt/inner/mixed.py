@@ -16,7 +16,7 @@ from funcopt import derivatives
 from funcopt.derivatives import Layout, Trees
 from funcopt.errors import ExecutionError
 from funcopt.execution import levels
-from funcopt.inner.apart import Apart, Draws, distinct
+from funcopt.inner.apart import Apart, ApartFunction, Draws, distinct
 from funcopt.inner.loss import InnerLoss
 from funcopt.types import Tensor, Tree
 
@@ -33,30 +33,14 @@ def gradient(loss: InnerLoss, given: dict[str, Tree]) -> dict[str, Tree]:
     return call.outputs.filled(found[:count], found[count:])
 
 
-class _Gradient(torch.autograd.Function):
+class _Gradient(ApartFunction):
     """The inner gradient, the loss, aux and buffers; only the inputs are saved."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(call: "_Call", *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(call.apart.run(call.forward, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.call, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        call, wanted = ctx.call, ctx.needs_input_grad[1:]
-        found = call.apart.back(
-            lambda saved, bars: call.backward(saved, bars, wanted),
-            ctx.saved_tensors,
-            cotangents,
-        )
-        return None, *found
 
 
 class _Call:

@@ -16,7 +16,7 @@ from funcopt.derivatives import Layout
 from funcopt.errors import ExecutionError
 from funcopt.execution import levels
 from funcopt.inner import mixed
-from funcopt.inner.apart import Apart, Draws, distinct
+from funcopt.inner.apart import Apart, ApartFunction, Draws, distinct
 from funcopt.inner.loop import CARRY, Loop, Record, Unrolled
 from funcopt.types import Tensor, Tree
 
@@ -34,14 +34,8 @@ def run(loop: Loop, carry: Trees, shared: Trees, segment: int) -> Unrolled:
     return Unrolled(**call.outputs.filled(*call.parts(found)[::2]))
 
 
-class _Sweep(torch.autograd.Function):
+class _Sweep(ApartFunction):
     """Inputs and outputs alone can be saved: the states that are kept are outputs."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(call: "_Call", *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(call.apart.run(call.forward, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -50,16 +44,6 @@ class _Sweep(torch.autograd.Function):
         losses = output[ctx.call.carried]
         ctx.save_for_backward(losses, *tensors, *kept, *kept_others)
         ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        call, wanted = ctx.call, ctx.needs_input_grad[1:]
-        found = call.apart.back(
-            lambda saved, bars: call.backward(saved, bars, wanted),
-            ctx.saved_tensors,
-            cotangents,
-        )
-        return None, *found
 
 
 class _Call:

@@ -1,7 +1,8 @@
 """Meta-gradients: a step's derivatives, estimators, constraints, tasks, families."""
 
+from funcopt.inner.curvature import hvp, mixed_vp
 from funcopt.inner.step import Stepped
-from funcopt.inner.view import hvp, mixed_vp, step_jvp, step_vjp, update_vjp
+from funcopt.inner.view import step_jvp, step_vjp, update_vjp
 from funcopt.meta.adjoints import clip_adjoint
 from funcopt.meta.backward import (
     first_order,

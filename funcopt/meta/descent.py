@@ -3,9 +3,10 @@
 import torch
 
 from funcopt import tree
+from funcopt.inner.curvature import mixed_vp
 from funcopt.inner.loss import InnerLoss
 from funcopt.inner.step import asks_for_loss
-from funcopt.inner.view import mixed_vp, update_vjp
+from funcopt.inner.view import update_vjp
 from funcopt.meta.estimate import Estimate, check_eta
 from funcopt.meta.problem import (
     Carry,

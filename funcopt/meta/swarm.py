@@ -1,0 +1,117 @@
+"""Antithetic pairs of trainings at once, of which evolution strategies are made."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from funcopt import select, tree
+from funcopt.errors import HyperparameterError, StructureError
+from funcopt.listed import Listed
+from funcopt.meta.estimate import Estimate
+from funcopt.meta.problem import (
+    Carry,
+    Problem,
+    go_on,
+    outer_value,
+    ready,
+    roll,
+    stands_at,
+    window_of,
+)
+from funcopt.normal import normal_like
+from funcopt.types import HyperValue, Tensor, Tree
+
+
+class Swarm:
+    """Antithetic pairs of trainings: a window of all of them, and what it tells."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        eta: Tree,
+        sigma: HyperValue,
+        particles: int,
+        generator: torch.Generator,
+        chunk_size: int | None,
+    ) -> None:
+        if not isinstance(particles, int) or particles < 1:
+            raise HyperparameterError(f"particles must be at least 1, got {particles!r}")
+        self.problem, self.eta = problem, tree.detach(eta)
+        self.particles, self.generator = particles, generator
+        self.chunk_size = chunk_size
+        structure = tree.flatten(eta)[1]
+        widths = select.per_leaf(sigma, structure, "sigma")
+        for width in widths:
+            if not isinstance(width, Tensor) and not 0 < width < float("inf"):
+                raise HyperparameterError(f"sigma must be positive, got {width!r}")
+        self.sigma = tree.unflatten(structure, widths)
+
+    def draw(self) -> Tree:
+        """Perturbations [N, ...] of width sigma."""
+        many = tree.map(lambda x: x.expand(self.particles, *x.shape), self.eta)
+        normal = normal_like(many, self.generator)
+        return tree.map(lambda z, s: s * z, normal, self.sigma)
+
+    def check(self, carry: Carry) -> None:
+        found = tree.leading_axis(carry["perturbations"], "perturbations")
+        if found != self.particles:
+            raise StructureError(
+                f"the carry holds {found} pairs of particles, but particles="
+                f"{self.particles} was asked"
+            )
+
+    def estimate(
+        self, noise: Tree, weight: Tree, carry: Carry | None, window: int | None
+    ) -> Estimate:
+        """A window at eta ± noise, its loss correlated with ``weight``."""
+        problem, pairs = self.problem, self.particles
+        start = stands_at(problem, carry)
+        count = window_of(problem, start, window)
+        both = tree.map(lambda x, e: torch.cat([x + e, x - e]), self.eta, noise)
+        at = None
+        if carry is not None and start:
+            at = {"params": carry["params"], "state": carry["state"]}
+            if "perturbations" not in carry:
+                at = tree.map(lambda x: x.expand(2 * pairs, *x.shape), at)
+
+        def one(eta: Tree, at: Tree) -> tuple[Any, ...]:
+            eta = ready(problem, eta)
+            begun = go_on(problem, eta, at and {**at, "step": start})
+            value, end, losses = roll(problem, eta, begun, count)
+            change = value
+            if problem.objective == "last" and start:
+                change = value - outer_value(problem, eta, begun["params"], start)
+            return value, change, end["params"], end["state"], losses
+
+        with torch.no_grad():
+            values, change, params, state, losses = self._all(one, both, at)
+            change = change.unflatten(0, (2, pairs))
+            slope = (change[0] - change[1]) / 2
+            each = tree.map(
+                lambda w, s: w * slope.view(-1, *[1] * (w.ndim - 1)) / s**2,
+                weight,
+                self.sigma,
+            )
+            diagnostics = {
+                "losses": losses.mean(0),
+                "values": values.unflatten(0, (2, pairs)).T,
+            }
+            if pairs > 1:
+                diagnostics["standard_error"] = tree.map(
+                    lambda x: x.std(0) / pairs**0.5, each
+                )
+        end = {
+            "params": params,
+            "state": state,
+            "step": start + count,
+            "perturbations": weight,
+        }
+        grads = tree.map(lambda x: x.mean(0), each)
+        return Estimate(values.mean(), grads, diagnostics, end)
+
+    def _all(self, one: Callable[..., Any], eta: Tree, at: Tree) -> Any:
+        listed = Listed(one, eta, at)
+        many = torch.func.vmap(listed, randomness="same", chunk_size=self.chunk_size)
+        out = many(*listed.inputs)
+        return listed.rebuild(out)
