@@ -7,7 +7,6 @@ import torch
 
 from funcopt import tree
 from funcopt.checks import check_leaves, check_params, check_state
-from funcopt.complex_leaves import parts
 from funcopt.errors import (
     ExecutionError,
     HyperparameterError,
@@ -18,8 +17,9 @@ from funcopt.errors import (
 from funcopt.execution import donation, levels
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
-from funcopt.per_leaf import Hypers
 from funcopt.select import ByName
+from funcopt.stepping.complex_leaves import parts
+from funcopt.stepping.per_leaf import Hypers
 from funcopt.types import State, Tensor, Tree
 
 #: a function of the vector of all parameters that gives a 0-d loss

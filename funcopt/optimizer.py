@@ -6,7 +6,7 @@ from typing import Any, final
 
 from funcopt.hyper import Hyper
 from funcopt.spec import Spec, Totals
-from funcopt.stepper import Stepper
+from funcopt.stepping.stepper import Stepper
 from funcopt.types import (
     HyperValue,
     InitFunction,

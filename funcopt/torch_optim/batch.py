@@ -12,7 +12,7 @@ from funcopt.execution import layout, levels
 from funcopt.normal import normal_like
 from funcopt.optimizer import Optimizer
 from funcopt.spec import Spec
-from funcopt.stepper import Stepper
+from funcopt.stepping.stepper import Stepper
 from funcopt.torch_optim import flags
 from funcopt.torch_optim.flags import Flags
 from funcopt.torch_optim.layout import Layout

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from funcopt import complex_leaves, tree
+from funcopt import tree
 from funcopt.errors import StructureError
 from funcopt.optimizer import Optimizer
 from funcopt.spec import Spec
+from funcopt.stepping import complex_leaves
 from funcopt.torch_optim.flags import Flags
 from funcopt.torch_optim.layout import Layout
 from funcopt.transforms.partition import partition

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import torch
 
-from funcopt import complex_leaves
 from funcopt.spec import Spec
+from funcopt.stepping import complex_leaves
 from funcopt.types import Tensor
 
 

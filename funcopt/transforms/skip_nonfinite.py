@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
-from funcopt import sparse_rows, tree
+from funcopt import tree
 from funcopt.execution import donation
 from funcopt.optimizer import Optimizer
+from funcopt.stepping import sparse_rows
 from funcopt.transforms._conditional import choose, counter
 from funcopt.types import State, Tensor, Tree
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from funcopt import complex_leaves, sparse_rows, tree, vectors
+from funcopt import tree
 from funcopt.checks import (
     FormOf,
     check_leaves,
@@ -22,10 +22,11 @@ from funcopt.execution.guard import Known
 from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
-from funcopt.live import merged, picked, which_step
-from funcopt.per_leaf import Hypers
 from funcopt.spec import Spec
-from funcopt.totals import Measure
+from funcopt.stepping import complex_leaves, sparse_rows, vectors
+from funcopt.stepping.live import merged, picked, which_step
+from funcopt.stepping.per_leaf import Hypers
+from funcopt.stepping.totals import Measure
 from funcopt.types import HyperValue, State, Tensor, Tree
 
 #: from the structure, leaves and steps of all leaves to the rule's keywords for each; one

@@ -1,0 +1,1 @@
+"""What an update does between trees of tensors and the executors' lists of leaves."""
