@@ -1,6 +1,6 @@
 """What an optimizer is given must fit together, or a clear error says what does not."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -19,9 +19,14 @@ def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
         if leaf is None:
             continue
         if not isinstance(leaf, Tensor):
+            way = "keep other data outside of params"
+            if isinstance(leaf, torch.nn.Module):
+                way = "a module's parameters are dict(module.named_parameters())"
+            elif isinstance(leaf, Iterator):
+                way = "make a list of what it gives, or a dict with names"
             raise LeafError(
                 f"params['{tree.paths(structure)[i]}'] is {type(leaf).__name__}, not a "
-                "tensor; keep other data outside of params"
+                f"tensor; {way}"
             )
         continuous = leaf.is_floating_point() or leaf.is_complex()
         if not continuous or leaf.layout is not torch.strided:

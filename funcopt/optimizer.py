@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
+import torch
+
+from funcopt.errors import HyperparameterTypeError
 from funcopt.hyper import Hyper
 from funcopt.spec import Spec, Totals
 from funcopt.stepping.stepper import Stepper
@@ -198,3 +201,15 @@ def from_spec(spec: Spec) -> Optimizer:
     return Optimizer(
         stepper.init, stepper.update, spec.name, public, spec, stepper.eval_params
     )
+
+
+def check_optimizer(given: Any, taker: str) -> None:
+    """``given`` must be an Optimizer, for ``taker`` to make use of it."""
+    if isinstance(given, Optimizer):
+        return
+    way = "; what fo.sgd(lr=0.1) gives is one"
+    if isinstance(given, torch.optim.Optimizer):
+        way = "; fo.from_torch makes one of it"
+    elif callable(given):
+        way = f"; call it: fo.{getattr(given, '__name__', 'sgd')}(...)"
+    raise HyperparameterTypeError(f"{taker} takes an Optimizer, not {given!r}{way}")

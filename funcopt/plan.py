@@ -9,7 +9,7 @@ import torch
 from funcopt import tree
 from funcopt.execution import choice
 from funcopt.execution.choice import Group
-from funcopt.optimizer import Optimizer
+from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import Tensor, Tree
 
 
@@ -62,6 +62,7 @@ def plan(
             not native: torch's own derivative of so short a rule is as fast here
             not foreach: a derivative is asked for, which foreach makes no faster
     """
+    check_optimizer(opt, "plan")
     if grads is None:
         grads = tree.map(torch.zeros_like, params)
     state = opt.init(params) if state is None else state

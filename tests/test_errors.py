@@ -78,6 +78,31 @@ def first_order(x: Given, loss_fn: Callable[..., Any], *batch: Any, **how: Any) 
     return unroll(x, loss_fn, *batch, grad_mode="first_order", **how)
 
 
+def given_a_name(use: Callable[[Given, Any], Any]) -> Callable[[Given], Any]:
+    return lambda x: use(x, "sgd")
+
+
+# What takes an Optimizer, by the name that its words bear.
+TAKERS: dict[str, Callable[[Given, Any], Any]] = {
+    "accumulate": lambda x, opt: fo.accumulate(opt, 2),
+    "as_torchopt": lambda x, opt: fo.as_torchopt(opt),
+    "cautious": lambda x, opt: fo.cautious(opt),
+    "clip_adjoint": lambda x, opt: fo.meta.clip_adjoint(opt, 1.0),
+    "freeze": lambda x, opt: fo.freeze(opt, False),
+    "inner loop": lambda x, opt: fo.unroll(opt, loss, x.params, steps=1),
+    "master_weights": lambda x, opt: fo.master_weights(opt),
+    "partition's 'a'": lambda x, opt: fo.partition({"a": opt}, "a"),
+    "plan": lambda x, opt: fo.plan(opt, x.params),
+    "Problem": lambda x, opt: fo.meta.Problem(opt, loss, loss, 1, x.params),
+    "sam": lambda x, opt: fo.sam(opt),
+    "scheduled": lambda x, opt: fo.scheduled(opt, lr=0.1),
+    "skip_nonfinite": lambda x, opt: fo.skip_nonfinite(opt),
+    "step of": lambda x, opt: fo.meta.step_vjp(opt, loss, x.params, x.state),
+    "to_torch": lambda x, opt: fo.to_torch(opt, x.params),
+    "update_vjp": lambda x, opt: fo.meta.update_vjp(opt, x.grads, x.state, x.params),
+}
+
+
 def scaled(p: Any, by: Tensor, *more: Tensor, buffers: Any = 1.0) -> Tensor:
     """A loss that depends on whatever it is given."""
     for factor in (by, *more):
@@ -236,6 +261,13 @@ CASES = [
             "cpu",
         ),
         (
+            "complex number for a real leaf",
+            lambda x: step(x, lr=torch.tensor(1j)),
+            "lr at 'layer.bias'",
+            "complex64",
+            "real 0-d",
+        ),
+        (
             "tensor in a number per leaf",
             lambda x: step(x, FADING, lr={"layer": 0.9, "scale": torch.ones(4)}),
             "fading's 'rate'",
@@ -377,6 +409,23 @@ CASES = [
             lambda x: step(x, lr=fo.Schedule(lambda t: "fast")),
             "lr",
             "'fast'",
+        ),
+        *(
+            (f"no optimizer for {taker}", given_a_name(use), taker, "'sgd'")
+            for taker, use in TAKERS.items()
+        ),
+        ("a factory", lambda x: fo.accumulate(fo.sgd, 2), "call it", "fo.sgd(...)"),  # pyright: ignore[reportArgumentType]
+        (
+            "torch's optimizer",
+            lambda x: fo.skip_nonfinite(torch.optim.SGD([torch.ones(1)])),  # pyright: ignore[reportArgumentType]
+            "skip_nonfinite",
+            "fo.from_torch",
+        ),
+        (
+            "a list of optimizers",
+            lambda x: fo.partition([SGD], "a"),  # pyright: ignore[reportArgumentType]
+            "partition",
+            "label",
         ),
         ("string", lambda x: fo.sgd(lr="fast"), "lr", "'fast'"),
         ("bool", lambda x: fo.sgd(lr=True), "lr", "True"),
@@ -607,8 +656,18 @@ CASES = [
         TypeError,
         ("float leaf", lambda x: init_with(x, 1.0), "params['layer.weight']", "float"),
         ("string leaf", lambda x: init_with(x, "w"), "params['layer.weight']", "str"),
-        ("module for params", lambda x: SGD.init(nn.Identity()), "<root>", "Identity"),
-        ("iterator for params", lambda x: SGD.init(iter([torch.ones(1)])), "iterator"),
+        (
+            "module for params",
+            lambda x: SGD.init(nn.Identity()),
+            "Identity",
+            "named_parameters",
+        ),
+        (
+            "iterator for params",
+            lambda x: SGD.init(iter([torch.ones(1)])),
+            "iterator",
+            "list",
+        ),
         (
             "integer leaf",
             lambda x: init_with(x, torch.ones(2, 3).long()),

@@ -9,7 +9,7 @@ from funcopt.errors import GradientLostError, HyperparameterError
 from funcopt.execution.levels import is_tracked
 from funcopt.inner import apart, mixed
 from funcopt.inner.loss import ARGUMENTS, InnerLoss
-from funcopt.optimizer import Optimizer
+from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import LossFunction, State, Tensor, Tree
 
 GradMode: TypeAlias = Literal["reverse", "mixed", "first_order"]
@@ -39,6 +39,7 @@ class Step:
         has_aux: bool = False,
         grad_mode: GradMode = "reverse",
     ) -> None:
+        check_optimizer(opt, "a step of the inner loop")
         if grad_mode not in ("reverse", "mixed", "first_order"):
             raise HyperparameterError(
                 f"grad_mode is 'reverse', 'mixed' or 'first_order', not {grad_mode!r}"

@@ -5,7 +5,7 @@ from typing import Any
 
 from funcopt.derivatives import Pullback, Trees, jvp, vjp
 from funcopt.inner.step import GradMode, Step, Stepped
-from funcopt.optimizer import Optimizer
+from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import HyperMapping, LossFunction, State, Tree
 
 
@@ -189,6 +189,7 @@ def update_vjp(
         >>> pullback({"params": torch.ones(1)})["grads"]
         tensor([-0.2500])
     """
+    check_optimizer(opt, "update_vjp")
 
     def update(given: Trees) -> Trees:
         params, state = opt.update(

@@ -7,7 +7,7 @@ import torch
 
 from funcopt.derivatives import Layout
 from funcopt.errors import HyperparameterError, UnknownHyperparameterError
-from funcopt.optimizer import Optimizer
+from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import HyperValue, State, Tensor, Tree
 
 
@@ -55,6 +55,7 @@ def clip_adjoint(opt: Optimizer, max_norm: float = math.inf) -> Optimizer:
         >>> torch.func.grad(outer)(torch.zeros(5))
         tensor([16.,  8.,  4.,  2.,  1.])
     """
+    check_optimizer(opt, "clip_adjoint")
     if not max_norm > 0:
         raise HyperparameterError(f"max_norm must be above 0, got {max_norm}")
     if "adjoint_norm" in opt.hyper:

@@ -12,7 +12,7 @@ from funcopt.derivatives import Pullback, Trees, vjp
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.inner.per_step import PerStep, per_step
 from funcopt.inner.unroll import unroll
-from funcopt.optimizer import Optimizer
+from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import LossFunction, State, Tensor, Tree
 
 #: Where an inner loop stands: ``{"params", "state", "step"}``, and more.
@@ -89,6 +89,7 @@ class Problem:
     constrain: Callable[[Tree], Tree] | None = None
 
     def __post_init__(self) -> None:
+        check_optimizer(self.opt, "Problem")
         if not isinstance(self.steps, int) or self.steps < 1:
             raise HyperparameterError(
                 f"steps must be a whole number ≥ 1, got {self.steps!r}"

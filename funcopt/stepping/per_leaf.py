@@ -169,8 +169,8 @@ def _column(
                 raise HyperparameterError(
                     f"{name} at '{tree.paths(structure)[i]}' has shape "
                     f"{tuple(atom.shape)} on {atom.device} ({atom.dtype}), the parameter "
-                    f"{tuple(p.shape)} on {p.device} ({p.dtype}); give a 0-d tensor, or "
-                    "one that broadcasts to the parameter"
+                    f"{tuple(p.shape)} on {p.device} ({p.dtype}); give a "
+                    "real 0-d tensor, or one that broadcasts to the parameter"
                 )
             atom = _per_element(atom, p)
         column.append(atom)

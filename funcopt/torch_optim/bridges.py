@@ -9,7 +9,7 @@ import torch
 
 from funcopt import tree
 from funcopt.errors import ExecutionError, HyperparameterTypeError
-from funcopt.optimizer import Optimizer
+from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.torch_optim import functional, lbfgs
 from funcopt.torch_optim.adapter import Adapter
 from funcopt.torch_optim.batch import stepper_of
@@ -98,6 +98,7 @@ def to_torch(
         >>> params["w"].sum().backward(); optimizer.step(); params["w"].detach()
         tensor([0.5000, 0.5000])
     """
+    check_optimizer(opt, "to_torch")
     title = next((t for t, name in FACTORIES.items() if name == opt.name), None)
     if title is None or opt.spec is None:
         raise HyperparameterTypeError(
@@ -192,6 +193,7 @@ def as_torchopt(opt: Optimizer) -> GradientTransformation:
         >>> update(p, init(p), params=p)[0]
         tensor([-0.5000, -0.5000])
     """
+    check_optimizer(opt, "as_torchopt")
 
     def update(
         updates: Tree,

@@ -8,7 +8,7 @@ import torch
 from funcopt import tree
 from funcopt.errors import HyperparameterError
 from funcopt.execution import donation, levels
-from funcopt.optimizer import Optimizer, from_spec
+from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.optimizers._parts import towards
 from funcopt.spec import Spec
 from funcopt.transforms._conditional import choose, counter
@@ -51,6 +51,7 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
         >>> opt.update(torch.tensor([2.0]), state, p)[0]
         tensor([-1.5000])
     """
+    check_optimizer(opt, "accumulate")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise HyperparameterError(f"accumulate takes k ≥ 1 calls for a step, got {k!r}")
 

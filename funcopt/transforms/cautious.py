@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from funcopt.errors import HyperparameterTypeError
-from funcopt.optimizer import Optimizer, from_spec
+from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.optimizers._parts import count
 from funcopt.types import Tensor
 
@@ -42,6 +42,7 @@ def cautious(opt: Optimizer, *, maximize: bool = False) -> Optimizer:
         >>> p                                   # the second one's momentum goes down
         tensor([-4.8000, -1.0000])
     """
+    check_optimizer(opt, "cautious")
     if opt.spec is None:
         raise HyperparameterTypeError(
             f"cautious needs an optimizer made of one rule, and {opt.name} is not; make "

@@ -7,7 +7,7 @@ import torch
 from funcopt import tree
 from funcopt.errors import HyperparameterTypeError, LeafError
 from funcopt.execution import donation
-from funcopt.optimizer import Optimizer
+from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import State, Tensor, Tree
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -56,6 +56,7 @@ def master_weights(opt: Optimizer, *, stochastic: bool = False) -> Optimizer:
         >>> p, state["master"]
         (tensor([0.9961], dtype=torch.bfloat16), tensor([0.9950]))
     """
+    check_optimizer(opt, "master_weights")
 
     def init(params: Tree) -> State:
         if stochastic:

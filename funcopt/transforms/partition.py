@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from funcopt import select, tree
-from funcopt.errors import HyperparameterError, StructureError
+from funcopt.errors import HyperparameterError, HyperparameterTypeError, StructureError
 from funcopt.execution import donation
 from funcopt.hyper import unknown
-from funcopt.optimizer import Optimizer
+from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import HyperValue, State, Tree
 
 
@@ -25,6 +25,7 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
         every optimizer that has them.
 
     Raises:
+        HyperparameterTypeError: what is no dict of Optimizers.
         HyperparameterError: at ``init`` and ``update``, for a label without optimizer.
         UnknownHyperparameterError: by ``update``, when no optimizer has that name.
         StructureError: labels that are no prefix of params; the state of another tree.
@@ -42,7 +43,14 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
         >>> new["bias"], sorted(state["rest"])
         (tensor([0.9000, 0.9000]), ['exp_avg', 'exp_avg_sq', 'step'])
     """
+    if not isinstance(optimizers, Mapping):
+        raise HyperparameterTypeError(
+            "partition takes a dict, label → Optimizer, and which leaf has which label; "
+            f"not {optimizers!r}"
+        )
     optimizers, labels = dict(optimizers), select.copied(labels)
+    for label, opt in optimizers.items():
+        check_optimizer(opt, f"partition's {label!r}")
 
     def split(structure: tree.Structure) -> dict[str, list[bool]]:
         names = select.per_leaf(labels, structure, "labels")
@@ -150,6 +158,7 @@ def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
         >>> opt.update(params, opt.init(params), params)[0]
         {'body': tensor([1.]), 'head': tensor([0.])}
     """
+    check_optimizer(opt, "freeze")
     frozen = select.copied(frozen)
 
     def active(structure: tree.Structure) -> list[bool]:

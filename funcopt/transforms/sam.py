@@ -8,7 +8,7 @@ import torch
 from funcopt import tree
 from funcopt.errors import HyperparameterTypeError
 from funcopt.hyper import Hyper
-from funcopt.optimizer import Optimizer, from_spec
+from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.optimizers._parts import Number, root
 from funcopt.spec import Spec
 from funcopt.types import HyperValue, State, Tensor, Tree
@@ -55,6 +55,7 @@ def sam(opt: Optimizer, rho: HyperValue = 0.05, *, adaptive: bool = False) -> Op
         >>> opt.update(2 * p, opt.init(p), p, loss_fn=loss_fn)[0]
         tensor([2.3400, 3.1200])
     """
+    check_optimizer(opt, "sam")
 
     # The climb is a step of its own, uphill, by a rule that knows the common norm.
     def rule(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from funcopt import select
 from funcopt.hyper import unknown
-from funcopt.optimizer import Optimizer, from_spec
+from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.types import HyperValue, State, Tree
 
 
@@ -40,6 +40,7 @@ def scheduled(opt: Optimizer, **hyper: HyperValue) -> Optimizer:
         >>> p                                                     # -(1 + 1/2 + 1/4)
         tensor([-1.7500])
     """
+    check_optimizer(opt, "scheduled")
     for name in hyper:
         if name not in opt.hyper:
             raise unknown(name, opt.hyper, opt.name)

@@ -6,7 +6,7 @@ import torch
 
 from funcopt import tree
 from funcopt.execution import donation
-from funcopt.optimizer import Optimizer
+from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.stepping import sparse_rows
 from funcopt.transforms._conditional import choose, counter
 from funcopt.types import State, Tensor, Tree
@@ -46,6 +46,7 @@ def skip_nonfinite(opt: Optimizer) -> Optimizer:
         >>> new, state["skipped"]
         (tensor([0., 0.]), tensor(1))
     """
+    check_optimizer(opt, "skip_nonfinite")
 
     def init(params: Tree) -> State:
         return {"optimizer": opt.init(params), "skipped": counter(params)}
