@@ -19,8 +19,8 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 import measure
-import nets
 from funcopt import torch_optim
+from workloads import nets
 
 NAMES = [
     "SGD", "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon",

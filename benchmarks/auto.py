@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 import measure
 import report
-from contenders import with_funcopt
+from contestants.meta_steps import with_funcopt
 from funcopt.meta.tasks import choose
-from problems import Problem, mlp_classifier, omniglot, sinusoid
+from workloads.problems import Problem, mlp_classifier, omniglot, sinusoid
 
 TASKS = (2, 3, 4, 8, 32)
 STEPS = (1, 5)

@@ -20,7 +20,7 @@ import time
 
 from tqdm import tqdm
 
-from targets import COLD
+from report.targets import COLD
 
 REPEATS = 11
 
@@ -62,9 +62,8 @@ def in_a_process(cache: str) -> dict[str, float]:
 
 def first_steps() -> dict[str, float]:
     """Milliseconds of each rule's first step, AdamW first."""
-    import torch
-
     import sizes
+    import torch
     from rules import RULES
 
     shapes = sizes.TREES["small MLP"]

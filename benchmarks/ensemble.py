@@ -21,7 +21,7 @@ from tqdm import tqdm
 import funcopt as fo
 import measure
 import report
-import sizes
+from workloads import sizes
 
 TASKS = 32
 REPEATS = 31

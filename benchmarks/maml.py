@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import measure
 import report
-from contenders import CONTENDERS, MetaStep
-from problems import PROBLEMS, Problem
+from contestants.meta_steps import CONTENDERS, MetaStep
+from workloads.problems import PROBLEMS, Problem
 
 #: Largest difference of a loss or a meta-gradient leaf, relative to the leaf's largest
 #: entry, in float32. TorchOpt's Adam comes near it: it takes 1 - β₂ᵗ in float32.

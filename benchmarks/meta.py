@@ -25,14 +25,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import hyper_steps
-import inner_loops
 import measure
 import report
-import report_meta
-from contenders import CONTENDERS, with_funcopt
+from contestants import hyper_steps, inner_loops
+from contestants.meta_steps import CONTENDERS, with_funcopt
 from maml import agreement
-from problems import PROBLEMS
+from report.meta import meta_tables
+from workloads.problems import PROBLEMS
 
 COMPILED = ("sinusoid-sgd", "sinusoid-adam", "conv4-1")
 STEPS = (1, 4, 16, 64)
@@ -58,7 +57,7 @@ def main() -> None:
         results[name] = PARTS[name]()
         measure.save("meta", results)
     report.write()
-    print(report_meta.meta_tables())
+    print(meta_tables())
 
 
 def compiled() -> list[dict[str, Any]]:

@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 import measure
 import report
-import report_step
-import sizes
-import steppers
-from rules import RULES, Rule
-from steppers import Stepper
-from targets import ADAMW, DONATED, LARGE, PURE, REGISTRY, STEP, TORCH
+from contestants import steppers
+from contestants.rules import RULES, Rule
+from contestants.steppers import Stepper
+from report.step import step_tables
+from report.targets import ADAMW, DONATED, LARGE, PURE, REGISTRY, STEP, TORCH
+from workloads import sizes
 
 REPEATS = 31
 #: Of the registry: seconds for all contenders on one tree, in 5 to 15 samples.
@@ -68,7 +68,7 @@ def main() -> None:
     kept = measure.load("step") or [] if given.only else []
     measure.save("step", [*(r for r in kept if _key(r) not in new), *found])
     report.write()
-    print(report_step.step_tables())
+    print(step_tables())
 
 
 def _key(result: dict[str, Any]) -> tuple[Any, ...]:

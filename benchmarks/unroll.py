@@ -22,8 +22,8 @@ from tqdm import tqdm
 import funcopt as fo
 import measure
 import report
-import sizes
-from targets import UNROLL
+from report.targets import UNROLL
+from workloads import sizes
 
 STEPS = 5
 REPEATS = 31

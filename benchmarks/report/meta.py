@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import measure
-import targets
-from tables import markdown, ratio
-from targets import verdict
+from report import targets
+from report.tables import markdown, ratio
+from report.targets import verdict
 
 RIVALS = ("higher", "torchopt")
 

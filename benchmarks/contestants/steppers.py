@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import funcopt as fo
-from rules import Rule
+from contestants.rules import Rule
 
 
 @dataclass

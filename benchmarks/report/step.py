@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import measure
-import tables
-import targets
-from targets import DONATED, PURE, TORCH, verdict
+from report import tables, targets
+from report.targets import DONATED, PURE, TORCH, verdict
 
 
 def step_tables() -> str:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import funcopt as fo
-from problems import EPS
+from workloads.problems import EPS
 
 LR = 1e-3
 

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import measure
-import report_meta
-import report_step
-import tables
-import targets
-from targets import verdict
+from report import tables, targets
+from report.meta import meta_tables
+from report.step import step_tables
+from report.targets import verdict
 
-README = Path(__file__).parent / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 RIVALS = ("higher", "torchopt")
 
 
@@ -25,12 +24,12 @@ def write() -> None:
         "maml": maml_table(),
         "overhead": overhead_table(),
         "auto": auto_table(),
-        "step": report_step.step_tables(),
+        "step": step_tables(),
         "unroll": unroll_table(),
         "ensemble": ensemble_table(),
         "cold": cold_table(),
         "gpu": gpu_table(),
-        "meta": report_meta.meta_tables(),
+        "meta": meta_tables(),
     }
     for name, table in drawn.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"

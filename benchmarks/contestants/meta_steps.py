@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from problems import Problem
+from workloads.problems import Problem
 
 MetaStep: TypeAlias = Callable[[], tuple[float, list[Tensor]]]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import nets
+from workloads import nets
 
 
 @dataclass(frozen=True)

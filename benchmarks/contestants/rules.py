@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import funcopt as fo
-from foreach_lion import ForeachLion
+from contestants.foreach_lion import ForeachLion
 from funcopt import optimizers
 
 _TORCH: dict[str, Any] = {
