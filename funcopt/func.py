@@ -35,9 +35,6 @@ def exact_norms() -> Iterator[None]:
     ``grad`` and ``vmap``, or inside. `unroll` enters it by itself for the inner gradient
     where a derivative is asked for outside of vmap.
 
-    Args:
-        (none)
-
     Returns:
         A context manager, which is a decorator, too.
 

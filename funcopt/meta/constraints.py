@@ -61,9 +61,6 @@ def exp() -> Constraint:
 
     .. math:: y = e^x, \qquad x = \log y
 
-    Args:
-        (none)
-
     Returns:
         A constraint; where y would overflow (x ≥ 89 in float32) it is constant.
 
@@ -91,9 +88,6 @@ def softplus() -> Constraint:
     r"""Positive numbers, where large ones move by plain steps (eps, a penalty's weight).
 
     .. math:: y = \log(1 + e^x), \qquad x = y + \log(1 - e^{-y})
-
-    Args:
-        (none)
 
     Returns:
         A constraint.
@@ -132,9 +126,6 @@ def sigmoid() -> Constraint:
 
     .. math:: y = \frac{1}{1 + e^{-x}}, \qquad x = \log y - \log(1 - y)
 
-    Args:
-        (none)
-
     Returns:
         A constraint.
 
@@ -161,9 +152,6 @@ def one_minus_exp() -> Constraint:
 
     A step of x changes the length 1/(1 − β) of an average's memory by a factor, as with
     0.9, 0.99, 0.999. Above x = 0 there is y < 0: `sigmoid` keeps out of it.
-
-    Args:
-        (none)
 
     Returns:
         A constraint.
@@ -241,9 +229,6 @@ def simplex() -> Constraint:
 
     A shift of x changes nothing: the inverse has mean 0. `projections.simplex` is the
     hard one, which gives zeros.
-
-    Args:
-        (none)
 
     Returns:
         A constraint, of tensors with one axis at least.

@@ -141,9 +141,6 @@ def normalize() -> GradientStage:
 
     .. math:: g' = g / \sqrt{\textstyle\sum_\text{leaves} \lVert g \rVert_2^2}
 
-    Args:
-        (none)
-
     Returns:
         A gradient stage for `chain`; no state.
 

@@ -19,9 +19,6 @@ def zero_nans() -> GradientStage:
 
     Infinities stay; `skip_nonfinite` leaves out the whole step for either.
 
-    Args:
-        (none)
-
     Returns:
         A gradient stage for `chain`; no state.
 
@@ -51,9 +48,6 @@ def centralize() -> GradientStage:
     .. math:: g'_{i\cdot} = g_{i\cdot} - \operatorname{mean}_j(g_{ij})
 
     For a leaf of two axes or more the mean is over all but the first; others stay.
-
-    Args:
-        (none)
 
     Returns:
         A gradient stage for `chain`; no state. The rule it becomes part of needs each
