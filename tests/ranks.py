@@ -5,9 +5,11 @@ python tests/ranks.py RANK WORLD FILE CASE CASE ...
 
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,7 +135,39 @@ def elementwise(rank: int, group: Any) -> Any:
     return found
 
 
-def main() -> None:
+# To start two processes, and to be one. -------------------------------------------------
+
+WORLD = 2
+
+
+def outcomes(script: str, cases: Sequence[str], folder: Path) -> dict[str, Any]:
+    """What each rank says of each case, by the script's `main` in this folder."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(fo.__file__).parents[1])}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(WORLD), folder / "store", *cases],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=folder,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        said = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    lines = [[json.loads(line) for line in out.splitlines()] for out, _ in said]
+    assert all(len(each) == len(cases) for each in lines), [error for _, error in said]
+    return {name: [each[i][name] for each in lines] for i, name in enumerate(cases)}
+
+
+def main(cases: Mapping[str, Callable[[int, Any], Any]]) -> None:
+    """Print a line of JSON for each case that the command line names."""
     rank, world, file, *names = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -144,11 +178,11 @@ def main() -> None:
         timeout=timedelta(seconds=30),
     )
     for name in names:  # one after another: to start takes seconds
-        outcome = globals()[name](int(rank), dist.group.WORLD)
+        outcome = cases[name](int(rank), dist.group.WORLD)
         print(json.dumps({name: outcome}), flush=True)
     sys.stdout.flush()
     os._exit(0)  # where the other has ended, there is no orderly end
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

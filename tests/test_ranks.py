@@ -1,9 +1,5 @@
 """Tasks split over two processes: the numbers of one, and errors that all are told."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +20,12 @@ CASES = (
     "elementwise",
     "ended",  # the last: a rank is gone
 )
-WORLD = 2
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What each rank says of each case."""
-    script, store = Path(ranks.__file__), tmp_path_factory.mktemp("ranks") / "store"
-    environment = {**os.environ, "PYTHONPATH": str(Path(fo.__file__).parents[1])}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(WORLD), str(store), *CASES],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        said = [process.communicate(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    lines = [[json.loads(line) for line in out.splitlines()] for out, _ in said]
-    assert all(len(each) == len(CASES) for each in lines), [error for _, error in said]
-    return {name: [each[i][name] for each in lines] for i, name in enumerate(CASES)}
+    return ranks.outcomes(ranks.__file__, CASES, tmp_path_factory.mktemp("ranks"))
 
 
 def expected() -> tuple[Any, Any]:
