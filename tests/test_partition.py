@@ -156,6 +156,41 @@ def test_transforms_go_through_a_partition():
         assert (found != 0).all()
 
 
+def loss(params: Any) -> Tensor:
+    """No sum of parts: each leaf's minimum depends on where the others are."""
+    weight, bias = params["body"]["weight"], params["body"]["bias"]
+    first, second = params["head"]
+    score = weight @ first + bias @ first - second
+    return score.square().sum() + sum(p.square().sum() for p in tree.leaves(params))
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_part_that_asks_for_the_loss_is_given_the_whole_tree(
+    frozen: bool, donate: bool
+):
+    """And in it the others' leaves as they were, whichever part steps first."""
+    lbfgs, params = fo.lbfgs(max_iter=4), tree.map(torch.clone, PARAMS)
+    head: Any = {"head": params["head"]}
+
+    def of_head(part: Any) -> Tensor:
+        return loss({"body": PARAMS["body"], **part})
+
+    expected = lbfgs.update(
+        grad(of_head)(head), lbfgs.init(head), head, loss_fn=of_head
+    )[0]
+    opt = fo.freeze(lbfgs, FROZEN["prefix"])
+    if not frozen:
+        opt = fo.partition({"adam": ADAM, "sgd": lbfgs}, LABELS["prefix"])
+    state, grads = opt.init(params), grad(loss)(params)
+    new, _ = opt.update(grads, state, params, loss_fn=loss, donate=donate)
+    assert_same(new["head"], expected["head"])
+    assert (new["head"][0] != PARAMS["head"][0]).all()
+    moved = (new["body"]["weight"] != PARAMS["body"]["weight"]).all()
+    assert bool(moved) is not frozen
+    assert loss(new) < loss(PARAMS)
+
+
 # freeze --------------------------------------------------------------------------------
 
 FROZEN: dict[str, Any] = {

@@ -135,7 +135,7 @@ def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
         ExecutionError: that one refuses; the message says why.
     """
     forced = _known(name) if name else _forced.get()
-    untouchable = _untouchable(leaves)
+    forbidden = untouchable(leaves)
     tensors = leaves.tensors()
     transformed = levels.differentiating(tensors)
     followed = transformed and levels.followed(tensors)
@@ -144,12 +144,12 @@ def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
         whole = transformed and not leaves.rule.elementwise
         if leaves.rule.sums and (whole or forced == "stacked"):
             forced = None  # it is the step that is forced
-        kernels = untouchable
+        kernels = forbidden
         if whole:
             kernels = f"{leaves.rule.name} needs each leaf, and each task's, whole"
         reasons = dict.fromkeys(ENGINES, kernels)
         if not leaves.rule.elementwise or forced:
-            reasons["stacked"] = untouchable or stacked.refuses(
+            reasons["stacked"] = forbidden or stacked.refuses(
                 leaves.pick(which), bool(forced)
             )
         params = [leaves.params[i] for i in which]
@@ -243,7 +243,7 @@ def _refuses(
     return None
 
 
-def _untouchable(leaves: Leaves) -> str | None:
+def untouchable(leaves: Leaves) -> str | None:
     """Why only torch's own operations may touch these tensors, or None."""
     if torch._C._len_torch_dispatch_stack():
         return "a mode watches each operation"

@@ -1,6 +1,7 @@
 """Run a step: each group of leaves by what was chosen for it."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from funcopt.execution.call import Call
 from funcopt.execution.choice import ENGINES, Group
 from funcopt.execution.executor import Column, Executor
 from funcopt.execution.form import Form
-from funcopt.execution.lane import Lane, Plain, Recorded
+from funcopt.execution.lane import Lane, Plain, Recorded, Whole
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.types import Tensor
@@ -85,10 +86,18 @@ def _lane(
 ) -> Lane | None:
     """A lane for steps like this one, if its leaves go one way as they are."""
     elements = leaves.rule.streams(group.kinds)
-    if group.choice.name not in ENGINES or levels.inside() or levels.pushing():
+    if levels.inside() or levels.pushing():
+        return None
+    whole = group.choice.name not in ENGINES
+    if whole and (leaves.rule.sums or group.choice.transformed or elements):
+        return None
+    if whole and choice.untouchable(leaves):
         return None
     if elements and (group.choice.transformed or which is not None):
         return None
+    if whole:
+        run = partial(_run_whole, group.choice.name)
+        return Whole(leaves.rule, group.kinds, run, which)
     columns = leaves.streams(group.kinds)
     if any(a is not b for a, b in zip(columns, layout.alike(columns))):
         return None
@@ -102,11 +111,7 @@ def _lane(
 
 def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
     if group.choice.name not in ENGINES:
-        if group.choice.name == "reference":
-            columns = reference.of_leaves(leaves)
-        else:
-            columns = stacked.step(leaves, apart=not donate)
-        return _written_over(leaves, columns) if donate else columns
+        return _run_whole(group.choice.name, leaves, donate)
     streams = leaves.streams(group.kinds)
     rows, which = leaves.rows(group.kinds)
     if group.choice.transformed:
@@ -125,6 +130,14 @@ def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
     columns = executor(alike, rows, which, out=donated)
     torch.autograd.graph.increment_version([x for c in donated for x in c])
     return columns
+
+
+def _run_whole(name: str, leaves: Leaves, donate: bool) -> Sequence[Column]:
+    if name == "reference":
+        columns = reference.of_leaves(leaves)
+    else:
+        columns = stacked.step(leaves, apart=not donate)
+    return _written_over(leaves, columns) if donate else columns
 
 
 def _transformed(

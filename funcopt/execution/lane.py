@@ -1,7 +1,7 @@
 """A step like an earlier one: what was decided then holds, and is not asked again."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,6 +12,7 @@ from funcopt.execution.call import Call
 from funcopt.execution.executor import Column, Direct, Executor, Rows, read_number
 from funcopt.execution.form import Form
 from funcopt.execution.guard import Known
+from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.types import Tensor
 
@@ -32,6 +33,8 @@ class Lane(ABC):
         self._fixed = [name for name in rule.hyper if name not in self._elements]
         self._alike: Known[bool] = Known()  # of these values: that they are as leaves are
         self._numbers: dict[str, Any] | None = None  # values that were looked at before
+        self._written = sum(rule.outputs)
+        self._apart: list[int] = []  # addresses of which no two tensors overlap
 
     def run(
         self,
@@ -75,6 +78,15 @@ class Lane(ABC):
     ) -> Sequence[Column] | None:
         """The columns, of streams that are alike and rows of scalars."""
 
+    def may_write(self, streams: Sequence[Column], addresses: list[int]) -> bool:
+        """Whether no two of the tensors share memory, where all are to be written."""
+        if addresses != self._apart:
+            old = streams[1 : 1 + self._written]
+            if layout.overlap([streams[0], *old]) or layout.folded(old):
+                return False
+            self._apart = addresses
+        return True
+
 
 class Plain(Lane):
     """For steps of which no derivative is asked: by one executor.
@@ -98,8 +110,6 @@ class Plain(Lane):
         self._shared = executor.direct(params, [0] * len(params))
         self._which = which or range(len(params))
         self._own: Direct | None = None  # where not all leaves share their scalars
-        self._written = sum(rule.outputs)
-        self._apart: list[int] = []  # addresses of which no two tensors overlap
 
     def step(
         self, streams: Sequence[Column], rows: Rows, donate: bool
@@ -110,12 +120,9 @@ class Plain(Lane):
                 return None
             rows = [[*map(read_number, row)] for row in rows]
         addresses = [address for column in streams for address in map(_address, column)]
-        old = streams[1 : 1 + self._written]
-        if donate and addresses != self._apart:
-            if layout.overlap([streams[0], *old]) or layout.folded(old):
-                return None
-            self._apart = addresses
-        out = old
+        out = old = streams[1 : 1 + self._written]
+        if donate and not self.may_write(streams, addresses):
+            return None
         if not donate:
             out = self._rule.recycler.columns(streams[1], self._written)
         direct = self._shared
@@ -127,6 +134,47 @@ class Plain(Lane):
         if columns is not None and donate:
             torch.autograd.graph.increment_version([*chain(*old)])
         return columns
+
+
+class Whole(Lane):
+    """For rules that need each leaf whole, by torch's own operations.
+
+    ``run_leaves`` gives the columns, in the old tensors if it is told to donate.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        kinds: Kinds,
+        run_leaves: Callable[[Leaves, bool], Sequence[Column]],
+        which: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(rule, kinds)
+        self._run, self._which = run_leaves, which
+        self._zeros = {
+            name: 0.0 for name, kind in zip(rule.hyper, kinds) if kind == "zero"
+        }
+
+    def step(
+        self, streams: Sequence[Column], rows: Rows, donate: bool
+    ) -> Sequence[Column] | None:
+        given = [x for row in rows for x in row if isinstance(x, Tensor)]
+        if any(type(x) is not Tensor or x.requires_grad for x in given):
+            return None
+        if donate and not self.may_write(streams, [*map(_address, chain(*streams))]):
+            return None
+        grads, params, *state = streams
+        owners = [0] * len(params)
+        if len(rows) > 1:
+            owners = self._which or range(len(params))
+        count = 1 + sum(self._rule.scalar)
+        *numbers, steps = [[rows[row][k] for row in owners] for k in range(count)]
+        each = [self._zeros | dict(zip(self._names, row[count:])) for row in rows]
+        slots, scalars = iter(state), iter(numbers)
+        own = [next(scalars if scalar else slots) for scalar in self._rule.scalar]
+        hyper = [each[row] for row in owners]
+        leaves = Leaves(self._rule, grads, params, own, steps, hyper)
+        return self._run(leaves, donate)
 
 
 class Recorded(Lane):

@@ -55,11 +55,15 @@ def step(leaves: Leaves, apart: bool = True) -> list[Column]:
 def _stacks(leaves: Leaves) -> list[list[int]]:
     """The numbers of the leaves that are alike, and so are their slots, in stacks."""
     found: dict[Any, list[int]] = {}
+    hyper = {
+        key: tuple(id(x) if isinstance(x, Tensor) else x for x in values.values())
+        for key, values in leaves.distinct_hyper.items()
+    }
     for i, (p, values, *own) in enumerate(
         zip(leaves.params, leaves.hyper, *leaves.numbers)
     ):
         numbers = (id(x) if isinstance(x, Tensor) else x for x in own)
-        key = p.shape, p.dtype, p.device, id(values), *numbers
+        key = p.shape, p.dtype, p.device, hyper[id(values)], *numbers
         if p.numel() > (_MOST if p.device.type == "cpu" else _MOST_ELSEWHERE):
             key = i
         found.setdefault(key, []).append(i)

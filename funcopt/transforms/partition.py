@@ -1,6 +1,6 @@
 """Different rules for different leaves; none for frozen ones."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from funcopt import select, tree
@@ -22,7 +22,8 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
     Returns:
         An Optimizer; its state is a dict label → that optimizer's state, in which the
         leaves of the others are ``None``. Hyperparameters given to ``update`` go to
-        every optimizer that has them.
+        every optimizer that has them; so does a ``loss_fn`` of the whole tree, in which
+        the leaves of the others stay as they were.
 
     Raises:
         HyperparameterTypeError: what is no dict of Optimizers.
@@ -98,15 +99,19 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
             )
         if donate:  # all or nothing: a part may not step before another refuses
             donation.check_trees(gradients, leaves, state)
+        start = leaves
+        if donate and overrides.get("loss_fn"):  # a part is not to see another's step
+            start = [x if x is None else x.clone() for x in leaves]
         merged, new_state = list(leaves), {}
         for label, mine in split(structure).items():
+            its = _with_loss_of_part(given[label], start, structure, mine)
             its_params, new_state[label] = optimizers[label].update(
                 _keep(gradients, structure, mine),
                 state[label],
                 _keep(leaves, structure, mine),
                 donate=donate,
                 execution=execution,
-                **given[label],
+                **its,
             )
             for i, leaf in enumerate(tree.leaves(its_params)):
                 if mine[i]:
@@ -192,7 +197,7 @@ def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
             _keep(leaves, structure, moving),
             donate=donate,
             execution=execution,
-            **overrides,
+            **_with_loss_of_part(overrides, leaves, structure, moving),
         )
         merged = [
             new if moves else old
@@ -217,3 +222,18 @@ def _keep(leaves: list[Any], structure: tree.Structure, mine: list[bool]) -> Tre
     return tree.unflatten(
         structure, [x if keep else None for x, keep in zip(leaves, mine)]
     )
+
+
+def _with_loss_of_part(
+    given: dict[str, Any], leaves: list[Any], structure: tree.Structure, mine: list[bool]
+) -> dict[str, Any]:
+    """What is given, its ``loss_fn`` as a function of the leaves that are ``mine``."""
+    whole: Callable[[Tree], Any] | None = given.get("loss_fn")
+    if not callable(whole):
+        return given
+
+    def of_part(part: Tree) -> Any:
+        rows = zip(tree.leaves(part), leaves, mine, strict=True)
+        return whole(tree.unflatten(structure, [x if keep else p for x, p, keep in rows]))
+
+    return {**given, "loss_fn": of_part}
