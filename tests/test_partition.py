@@ -176,9 +176,9 @@ def test_a_part_that_asks_for_the_loss_is_given_the_whole_tree(
     def of_head(part: Any) -> Tensor:
         return loss({"body": PARAMS["body"], **part})
 
-    expected = lbfgs.update(
-        grad(of_head)(head), lbfgs.init(head), head, loss_fn=of_head
-    )[0]
+    expected = lbfgs.update(grad(of_head)(head), lbfgs.init(head), head, loss_fn=of_head)[
+        0
+    ]
     opt = fo.freeze(lbfgs, FROZEN["prefix"])
     if not frozen:
         opt = fo.partition({"adam": ADAM, "sgd": lbfgs}, LABELS["prefix"])

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -111,6 +112,29 @@ def root(x: Tensor) -> Tensor:
     bit-equal (down to ε = 1e-11 in float32).
     """
     return torch.sqrt(x.clamp(min=torch.finfo(x.dtype).tiny))
+
+
+def minus(p: Tensor, move: Tensor, size: Number, **out: Tensor) -> Tensor:
+    """p - size·move."""
+    if isinstance(size, Tensor):
+        return torch.sub(p, size * move, **out)
+    return torch.sub(p, move, alpha=size, **out)  # one operation, and torch's rounding
+
+
+def spare(*given: Any) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What lets a result of theirs take the memory of a temporary tensor.
+
+    ``torch.exp(x, **over(x))`` writes over x where nobody follows what is computed of
+    the ``given``. On many elements fresh memory costs more than arithmetic: the system
+    hands out each page on its first write. For rules of whole leaves.
+    """
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    plain = {*map(type, tensors)} <= {Tensor, torch.nn.Parameter}
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        plain = False
+    if plain and not levels.differentiating(tensors):
+        return lambda x: {"out": x}
+    return lambda x: {}
 
 
 def known(x: Tensor) -> Number:
