@@ -13,7 +13,6 @@ ROWS = [
         fo.madgrad,
         half(weight_decay=DECAY, momentum=(0.9, 0.0)),
         {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.1, "eps": 0.1},
-        roots=1,
         arrives={"rosenbrock": {"lr": 0.01, "steps": 4000}},
     ),
     Row(
