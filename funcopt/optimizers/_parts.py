@@ -114,14 +114,14 @@ def root(x: Tensor) -> Tensor:
     return torch.sqrt(x.clamp(min=torch.finfo(x.dtype).tiny))
 
 
-def minus(p: Tensor, move: Tensor, size: Number, **out: Tensor) -> Tensor:
+def minus(p: Tensor, move: Tensor, size: Number, **out: Any) -> Tensor:
     """p - size·move."""
     if isinstance(size, Tensor):
         return torch.sub(p, size * move, **out)
     return torch.sub(p, move, alpha=size, **out)  # one operation, and torch's rounding
 
 
-def spare(*given: Any) -> Callable[[Tensor], dict[str, Tensor]]:
+def spare(*given: Any) -> Callable[[Tensor], dict[str, Any]]:
     """What lets a result of theirs take the memory of a temporary tensor.
 
     ``torch.exp(x, **over(x))`` writes over x where nobody follows what is computed of
