@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,10 @@ from torch import Tensor
 import cuda
 import funcopt as fo
 import measure
+from contestants.meta_steps import with_funcopt
 from cuda import Step
+from maml import agreement
+from workloads.problems import sinusoid
 
 Line = dict[str, Any]
 
@@ -59,15 +62,16 @@ class Sizes:
     unrolled: list[tuple[int, ...]]  #: 1e7 parameters
     net: list[tuple[int, ...]]  #: the Omniglot net
     tasks: int
+    inner_steps: int  #: of the meta-step that is compiled
     repeats: int
 
 
 GPU = Sizes(
     "cuda", [(100_000_000,)] * 10, [(1_000_000,)] * 200, [(64,)] * 10_000,
-    [(1_000_000,)] * 10, OMNIGLOT, 256, 30,
+    [(1_000_000,)] * 10, OMNIGLOT, 256, 5, 30,
 )  # fmt: skip
 REHEARSAL = Sizes(
-    "cpu", [(600,)] * 2, [(500,)] * 3, [(64,)] * 5, [(300,)] * 2, OMNIGLOT[-2:], 3, 2
+    "cpu", [(600,)] * 2, [(500,)] * 3, [(64,)] * 5, [(300,)] * 2, OMNIGLOT[-2:], 3, 1, 2
 )
 
 
@@ -268,7 +272,30 @@ def tasks(sizes: Sizes) -> Iterator[Line]:
     }
 
 
-LINES = (correctness, bandwidth, medium, omniglot, small, unrolled, tasks)
+def compiled(sizes: Sizes) -> Iterator[Line]:
+    """Sinusoid meta-step as a CUDA graph: times as fast as uncompiled"""
+    problem = sinusoid("sgd", tasks=sizes.tasks)
+    problem = replace(
+        problem,
+        net=problem.net.to(sizes.device),
+        tasks={name: x.to(sizes.device) for name, x in problem.tasks.items()},
+        steps=sizes.inner_steps,
+    )
+    calls = {
+        "funcopt": with_funcopt(problem),
+        "compiled": with_funcopt(problem, compile=True),
+    }
+    for _ in range(3):  # warm up, record, replay
+        agreement(calls)
+    times = _medians(calls, sizes)
+    yield {
+        "what": compiled.__doc__,
+        "value": times["funcopt"] / times["compiled"],
+        "milliseconds": times,
+    }
+
+
+LINES = (correctness, bandwidth, medium, omniglot, small, unrolled, tasks, compiled)
 
 
 def _against_fused(

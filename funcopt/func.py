@@ -196,3 +196,25 @@ class _ExactNorms(TorchFunctionMode):
     ) -> Any:
         exact = _EXACT.get(func) or func
         return exact(*args, **(kwargs or {}))
+
+
+class ConstantStatistics(TorchFunctionMode):
+    """Running statistics count as constants in a norm, as they do in a module's.
+
+    torch's kernels write them without a derivative, and refuse those that require grad,
+    or have a tangent: as the buffers do that a differentiated loop carries.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        named = kwargs or {}
+        if func in (F.batch_norm, F.instance_norm):
+            args = [*args[:1], *map(_detached, args[1:3]), *args[3:]]
+            running = ("running_mean", "running_var")
+            named = {n: _detached(x) if n in running else x for n, x in named.items()}
+        return func(*args, **named)
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.detach()

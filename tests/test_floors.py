@@ -118,6 +118,7 @@ FLOORS = {
     "funcopt.meta.compiled": 7.9,
     "funcopt.meta.ranks": 7.9,
     "funcopt.meta.problem": 8,
+    "funcopt.meta.rolling": 8.05,
     "funcopt.meta.estimate": 8.1,
     "funcopt.meta.swarm": 8.15,
     "funcopt.meta.*": 8.2,

@@ -190,9 +190,10 @@ def _stripped(x: Tensor, below: int) -> Tensor:
 class Draws:
     """Where torch's random generators stand: of the CPU and of the tensors' devices."""
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Any]) -> None:
         self.states: dict[Any, Tensor] = {None: torch.get_rng_state()}
-        for device in {x.device for x in tensors} - {torch.device("cpu")}:
+        devices = {x.device for x in tensors if isinstance(x, Tensor)}
+        for device in devices - {torch.device("cpu")}:
             module = torch.get_device_module(device)
             if hasattr(module, "get_rng_state"):
                 self.states[device] = module.get_rng_state(device)

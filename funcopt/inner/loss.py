@@ -9,7 +9,7 @@ import torch
 from funcopt import tree
 from funcopt.errors import StructureError
 from funcopt.execution import levels
-from funcopt.func import exact_norms
+from funcopt.func import ConstantStatistics, exact_norms
 from funcopt.listed import Listed
 from funcopt.types import LossFunction, Tensor, Tree
 
@@ -23,23 +23,30 @@ class InnerLoss:
     ``meta`` and ``buffers`` reach ``loss_fn`` where they are not None.
     """
 
-    def __init__(self, loss_fn: LossFunction, has_aux: bool = False) -> None:
+    def __init__(
+        self, loss_fn: LossFunction, has_aux: bool = False, name: str = "loss_fn"
+    ) -> None:
         self.loss_fn = loss_fn
         self.has_aux = has_aux
+        self.name = name
 
     def __call__(
         self, params: Tree, batch: Tree, meta: Tree, buffers: Tree
     ) -> tuple[Tensor, Tree, Tree]:
         """The loss, aux, and the buffers after."""
         extra = () if meta is None else (meta,)
-        keywords = {}
+        keywords, followed = {}, False
         if buffers is not None:
             # Adding a zero made of the data copies the buffers, and batches the copy in
             # every vmap that batches the data: batch norm writes into it in place.
             zero = _zero_of(tree.leaves((params, batch, extra)))
             buffers = tree.map(lambda b: b + zero.to(b.dtype), buffers)
             keywords["buffers"] = buffers
-        out = self.loss_fn(params, batch, *extra, **keywords)
+            followed = any(
+                levels.is_tracked(b) for b in tree.leaves(buffers) if b is not None
+            )
+        with ConstantStatistics() if followed else nullcontext():
+            out = self.loss_fn(params, batch, *extra, **keywords)
         if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise StructureError(
                 f"with has_aux=True loss_fn must return (loss, aux), got {_kind(out)}"
@@ -47,8 +54,8 @@ class InnerLoss:
         loss, aux = out if self.has_aux else (out, None)
         if not isinstance(loss, Tensor) or loss.ndim:
             raise StructureError(
-                f"loss_fn must return a 0-d tensor, got {_kind(loss)}; take the mean, "
-                "and set has_aux=True if it returns (loss, aux)"
+                f"{self.name} must return a 0-d tensor, got {_kind(loss)}; take the "
+                "mean, and set has_aux=True if it returns (loss, aux)"
             )
         return loss, aux, buffers
 

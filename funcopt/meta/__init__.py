@@ -40,7 +40,8 @@ from funcopt.meta.families import (
 )
 from funcopt.meta.fixed_point import implicit, weight_update_implicit
 from funcopt.meta.guards import nonfinite
-from funcopt.meta.problem import Problem, advance
+from funcopt.meta.problem import Problem
+from funcopt.meta.rolling import advance
 from funcopt.meta.smoothness import metasmoothness
 from funcopt.meta.tangents import forward
 from funcopt.meta.tasks import value_and_grad

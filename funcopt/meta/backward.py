@@ -13,10 +13,11 @@ from funcopt.meta.problem import (
     Problem,
     go_on,
     ready,
-    roll,
+    standing,
     stands_at,
     window_of,
 )
+from funcopt.meta.rolling import roll
 from funcopt.types import Tree
 
 
@@ -39,8 +40,8 @@ def reverse(
         eta: a dict with any of "init", "hyper", "meta": see `Problem`.
         carry: where to begin; None, or a carry at the end, is the start. What lies before
             it is constant.
-        remat: as for `unroll`: which states are kept, all others being made again.
-            Between two outer losses: it serves the objective "last".
+        remat: as for `unroll`: which states are kept, all others being made again, and
+            of objectives over all steps the outer losses, too.
 
     Returns:
         An `Estimate`; diagnostics: ``losses`` [K], the inner losses before each update.
@@ -84,8 +85,8 @@ def mixed(
         problem: a `Problem`.
         eta: a dict with any of "init", "hyper", "meta": see `Problem`.
         carry: where to begin; None, or a carry at the end, is the start.
-        remat: as for `unroll`: which states are kept, all others being made again.
-            Between two outer losses: it serves the objective "last".
+        remat: as for `unroll`: which states are kept, all others being made again, and
+            of objectives over all steps the outer losses, too.
 
     Returns:
         An `Estimate`; diagnostics: ``losses`` [K], the inner losses before each update.
@@ -281,10 +282,10 @@ def _back(
     def objective(eta: Tree) -> tuple[Any, ...]:
         eta = ready(problem, eta)
         value, end, losses = roll(problem, eta, go_on(problem, eta, carry), count, **how)
-        return value, end["params"], end["state"], losses
+        return value, standing(end), losses
 
     listed = Listed(objective, eta)
     grads, out = listed.grad(*listed.inputs)
-    value, params, state, losses = tree.detach(listed.rebuild(out))
-    end = {"params": params, "state": state, "step": start + count}
+    value, end, losses = tree.detach(listed.rebuild(out))
+    end = {**end, "step": start + count}
     return Estimate(value, tree.detach(listed.like_first(grads)), {"losses": losses}, end)

@@ -3,10 +3,8 @@
 import torch
 
 from funcopt import tree
-from funcopt.inner.curvature import mixed_vp
-from funcopt.inner.loss import InnerLoss
-from funcopt.inner.step import asks_for_loss
-from funcopt.inner.view import update_vjp
+from funcopt.derivatives import Trees, vjp
+from funcopt.inner.step import Step
 from funcopt.meta.estimate import Estimate, check_eta
 from funcopt.meta.problem import (
     Carry,
@@ -16,6 +14,7 @@ from funcopt.meta.problem import (
     outer_vjp,
     ready,
     settings_at,
+    standing,
     stands_at,
 )
 from funcopt.types import Tree
@@ -32,9 +31,9 @@ def hypergradient_descent(
 
     Of SGD's learning rate that is :math:`-\nabla V(\theta_{t+1}) \cdot g_t`. Change eta
     by it and call again with the carry: eta is tuned while the training runs, at the cost
-    of one gradient per step where ``outer_loss`` is None, and of two elsewhere. Greedy: a
-    setting is judged by the very next loss. A loss's weights are seen through one mixed
-    second derivative of the step (T1-T2).
+    of one gradient per step where ``outer_loss`` is None and there are no buffers, and of
+    two elsewhere. Greedy: a setting is judged by the very next loss. A loss's weights are
+    seen through one mixed second derivative of the step (T1-T2).
 
     Args:
         problem: a `Problem`; its objective counts as "last". With ``outer_loss`` None, V
@@ -71,36 +70,29 @@ def hypergradient_descent(
         tensor(True)
     """
     check_eta("hypergradient_descent", problem, eta, carry)
+    step = Step(problem.opt, problem.inner_loss)
     with torch.no_grad():
         eta = tree.detach(eta)
         at = go_on(problem, ready(problem, eta), carry)
         k = stands_at(problem, at)
         settings, back_to_eta = settings_at(problem, eta, k)
-        batch, meta = batch_at(problem, k), settings["meta"]
-        loss = InnerLoss(problem.inner_loss)
-        grads = at.get("grads")
-        if grads is None:
-            grads = loss.grad(at["params"], batch, meta, None)[0]
-        more = {}
-        if asks_for_loss(problem.opt):
-            more["loss_fn"] = lambda params: loss(params, batch, meta, None)[0]
-        (params, state), pullback = update_vjp(
-            problem.opt, grads, at["state"], at["params"], hyper=settings["hyper"], **more
-        )
-        value, slopes = outer_vjp(problem, eta, params, k + 1)
-        back = pullback({"params": slopes["params"]})
-        through = {"hyper": back["hyper"]}
-        if meta is not None:
-            through |= mixed_vp(
-                problem.inner_loss,
-                at["params"],
-                back["grads"],
-                batch,
-                meta=meta,
-                wrt=("meta",),
-            )
+        given = {**standing(at), **settings, "batch": batch_at(problem, k)}
+        known, buffers = at.get("grads"), given["buffers"]
+        if known is None and settings["meta"] is None:
+            known, _, _, buffers = step.gradient(given)
+
+        def stepped(given: Trees) -> Trees:
+            if known is None:
+                return standing(step(given)._asdict())
+            params, state = step.updated(known, given)
+            return {"params": params, "state": state, "buffers": buffers}
+
+        out, pullback = vjp(stepped, given, ("hyper", "meta"))
+        carried = {**out, "step": k + 1}
+        value, slopes = outer_vjp(problem, eta, carried, k + 1)
+        through = pullback({name: slopes[name] for name in ("params", "buffers")})
         total = tree.map(torch.add, slopes["eta"], back_to_eta(through)["eta"])
-    end = {"params": params, "state": state, "step": k + 1}
-    if problem.outer_loss is None and meta is None:
-        end["grads"] = slopes["params"]
-    return Estimate(value, total, {}, end)
+    alone = settings["meta"] is None and problem.buffers is None
+    if problem.outer_loss is None and alone:
+        carried["grads"] = slopes["params"]
+    return Estimate(value, total, {}, carried)

@@ -6,20 +6,25 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from funcopt import tree
-from funcopt.derivatives import Trees, vjp
-from funcopt.errors import HyperparameterError
+from funcopt.derivatives import Trees, is_smooth, vjp
+from funcopt.errors import GradientLostError, HyperparameterError
+from funcopt.execution import levels
+from funcopt.inner.apart import Draws
+from funcopt.inner.loop import CARRY
 from funcopt.inner.loss import InnerLoss
 from funcopt.inner.view import step_vjp
 from funcopt.meta.estimate import Estimate, check_eta
 from funcopt.meta.problem import (
     Carry,
     Problem,
-    advance,
     batch_at,
+    outer_value,
     outer_vjp,
+    ready,
     settings_at,
     stands_at,
 )
+from funcopt.meta.rolling import advance
 from funcopt.types import Tensor, Tree
 
 Product: TypeAlias = Callable[[Tree], Tree]
@@ -45,7 +50,7 @@ def implicit(
 
     Memory of one gradient's graph, however long the training, which may be of any kind.
     Exact where the inner loss has a minimum at the end, and the solver comes to its own.
-    v is
+    Buffers are taken as they are at the end. v is
 
     - "cg": conjugate gradients, for H + λI positive (iMAML, HOAG);
     - "neumann": :math:`\alpha \sum_{j<k} (I - \alpha (H + \lambda I))^j \,
@@ -72,6 +77,8 @@ def implicit(
     Raises:
         HyperparameterError: an option out of its range.
         MetaParameterError: "init" or "hyper" in eta, or other keys.
+        GradientLostError: a loss reads buffers that follow the parameters (torch's norm
+            layers write theirs without a graph, and are none of these).
         Whatever else `unroll` raises.
 
     Source:
@@ -107,16 +114,18 @@ def implicit(
         end = _end(problem, eta, carry)
         batch, loss = batch_at(problem, problem.steps), InnerLoss(problem.inner_loss)
         settings, back_to_eta = settings_at(problem, eta, problem.steps - 1)
-        value, slopes = outer_vjp(problem, eta, end["params"], problem.steps)
+        value, slopes = outer_vjp(problem, eta, end, problem.steps)
         wanted = slopes["params"]
+        at = {"params": end["params"], "meta": settings["meta"]}
 
         def gradient(given: Trees) -> Trees:
-            return {"grads": loss.grad(given["params"], batch, given["meta"], None)[0]}
+            given = {"buffers": end["buffers"], **given}
+            return {"grads": loss.grad(batch=batch, **given)[0]}
 
+        if end["buffers"] is not None:
+            _check_buffers(problem, eta, end, at)
         # One graph for all products: each is a pass back through it.
-        inner, pullback = vjp(
-            gradient, {"params": end["params"], "meta": settings["meta"]}
-        )
+        inner, pullback = vjp(gradient, at)
 
         def product(v: Tree) -> Tree:
             return _plus(pullback({"grads": v})["params"], damping, v)
@@ -188,7 +197,7 @@ def weight_update_implicit(
         eta = tree.detach(eta)
         end = _end(problem, eta, carry)
         settings, back_to_eta = settings_at(problem, eta, problem.steps - 1)
-        value, slopes = outer_vjp(problem, eta, end["params"], problem.steps)
+        value, slopes = outer_vjp(problem, eta, end, problem.steps)
         _, pullback = step_vjp(
             problem.opt,
             problem.inner_loss,
@@ -197,18 +206,54 @@ def weight_update_implicit(
             batch_at(problem, problem.steps),
             hyper=settings["hyper"],
             meta=settings["meta"],
-            wrt=("params", "state", "hyper", "meta"),
+            buffers=end["buffers"],
+            wrt=(*CARRY, "hyper", "meta"),
         )
-        at = {"params": slopes["params"]}
+        at = {"params": slopes["params"], "buffers": slopes["buffers"]}
         grads = slopes["eta"]
         for _ in range(iterations):
             back = pullback(at)
             through = back_to_eta({"hyper": back["hyper"], "meta": back["meta"]})["eta"]
             grads = tree.map(torch.add, grads, through)
-            at = {"params": back["params"], "state": back["state"]}
+            at = {name: back[name] for name in CARRY}
         left = _dot(at["params"], at["params"]).sqrt()
         ratio = left / _dot(slopes["params"], slopes["params"]).sqrt()
     return Estimate(value, grads, {"cotangent_ratio": ratio}, end)
+
+
+def _check_buffers(problem: Problem, eta: Tree, end: Carry, at: Trees) -> None:
+    """Raise where the end reaches V through buffers too: they have a history of steps."""
+    loss, batch = InnerLoss(problem.inner_loss), batch_at(problem, problem.steps)
+    buffers = end["buffers"]
+
+    def written(given: Trees) -> Tree:
+        return loss(batch=batch, buffers=buffers, **given)[2]
+
+    def read(given: Trees) -> Tree:
+        value = outer_value(problem, ready(problem, eta), {**end, **given}, problem.steps)
+        return value, loss.grad(batch=batch, **at, **given)[0]
+
+    with Draws(tree.leaves(end)).again():
+        if _follows(written, at) and _follows(read, {"buffers": buffers}):
+            raise GradientLostError(
+                "implicit cannot see what parameters do through the buffers, which the "
+                "losses read and the inner loss makes of the parameters. Write "
+                "fo.detach(...) into them, to say that they are constants, or use "
+                "'weight_update_implicit' or 'reverse'"
+            )
+
+
+def _follows(function: Callable[[Trees], Tree], given: Trees) -> bool:
+    """Whether a derivative of any of the function's results is recorded."""
+    recorded: list[bool] = []
+
+    def noting(given: Trees) -> Trees:
+        leaves = [x for x in tree.leaves(function(given)) if is_smooth(x)]
+        recorded.extend(levels.recorded([x]) for x in leaves)
+        return {"all": leaves}
+
+    vjp(noting, given)
+    return any(recorded)
 
 
 def _end(problem: Problem, eta: Tree, carry: Carry | None) -> Carry:

@@ -1,4 +1,4 @@
-"""A bilevel problem as a value, and its inner loop from where it stands."""
+"""A bilevel problem as a value, and what of it each step takes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,13 @@ import torch
 from funcopt import tree
 from funcopt.derivatives import Pullback, Trees, vjp
 from funcopt.errors import HyperparameterError, StructureError
-from funcopt.inner.per_step import PerStep, per_step
-from funcopt.inner.unroll import unroll
+from funcopt.inner.loop import CARRY
+from funcopt.inner.loss import InnerLoss
+from funcopt.inner.per_step import PerStep
 from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import LossFunction, State, Tensor, Tree
 
-#: Where an inner loop stands: ``{"params", "state", "step"}``, and more.
+#: Where an inner loop stands: ``{"params", "state", "buffers", "step"}``, and more.
 Carry: TypeAlias = dict[str, Any]
 
 
@@ -51,6 +52,9 @@ class Problem:
         batch: a tree that every step uses.
         batches: a tree of tensors [K, ...], entry k for step k. Not with ``batch``.
         outer_batch: what ``outer_loss`` gets.
+        buffers: where those of the inner loss start (batch-norm statistics), as for
+            `unroll`; both losses then get the keyword ``buffers``. What the inner loss
+            writes into its copy is carried on, what the outer loss writes is dropped.
         objective: "last" is the outer loss after the last step; "mean" and "sum" are
             over the outer losses after each step.
         constrain: applied to ``eta`` before it is used: `constrained`, or any
@@ -85,6 +89,7 @@ class Problem:
     batch: Tree = None
     batches: Tree = None
     outer_batch: Tree = None
+    buffers: Tree = None
     objective: Literal["last", "mean", "sum"] = "last"
     constrain: Callable[[Tree], Tree] | None = None
 
@@ -131,7 +136,12 @@ def go_on(problem: Problem, eta: Tree, carry: Carry | None) -> Carry:
             "nothing to start from: give Problem(params=...), or eta['init']"
         )
     state = problem.opt.init(params) if problem.state is None else problem.state
-    return {"params": params, "state": state, "step": 0}
+    return {"params": params, "state": state, "buffers": problem.buffers, "step": 0}
+
+
+def standing(carry: Trees) -> dict[str, Tree]:
+    """What the next step takes of a carry."""
+    return {name: carry.get(name) for name in CARRY}
 
 
 def window_of(problem: Problem, start: int, window: int | None) -> int:
@@ -175,126 +185,24 @@ def meta_of(eta: Tree) -> Tree:
     return eta.get("meta")
 
 
-def outer_value(problem: Problem, eta: Tree, params: Tree, k: int) -> Tensor:
+def outer_value(problem: Problem, eta: Tree, carry: Trees, k: int) -> Tensor:
     """The outer loss after ``k`` steps."""
-    extra = () if meta_of(eta) is None else (meta_of(eta),)
-    if problem.outer_loss is None:
-        value = problem.inner_loss(params, batch_at(problem, k), *extra)
-    else:
-        value = problem.outer_loss(params, problem.outer_batch, *extra)
-    if not isinstance(value, Tensor) or value.ndim:
-        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
-        raise StructureError(f"outer_loss must return a 0-d tensor, got {what}")
-    return value
+    loss_fn, batch = problem.outer_loss, problem.outer_batch
+    if loss_fn is None:
+        loss_fn, batch = problem.inner_loss, batch_at(problem, k)
+    loss = InnerLoss(loss_fn, name="outer_loss")
+    return loss(carry["params"], batch, meta_of(eta), carry.get("buffers"))[0]
 
 
 def outer_vjp(
-    problem: Problem, eta: Tree, params: Tree, k: int
+    problem: Problem, eta: Tree, carry: Trees, k: int
 ) -> tuple[Tensor, dict[str, Tree]]:
-    """The outer loss after ``k`` steps, and its gradients by ``params`` and ``eta``."""
+    """The outer loss after ``k`` steps; its gradients by params, buffers and ``eta``."""
 
     def value(given: Trees) -> Trees:
         at = ready(problem, given["eta"])
-        return {"value": outer_value(problem, at, given["params"], k)}
+        return {"value": outer_value(problem, at, given, k)}
 
-    out, pullback = vjp(value, {"params": params, "eta": eta})
+    given = {"params": carry["params"], "buffers": carry.get("buffers"), "eta": eta}
+    out, pullback = vjp(value, given)
     return out["value"], pullback({"value": torch.ones_like(out["value"])})
-
-
-def roll(
-    problem: Problem, eta: Tree, carry: Carry, count: int, **how: Any
-) -> tuple[Tensor, Carry, Tensor]:
-    """``count`` steps on: their objective, where they end, and the inner losses."""
-    if problem.objective == "last":
-        carry, losses = steps_on(problem, eta, carry, count, **how)
-        return outer_value(problem, eta, carry["params"], carry["step"]), carry, losses
-    values: list[Tensor] = []
-    inner: list[Tensor] = []
-    for _ in range(count):
-        carry, loss = steps_on(problem, eta, carry, 1, **how)
-        values.append(outer_value(problem, eta, carry["params"], carry["step"]))
-        inner.append(loss)
-    total = torch.stack(values).sum()
-    if problem.objective == "mean":
-        total = total / count
-    return total, carry, torch.cat(inner)
-
-
-def steps_on(
-    problem: Problem, eta: Tree, carry: Carry, count: int, **how: Any
-) -> tuple[Carry, Tensor]:
-    """``count`` steps on: where they end, and the losses before each."""
-    start = carry["step"]
-    part = slice(start, start + count)
-
-    def entries(value: Any) -> Any:
-        if not isinstance(value, PerStep):
-            return value
-        if tree.leading_axis(value.values, "per_step") != problem.steps:
-            raise StructureError(
-                f"per_step values must have one entry for each of {problem.steps} steps"
-            )
-        return per_step(tree.map(itemgetter(part), value.values))
-
-    run = unroll(
-        problem.opt,
-        problem.inner_loss,
-        carry["params"],
-        problem.batch,
-        steps=count,
-        batches=None
-        if problem.batches is None
-        else tree.map(itemgetter(part), problem.batches),
-        state=carry["state"],
-        hyper=tree.map(entries, dict(eta.get("hyper", {}))),
-        meta=meta_of(eta),
-        **how,
-    )
-    end = {"params": run.params, "state": run.state, "step": start + count}
-    return end, run.losses
-
-
-def advance(
-    problem: Problem, eta: Tree, steps: int, *, carry: Carry | None = None
-) -> Carry:
-    r"""Make inner steps without a derivative, to where an estimator shall go on.
-
-    Staggered starts are windows that begin at different steps; the last W of K steps
-    (truncated reverse mode as Shaban et al. have it) are ``truncated`` after an advance
-    by K − W. The steps keep no graph, and so run by the fast executors.
-
-    Args:
-        problem: a `Problem`.
-        eta: the meta-parameters, as every estimator takes them.
-        steps: how many steps, ≥ 0, at most those left.
-        carry: where to begin; None, or a carry at the end, is the start.
-
-    Returns:
-        A carry for an estimator, ``{"params", "state", "step"}``, detached.
-
-    Raises:
-        HyperparameterError: more steps than are left, or fewer than 0.
-        StructureError: no parameters to start from.
-
-    Source:
-        Vicol, Metz, Sohl-Dickstein, "Unbiased gradient estimation in unrolled
-        computation graphs with persistent evolution strategies", 2021 (staggering).
-
-    Example:
-        >>> import torch, funcopt as fo
-        >>> problem = fo.meta.Problem(
-        ...     fo.sgd(lr=0.5), lambda p, _: 0.5 * p**2, lambda p, _: p**2, steps=9,
-        ...     params=torch.tensor(8.0))
-        >>> carry = fo.meta.advance(problem, {}, 3)
-        >>> carry["params"], carry["step"]
-        (tensor(1.), 3)
-    """
-    start = stands_at(problem, carry)
-    if not 0 <= steps <= problem.steps - start:
-        raise HyperparameterError(
-            f"steps must be in [0, {problem.steps - start}], as {start} of "
-            f"{problem.steps} are made; got {steps}"
-        )
-    with torch.no_grad():
-        eta = ready(problem, tree.detach(eta))
-        return tree.detach(steps_on(problem, eta, go_on(problem, eta, carry), steps)[0])

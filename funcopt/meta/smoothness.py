@@ -1,11 +1,15 @@
 """Whether training responds smoothly to a meta-parameter."""
 
+from contextlib import nullcontext
+
 import torch
 
 from funcopt import tree
 from funcopt.errors import HyperparameterError
+from funcopt.inner.apart import Draws
 from funcopt.meta.estimate import check_eta
-from funcopt.meta.problem import Problem, advance
+from funcopt.meta.problem import Problem
+from funcopt.meta.rolling import advance
 from funcopt.types import Tensor, Tree
 
 
@@ -18,9 +22,10 @@ def metasmoothness(problem: Problem, eta: Tree, direction: Tree, h: float) -> Te
         \Delta = \theta_K(\eta + h v) - \theta_K(\eta), \quad
         \Delta' = \theta_K(\eta + 2 h v) - \theta_K(\eta + h v)
 
-    Three trainings and no derivative. 1 says that meta-gradients at this scale ``h``
-    point somewhere, 0 that they are noise, however exact: then change the training
-    (larger batches, smoother networks, smaller rates, an earlier or longer start).
+    Three trainings, on the same random numbers, and no derivative. 1 says that
+    meta-gradients at this scale ``h`` point somewhere, 0 that they are noise, however
+    exact: then change the training (larger batches, smoother networks, smaller rates, an
+    earlier or longer start).
 
     Args:
         problem: a `Problem`.
@@ -57,9 +62,12 @@ def metasmoothness(problem: Problem, eta: Tree, direction: Tree, h: float) -> Te
     if not 0 < h < float("inf"):
         raise HyperparameterError(f"h must be positive, got {h!r}")
 
+    draws = Draws(tree.leaves(eta))  # the same numbers in all three trainings
+
     def end(times: int) -> Tensor:
         at = tree.map(lambda x, v: x + times * h * v, eta, direction)
-        params = advance(problem, at, problem.steps)["params"]
+        with draws.again() if times else nullcontext():
+            params = advance(problem, at, problem.steps)["params"]
         return torch.cat([x.flatten() for x in tree.leaves(params) if x is not None])
 
     with torch.no_grad():

@@ -15,10 +15,11 @@ from funcopt.meta.problem import (
     go_on,
     outer_value,
     ready,
-    roll,
+    standing,
     stands_at,
     window_of,
 )
+from funcopt.meta.rolling import roll
 from funcopt.normal import normal_like
 from funcopt.types import HyperValue, Tensor, Tree
 
@@ -71,7 +72,7 @@ class Swarm:
         both = tree.map(lambda x, e: torch.cat([x + e, x - e]), self.eta, noise)
         at = None
         if carry is not None and start:
-            at = {"params": carry["params"], "state": carry["state"]}
+            at = standing(carry)
             if "perturbations" not in carry:
                 at = tree.map(lambda x: x.expand(2 * pairs, *x.shape), at)
 
@@ -81,11 +82,11 @@ class Swarm:
             value, end, losses = roll(problem, eta, begun, count)
             change = value
             if problem.objective == "last" and start:
-                change = value - outer_value(problem, eta, begun["params"], start)
-            return value, change, end["params"], end["state"], losses
+                change = value - outer_value(problem, eta, begun, start)
+            return value, change, standing(end), losses
 
         with torch.no_grad():
-            values, change, params, state, losses = self._all(one, both, at)
+            values, change, end, losses = self._all(one, both, at)
             change = change.unflatten(0, (2, pairs))
             slope = (change[0] - change[1]) / 2
             each = tree.map(
@@ -101,12 +102,7 @@ class Swarm:
                 diagnostics["standard_error"] = tree.map(
                     lambda x: x.std(0) / pairs**0.5, each
                 )
-        end = {
-            "params": params,
-            "state": state,
-            "step": start + count,
-            "perturbations": weight,
-        }
+        end = {**end, "step": start + count, "perturbations": weight}
         grads = tree.map(lambda x: x.mean(0), each)
         return Estimate(values.mean(), grads, diagnostics, end)
 

@@ -12,10 +12,11 @@ from funcopt.meta.problem import (
     go_on,
     outer_vjp,
     ready,
+    standing,
     stands_at,
-    steps_on,
     window_of,
 )
+from funcopt.meta.rolling import steps_on
 from funcopt.types import Tensor, Tree
 
 
@@ -91,7 +92,9 @@ def forward(
             at, z = carry, {}
         else:
             at, z = pushed(
-                lambda given: _smooth(go_on(problem, ready(problem, given["eta"]), None)),
+                lambda given: standing(
+                    go_on(problem, ready(problem, given["eta"]), None)
+                ),
                 {"eta": eta},
                 {"eta": every},
             )
@@ -101,16 +104,16 @@ def forward(
 
             def step(given: Trees, k: int = k) -> Trees:
                 here = {**given, "step": k}
-                return _smooth(
+                return standing(
                     steps_on(problem, ready(problem, given["eta"]), here, 1)[0]
                 )
 
-            given = {"params": at["params"], "state": at["state"], "eta": eta}
-            at, z = pushed(step, given, {**z, "eta": every})
+            at, z = pushed(step, {**standing(at), "eta": eta}, {**z, "eta": every})
             if problem.objective != "last" or k + 1 == start + count:
-                value, slopes = outer_vjp(problem, eta, at["params"], k + 1)
+                value, slopes = outer_vjp(problem, eta, at, k + 1)
                 values.append(value)
-                grads = grads + _contracted(slopes["params"], z["params"])
+                for name in ("params", "buffers"):
+                    grads = grads + _contracted(slopes[name], z[name])
                 grads = grads + _flat(slopes["eta"])
         total = torch.stack(values).sum()
         if problem.objective == "mean":
@@ -118,10 +121,6 @@ def forward(
         norms = torch.stack([_rows(x).square().sum(1) for x in _there(z["params"])])
     end = {**at, "step": start + count, "tangents": z}
     return Estimate(total, _like(eta, grads), {"tangent_norms": norms.sum(0).sqrt()}, end)
-
-
-def _smooth(carry: Carry) -> Trees:
-    return {"params": carry["params"], "state": carry["state"]}
 
 
 def _basis(eta: Tree) -> Tree:
@@ -139,7 +138,7 @@ def _block(rows: Tensor, like: Tensor) -> Tensor:
 def _contracted(slopes: Tree, tangents: Tree) -> Tensor:
     """How a value moves along each tangent."""
     parts = zip(_there(slopes), _there(tangents))
-    return torch.stack([_rows(z) @ g.flatten() for g, z in parts]).sum(0)
+    return sum((_rows(z) @ g.flatten() for g, z in parts), start=torch.zeros(()))
 
 
 def _rows(tangents: Tensor) -> Tensor:

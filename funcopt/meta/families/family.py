@@ -37,15 +37,16 @@ def learned(
 
     def task_loss(theta: Tree, task: Tree) -> Any:
         support, query = pair(task)
-        return judged(loss_fn, adapt(theta, support), query)
+        run = adapt(theta, support)
+        return judged(loss_fn, run.params, query, run.buffers)
 
     return Family(init, adapt, task_loss, params)
 
 
-def judged(loss_fn: LossFunction, run: Unrolled, query: Tree) -> Any:
+def judged(loss_fn: LossFunction, params: Tree, query: Tree, buffers: Tree) -> Any:
     """The loss, or (loss, aux), of what was learned on data of its own."""
-    buffers = {} if run.buffers is None else {"buffers": tree.map(_copy, run.buffers)}
-    return loss_fn(run.params, query, **buffers)
+    more = {} if buffers is None else {"buffers": tree.map(_copy, buffers)}
+    return loss_fn(params, query, **more)
 
 
 def _copy(buffer: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from funcopt import tree
 from funcopt.errors import HyperparameterError
 from funcopt.inner.unroll import Unrolled, unroll
-from funcopt.meta.families.family import Family, itself, pair
+from funcopt.meta.families.family import Family, itself, judged, pair
 from funcopt.meta.fixed_point import implicit
 from funcopt.meta.problem import Problem
 from funcopt.optimizer import Optimizer
@@ -22,6 +22,7 @@ def imaml(
     strength: float = 2.0,
     iterations: int = 5,
     damping: float = 0.0,
+    buffers: Tree = None,
     has_aux: bool = False,
 ) -> Family:
     r"""Adapt close to θ, and take the gradient by implicit differentiation.
@@ -44,6 +45,7 @@ def imaml(
         iterations: of conjugate gradients, ≥ 1; 5 in the paper.
         damping: added to the curvature, ≥ 0: for an adaptation that ends where the
             curvature is not positive.
+        buffers: as in `maml`; those at the end of the adaptation count as constants.
         has_aux: as in `maml`.
 
     Returns:
@@ -69,16 +71,15 @@ def imaml(
     if not strength > 0:
         raise HyperparameterError(f"strength must be positive, got {strength}")
 
-    def near(params: Tree, batch: Tree, theta: Tree) -> Any:
-        out = loss_fn(params, batch)
+    def near(params: Tree, batch: Tree, theta: Tree, **more: Tree) -> Any:
+        out = loss_fn(params, batch, **more)
         ways = tree.leaves(tree.map(lambda p, q: (p - q).square().sum(), params, theta))
         pull = strength / 2 * torch.stack([x for x in ways if x is not None]).sum()
         return (out[0] + pull, out[1]) if has_aux else out + pull
 
     def adapt(theta: Tree, support: Tree, steps: int = steps) -> Unrolled:
-        return unroll(
-            inner, near, theta, support, steps=steps, meta=theta, has_aux=has_aux
-        )
+        how: Any = {"steps": steps, "buffers": buffers, "has_aux": has_aux}
+        return unroll(inner, near, theta, support, meta=theta, **how)
 
     def only_loss(out: Any) -> Tensor:
         return out[0] if has_aux else out
@@ -88,10 +89,11 @@ def imaml(
         start = tree.detach(theta)
         problem = Problem(
             inner,
-            lambda params, batch, meta: only_loss(near(params, batch, meta)),
-            lambda params, batch, meta: only_loss(loss_fn(params, batch)),
+            lambda *given, **more: only_loss(near(*given, **more)),
+            lambda params, batch, meta, **more: only_loss(loss_fn(params, batch, **more)),
             steps=steps,
             params=start,
+            buffers=buffers,
             batch=support,
             outer_batch=query,
         )
@@ -103,6 +105,7 @@ def imaml(
         value = found.value + sum(x for x in tree.leaves(slopes) if x is not None)
         if not has_aux:
             return value
-        return value, loss_fn(found.carry["params"], query)[1]
+        end = found.carry
+        return value, judged(loss_fn, end["params"], query, end["buffers"])[1]
 
     return Family(itself, adapt, task_loss, itself)

@@ -98,7 +98,7 @@ def lslr(
             run = unroll(inner, loss_fn, params, support, steps=1, hyper=rates, **on)
             params = run.params
             on |= {"state": run.state, "buffers": run.buffers}
-            outs.append(judged(loss_fn, run, query))
+            outs.append(judged(loss_fn, run.params, query, run.buffers))
         if not options.get("has_aux"):
             return sum(w * loss for w, loss in zip(weights, outs))
         return sum(w * loss for w, (loss, _) in zip(weights, outs)), outs[-1][1]

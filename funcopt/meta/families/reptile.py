@@ -75,6 +75,7 @@ def reptile(
         loss = torch.stack([x for x in tree.leaves(ways) if x is not None]).sum() / 2
         if not options.get("has_aux"):
             return loss
-        return loss, judged(loss_fn, adapt(start, support), query)[1]
+        run = adapt(start, support)
+        return loss, judged(loss_fn, run.params, query, run.buffers)[1]
 
     return Family(itself, adapt, task_loss, itself)

@@ -1,0 +1,164 @@
+"""The inner loop of a problem, from where it stands."""
+
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from funcopt import tree
+from funcopt.derivatives import Trees
+from funcopt.errors import HyperparameterError, StructureError
+from funcopt.inner.per_step import PerStep, per_step
+from funcopt.inner.unroll import Unrolled, unroll
+from funcopt.meta.problem import (
+    Carry,
+    Problem,
+    go_on,
+    meta_of,
+    outer_value,
+    ready,
+    standing,
+    stands_at,
+)
+from funcopt.types import LossFunction, Tensor, Tree
+
+
+def roll(
+    problem: Problem, eta: Tree, carry: Carry, count: int, **how: Any
+) -> tuple[Tensor, Carry, Tensor]:
+    """``count`` steps on: their objective, where they end, and the inner losses."""
+    if problem.objective == "last":
+        carry, losses = steps_on(problem, eta, carry, count, **how)
+        return outer_value(problem, eta, carry, carry["step"]), carry, losses
+    if how.get("remat") or how.get("grad_mode") == "mixed":
+        return _judged(problem, eta, carry, count, **how)
+    values: list[Tensor] = []
+    inner: list[Tensor] = []
+    for _ in range(count):
+        carry, loss = steps_on(problem, eta, carry, 1, **how)
+        values.append(outer_value(problem, eta, carry, carry["step"]))
+        inner.append(loss)
+    return _total(problem, values), carry, torch.cat(inner)
+
+
+def steps_on(
+    problem: Problem, eta: Tree, carry: Carry, count: int, **how: Any
+) -> tuple[Carry, Tensor]:
+    """``count`` steps on: where they end, and the losses before each."""
+    run = _run(problem, problem.inner_loss, eta, carry, count, meta_of(eta), **how)
+    return _end(carry, count, run), run.losses
+
+
+def _judged(
+    problem: Problem, eta: Tree, carry: Carry, count: int, **how: Any
+) -> tuple[Tensor, Carry, Tensor]:
+    """As `roll`, all steps in one loop, which is free to make any of them again.
+
+    The outer loss after a step is one before the next: what comes beside its inner loss.
+    Before the first it is evaluated in vain.
+    """
+
+    def both(params: Tree, batch: Tree, given: Trees, **buffers: Tree) -> Any:
+        meta = {} if given["meta"] is None else {"meta": given["meta"]}
+        alike = replace(problem, outer_batch=given["outer_batch"])
+        outer = outer_value(alike, meta, {"params": params, **buffers}, 0)
+        return problem.inner_loss(params, batch, *meta.values(), **buffers), outer
+
+    if problem.outer_loss is None or count == 1:
+        run = _run(problem, problem.inner_loss, eta, carry, count, meta_of(eta), **how)
+        values = run.losses
+    else:
+        given = {"meta": meta_of(eta), "outer_batch": problem.outer_batch}
+        run = _run(problem, both, eta, carry, count, given, has_aux=True, **how)
+        values = run.aux
+    end = _end(carry, count, run)
+    last = outer_value(problem, eta, end, end["step"])
+    return _total(problem, [*values[1:], last]), end, run.losses
+
+
+def _total(problem: Problem, values: list[Tensor]) -> Tensor:
+    total = torch.stack(values).sum()
+    return total / len(values) if problem.objective == "mean" else total
+
+
+def _end(carry: Carry, count: int, run: Unrolled) -> Carry:
+    return {**standing(run._asdict()), "step": carry["step"] + count}
+
+
+def _run(
+    problem: Problem,
+    loss_fn: LossFunction,
+    eta: Tree,
+    carry: Carry,
+    count: int,
+    meta: Tree,
+    **how: Any,
+) -> Unrolled:
+    """``count`` steps on, on a loss that gets ``meta``."""
+    start = carry["step"]
+    part = slice(start, start + count)
+
+    def entries(value: Any) -> Any:
+        if not isinstance(value, PerStep):
+            return value
+        if tree.leading_axis(value.values, "per_step") != problem.steps:
+            raise StructureError(
+                f"per_step values must have one entry for each of {problem.steps} steps"
+            )
+        return per_step(tree.map(itemgetter(part), value.values))
+
+    batches = problem.batches
+    if batches is not None:
+        batches = tree.map(itemgetter(part), batches)
+    hyper = tree.map(entries, dict(eta.get("hyper", {})))
+    given = {"batches": batches, "hyper": hyper, "meta": meta, **how}
+    at = standing(carry)
+    params = at.pop("params")
+    return unroll(problem.opt, loss_fn, params, problem.batch, steps=count, **at, **given)
+
+
+def advance(
+    problem: Problem, eta: Tree, steps: int, *, carry: Carry | None = None
+) -> Carry:
+    r"""Make inner steps without a derivative, to where an estimator shall go on.
+
+    Staggered starts are windows that begin at different steps; the last W of K steps
+    (truncated reverse mode as Shaban et al. have it) are ``truncated`` after an advance
+    by K − W. The steps keep no graph, and so run by the fast executors.
+
+    Args:
+        problem: a `Problem`.
+        eta: the meta-parameters, as every estimator takes them.
+        steps: how many steps, ≥ 0, at most those left.
+        carry: where to begin; None, or a carry at the end, is the start.
+
+    Returns:
+        A carry for an estimator, ``{"params", "state", "buffers", "step"}``, detached.
+
+    Raises:
+        HyperparameterError: more steps than are left, or fewer than 0.
+        StructureError: no parameters to start from.
+
+    Source:
+        Vicol, Metz, Sohl-Dickstein, "Unbiased gradient estimation in unrolled
+        computation graphs with persistent evolution strategies", 2021 (staggering).
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> problem = fo.meta.Problem(
+        ...     fo.sgd(lr=0.5), lambda p, _: 0.5 * p**2, lambda p, _: p**2, steps=9,
+        ...     params=torch.tensor(8.0))
+        >>> carry = fo.meta.advance(problem, {}, 3)
+        >>> carry["params"], carry["step"]
+        (tensor(1.), 3)
+    """
+    start = stands_at(problem, carry)
+    if not 0 <= steps <= problem.steps - start:
+        raise HyperparameterError(
+            f"steps must be in [0, {problem.steps - start}], as {start} of "
+            f"{problem.steps} are made; got {steps}"
+        )
+    with torch.no_grad():
+        eta = ready(problem, tree.detach(eta))
+        return tree.detach(steps_on(problem, eta, go_on(problem, eta, carry), steps)[0])
