@@ -16,13 +16,11 @@ accelerate: Any = pytest.importorskip(
     "accelerate", reason="accelerate is not installed: pip install funcopt[integrations]"
 )
 
-
 pytestmark = pytest.mark.slow
 
 RULES: dict[str, dict[str, Any]] = {
-    "AdamW": {"amsgrad": True},
+    "AdamW": {},
     "SGD": {"momentum": 0.9},
-    "RMSprop": {"momentum": 0.9, "centered": True},
 }
 EPOCHS, BATCHES, SIZE = 2, 4, 3
 
@@ -90,11 +88,10 @@ def test_a_loop_in_bfloat16_is_torchs():
     [(0, 0), (0, 1), (1, 0)],
     ids=["ours", "by torch from ours", "ours from torchs"],
 )
-@pytest.mark.parametrize("name", ["AdamW", "SGD"])
-def test_a_saved_state_goes_on(name: str, saver: int, loader: int, tmp_path: Path):
-    straight = train(torch.optim, name)
-    train(LIBRARIES[saver], name, saved=tmp_path)
-    losses, *rest = train(LIBRARIES[loader], name, resumed=tmp_path)
+def test_a_saved_state_goes_on(saver: int, loader: int, tmp_path: Path):
+    straight = train(torch.optim, "AdamW")
+    train(LIBRARIES[saver], "AdamW", saved=tmp_path)
+    losses, *rest = train(LIBRARIES[loader], "AdamW", resumed=tmp_path)
     assert_like([losses, *rest], [straight[0][BATCHES:], *straight[1:]])
 
 
