@@ -1,5 +1,6 @@
 """Hugging Face's Trainer around our classes: the numbers of torch.optim's."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,19 @@ def data() -> Any:
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trainers")
+
+
+@cache  # a run takes seconds, and several tests look at it
 def train(
-    folder: Path, library: Any, name: str, resumed: bool = False, by_class: bool = False
+    folder: Path, library: Any, resumed: Path | None = None, by_class: bool = False
 ) -> Any:
     """The trainer's history of losses and rates, and the weights."""
     net = model()
     args = transformers.TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(folder / library.__name__),
         use_cpu=True,
         max_steps=STEPS,
         per_device_train_batch_size=2,
@@ -58,14 +65,12 @@ def train(
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    cls, kwargs = getattr(library, name), {"momentum": 0.9} if name == "SGD" else {}
-    given: dict[str, Any] = {"optimizer_cls_and_kwargs": (cls, {"lr": 0.02, **kwargs})}
+    given: dict[str, Any] = {"optimizer_cls_and_kwargs": (library.AdamW, {"lr": 0.02})}
     if not by_class:
-        optimizer = cls(net.parameters(), lr=0.02, **kwargs)
+        optimizer = library.AdamW(net.parameters(), lr=0.02)
         given = {"optimizers": (optimizer, LambdaLR(optimizer, lambda t: 0.9**t))}
     trainer = transformers.Trainer(net, args, train_dataset=data(), **given)
-    last = str(folder / f"checkpoint-{HALF}")
-    trainer.train(resume_from_checkpoint=last if resumed else None)
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     history = [
         torch.tensor([row["loss"], row["grad_norm"], row["learning_rate"]])
         for row in trainer.state.log_history
@@ -76,11 +81,10 @@ def train(
 
 
 @pytest.mark.parametrize("by_class", [False, True], ids=["object", "class"])
-@pytest.mark.parametrize("name", ["AdamW", "SGD"])
-def test_a_trainer_is_torchs(name: str, by_class: bool, tmp_path: Path):
+def test_a_trainer_is_torchs(by_class: bool, folder: Path):
     found, expected = (
-        train(tmp_path / str(i), library, name, by_class=by_class)
-        for i, library in enumerate(LIBRARIES)
+        train(folder / "by class" if by_class else folder, library, by_class=by_class)
+        for library in LIBRARIES
     )
     assert found[0][-1][0] < found[0][0][0]
     assert_like(found, expected)
@@ -91,7 +95,8 @@ def test_a_trainer_is_torchs(name: str, by_class: bool, tmp_path: Path):
     [(0, 0), (0, 1), (1, 0)],
     ids=["ours", "by torch from ours", "ours from torchs"],
 )
-def test_a_checkpoint_goes_on(saver: int, loader: int, tmp_path: Path):
-    expected = train(tmp_path, LIBRARIES[saver], "AdamW")
-    found = train(tmp_path, LIBRARIES[loader], "AdamW", resumed=True)
+def test_a_checkpoint_goes_on(saver: int, loader: int, folder: Path, tmp_path: Path):
+    expected = train(folder, LIBRARIES[saver])
+    saved = folder / LIBRARIES[saver].__name__ / f"checkpoint-{HALF}"
+    found = train(tmp_path, LIBRARIES[loader], saved)
     assert_like(found, expected)
