@@ -12,6 +12,7 @@ from trees import assert_close, assert_moved, random_like, relative
 
 import funcopt as fo
 from funcopt import tree
+from funcopt.execution import stacked
 from funcopt.optimizers._bases import eigenbasis, iterated
 from funcopt.types import Tree
 
@@ -87,6 +88,32 @@ def test_the_derivative_of_a_stack(case: Case):
         name: jvp(lambda x, n=name: outer(x, n), (point,), (along,))[1] for name in slopes
     }
     assert_close(tangents["stacked"], tangents["reference"], 10 * case.row.rounding)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_steps_like_earlier_ones_go_on_alike(name: str, monkeypatch: pytest.MonkeyPatch):
+    """By a stack, though a step between names the loop; groups and rates may change."""
+    together: Any = stacked._together
+    calls: list[int] = []
+
+    def spy(leaves: Any, apart: bool) -> Any:
+        calls.append(len(leaves.params))
+        return together(leaves, apart)
+
+    monkeypatch.setattr(stacked, "_together", spy)
+    opt = getattr(fo, name)(lr=0.1)
+    expected = found = random_like([torch.empty(4, 3).double()] * 8, 1)
+    found = tree.map(torch.clone, found)
+    a, b = opt.init(expected), opt.init(found)
+    rates: list[Any] = [0.1, 0.1, 0.2, torch.tensor(0.1), [0.1] * 4 + [0.3] * 4, 0.1, 0.1]
+    for k, lr in enumerate(rates):
+        grads = random_like(expected, 2 + k)
+        expected, a = opt.update(grads, a, expected, lr=lr, execution="reference")
+        named = "reference" if k == 4 else None
+        found, b = opt.update(grads, b, found, lr=lr, donate=k > 2, execution=named)
+    assert_close((found, b), (expected, a), 1e-3 if name == "muon" else 1e-13)
+    assert calls == [8] * 6
+    assert_moved(found, random_like(found, 1), everywhere=True)
 
 
 def test_what_cannot_be_stacked_is_said():

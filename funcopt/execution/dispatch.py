@@ -53,7 +53,8 @@ def step(
         donation.check(leaves.grads, [leaves.params, *leaves.state], leaves.tensors())
     if len(groups) == 1 and len(groups[0].which) == len(leaves.params):
         readable = all(levels.readable(x) and not levels.is_tracked(x) for x in vectors)
-        lane = _lane(leaves, groups[0]) if readable and choice.is_free() else None
+        free = readable and name is None and choice.is_free()
+        lane = _lane(leaves, groups[0]) if free else None
         return _run(leaves, groups[0], donate), lane
     columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
     for group in groups:

@@ -1,7 +1,8 @@
 """The stacked executor: leaves that are alike as one, for rules that need a leaf whole.
 
 Where a step is matrix products, a batch of them costs less than one after another. The
-rule is still written on one leaf: ``torch.vmap`` calls it once for a whole stack.
+rule is still written on one leaf: what takes a stack as it is, is called once with it,
+and what does not is called so by ``torch.vmap``.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from funcopt.types import Tensor
 #: numbers of a leaf up to which a stack is faster: on a CPU larger ones, one by one, stay
 #: in its caches; elsewhere it is a guess
 _MOST, _MOST_ELSEWHERE = 1 << 14, 1 << 20
-#: leaves of a stack from which it is worth it: vmap costs as much as the rule on a few
+#: leaves of a stack from which it is worth it: to stack costs as much as a few
 _FEWEST = 4
 
 
@@ -64,7 +65,9 @@ def _stacks(leaves: Leaves) -> list[list[int]]:
     ):
         numbers = (id(x) if isinstance(x, Tensor) else x for x in own)
         key = p.shape, p.dtype, p.device, hyper[id(values)], *numbers
-        if p.numel() > (_MOST if p.device.type == "cpu" else _MOST_ELSEWHERE):
+        if not p.ndim or p.numel() > (
+            _MOST if p.device.type == "cpu" else _MOST_ELSEWHERE
+        ):
             key = i
         found.setdefault(key, []).append(i)
     return list(found.values())
@@ -84,7 +87,8 @@ def _together(leaves: Leaves, apart: bool) -> Sequence[Column]:
         columns = reference.step(first.rule, [g], [p], slots, first.steps, first.hyper)
         return tuple(torch.as_tensor(x) for (x,) in columns)  # vmap returns no numbers
 
-    made = torch.vmap(one)(*[torch.stack([*column]) for column in streams])
+    stacks = [torch.stack([*column]) for column in streams]
+    made = one(*stacks) if leaves.rule.stacks else torch.vmap(one)(*stacks)
     if not apart:
         return [column.unbind() for column in made]
     # A leaf keeps no memory alive but its own, and may be written over in place.

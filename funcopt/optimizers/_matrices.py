@@ -35,7 +35,8 @@ class Orthogonalized(torch.autograd.Function):
         if batch:
             product, y = torch.baddbmm, y.flatten(0, -3)
         y = y.mT if x.shape[-2] > x.shape[-1] else y
-        y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp(min=eps)
+        size = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp(min=eps)
+        y = y / size if y.dtype is x.dtype else y.div_(size)  # which is no view of x
         for _ in range(steps):
             gram = y @ y.mT
             y = product(y, product(gram, gram, gram, beta=b, alpha=c), y, beta=a)

@@ -117,7 +117,7 @@ def root(x: Tensor) -> Tensor:
 def minus(p: Tensor, move: Tensor, size: Number, **out: Any) -> Tensor:
     """p - size·move."""
     if isinstance(size, Tensor):
-        return torch.sub(p, size * move, **out)
+        return torch.sub(p, torch.mul(move, size, **out), **out)
     return torch.sub(p, move, alpha=size, **out)  # one operation, and torch's rounding
 
 

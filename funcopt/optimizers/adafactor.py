@@ -37,15 +37,17 @@ def rule(
     weight_decay: Number,
     maximize: bool,
 ) -> tuple[Tensor, ...]:
+    factored = variance.ndim < p.ndim
+    axes = tuple(range((variance if factored else row_var).ndim - 1, p.ndim))
     over = spare(g, p, row_var, col_var, variance, lr, beta2_decay, eps1, eps2, d)
     g = -g if maximize else g
     limits = torch.finfo(p.dtype)
     least = limits.eps if eps1 is None else eps1
     rate = 1 / step**0.5
-    alpha = larger(_root_mean_square(p), eps2) * where(lr < rate, lr, rate)
+    alpha = larger(_root_mean_square(p, axes), eps2) * where(lr < rate, lr, rate)
     weight = step**beta2_decay
     squares = g * g
-    if p.ndim > 1:
+    if factored:
         row_var = towards(row_var, _mean(squares, -1), weight)
         col_var = towards(col_var, _mean(squares, -2), weight)
         share = row_var / _clamped(_mean(row_var, -2), least)
@@ -55,7 +57,7 @@ def rule(
     least = larger(least**2, limits.tiny)
     u = torch.rsqrt(_clamped(estimate, least, **over(squares)), **over(squares))
     u = torch.mul(u, g, **over(u))
-    size = larger(_root_mean_square(u) / d, 1.0)
+    size = larger(_root_mean_square(u, axes) / d, 1.0)
     p = decoupled_decay(p, lr, weight_decay)
     return minus(p, u, alpha / size, **over(u)), row_var, col_var, variance
 
@@ -71,7 +73,11 @@ def _mean(x: Tensor, axis: int) -> Tensor:
     return x.mean(axis, keepdim=True) if x.numel() else x.sum(axis, keepdim=True)
 
 
-def _root_mean_square(x: Tensor) -> Number:
+def _root_mean_square(x: Tensor, axes: tuple[int, ...]) -> Number:
+    """Of a leaf; of each of a stack, whose leaves have only these axes."""
+    if len(axes) < x.ndim:
+        squares = (x * x).sum(axes, keepdim=True)
+        return sqrt(squares / max(x.shape[axes[0] :].numel(), 1))
     flat = x.reshape(-1)
     return sqrt(known(flat @ flat) / max(x.numel(), 1))
 
@@ -158,4 +164,5 @@ def adafactor(
             "d": Hyper(d, low=1.0),
             "weight_decay": Hyper(weight_decay),
         },
+        stacks=True,
     )

@@ -9,7 +9,14 @@ from funcopt.errors import HyperparameterError
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, per_tensor
 from funcopt.optimizers._matrices import orthogonalized
-from funcopt.optimizers._parts import Number, average, decoupled_decay, towards
+from funcopt.optimizers._parts import (
+    Number,
+    average,
+    decoupled_decay,
+    minus,
+    spare,
+    towards,
+)
 from funcopt.types import HyperValue, Tensor
 
 
@@ -31,16 +38,18 @@ def rule(
     ns_dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
     del step  # an orthogonal step has no size to correct
+    over = spare(g, p, momentum_buffer, lr, weight_decay, momentum)
     g = -g if maximize else g
     momentum_buffer = average(momentum_buffer, g, momentum)
     move = towards(g, momentum_buffer, momentum) if nesterov else momentum_buffer
     move = orthogonalized(move, ns_coefficients, ns_steps, eps, ns_dtype or move.dtype)
-    rows, columns = p.shape
+    rows, columns = p.shape[-2:]
     if adjust_lr_fn == "match_rms_adamw":
         ratio = 0.2 * max(rows, columns) ** 0.5
     else:
         ratio = max(1.0, rows / max(columns, 1)) ** 0.5
-    return decoupled_decay(p, lr, weight_decay) - lr * ratio * move, momentum_buffer
+    p = decoupled_decay(p, lr, weight_decay)
+    return minus(p, move, lr * ratio, **over(move)), momentum_buffer
 
 
 def muon(
@@ -140,4 +149,5 @@ def muon(
             "momentum": Hyper(momentum),
         },
         matrices=True,
+        stacks=True,
     )

@@ -57,7 +57,13 @@ class Stepper:
             self.measures.append(Measure(spec, totals, scalar, arguments))
             arguments = (*arguments, *totals)
         self.rule = Rule(
-            spec.rule, spec.name, scalar, arguments, spec.elementwise, spec.norms
+            spec.rule,
+            spec.name,
+            scalar,
+            arguments,
+            spec.elementwise,
+            spec.norms,
+            spec.stacks,
         )
         #: slots that need not look like their parameters
         self.forms = {
