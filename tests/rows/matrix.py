@@ -45,7 +45,7 @@ ROWS = [
         arrives={
             "": {"lr": 0.03},
             "mixed": {"lr": 0.03, "steps": 600},
-            "rosenbrock": None,
+            "rosenbrock": {"lr": fo.schedules.exponential(0.1, 0.999), "steps": 5000},
         },
     ),
     Row(
