@@ -121,9 +121,9 @@ def swept(axes: Axes, points: Sequence[sweep.Point]) -> None:
     axes.text(
         min(p.lr for p in points), sweep.CHANCE * 1.05, "chance", color=FAINT, size=8
     )
-    axes.set(xscale="log", yscale="log", xlabel="learning rate", ylim=(None, top))
+    axes.set(xscale="log", yscale="log", xlabel="learning rate", ylim=(0.02, top))
     axes.set(title="a sweep of rates: test loss")
-    axes.legend(loc="upper left", bbox_to_anchor=(0.2, 1.0))
+    axes.legend(loc="lower center", ncols=2)
 
 
 def drawn(axes: Axes, real: Digits, generator: nn.Module) -> None:
