@@ -699,3 +699,25 @@ def test_torchopts_transforms_both_ways():
         update(g, init(p))
     with pytest.raises(TypeError, match="init and update"):
         fo.from_transform(3)
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Muon", "AdamW"])
+def test_a_step_like_the_last_one_is_not_gathered_anew(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Also by rules that need a leaf whole, and where a leaf has no use for a slot."""
+    shapes = [(4, 3), (4, 3), (3, 3)] + ([] if name == "Muon" else [(5,), (5,)])
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours = getattr(torch_optim, name)(params, lr=0.1)
+    theirs = getattr(torch.optim, name)(twins, lr=0.1)
+    for step in range(4):
+        for p, twin in zip(params, twins):
+            p.grad = torch.randn_like(p)
+            twin.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        if step == 1:
+            monkeypatch.setattr(torch_optim.adapter.batch, "gather", None)
+    for p, twin in zip(params, twins):
+        torch.testing.assert_close(p, twin)
