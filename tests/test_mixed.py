@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, jacfwd, vmap
 
 import funcopt as fo
 from funcopt import tree
+from funcopt.inner import mixed
 
 STEPS = 9
 WAYS: dict[str, dict[str, Any]] = {
@@ -142,6 +143,31 @@ def test_nine_steps_of_adam_are_those_of_reverse(way: str, how: str):
     if "mixed" not in way and how in HOW[:3]:
         expected = gradient(outer(), how)
         assert all(torch.equal(a, b) for a, b in zip(found, expected))  # every bit
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixed mode goes back by forward over reverse mode, not by the gradient again."""
+    monkeypatch.setattr(mixed, "by_forward", lambda _: True)
+
+
+@pytest.mark.parametrize(
+    "way, how",
+    [
+        pytest.param(
+            way,
+            how,
+            marks=() if how == "grad" and "step" not in way else pytest.mark.slow,
+        )
+        for way in WAYS
+        for how in HOW
+        if "mixed" in way
+    ],
+)
+def test_forward_over_reverse_gives_the_same(
+    as_on_an_accelerator: None, way: str, how: str
+):
+    assert distance(gradient(outer(**WAYS[way]), how), gradient(outer(), how)) < 1e-14
 
 
 @pytest.mark.parametrize("way", OWN)
@@ -423,9 +449,7 @@ def recurrent() -> tuple[Any, Callable[..., Tensor]]:
     return params, lambda p, x: functional_call(net, p, (x,))[0].square().mean()
 
 
-@pytest.mark.parametrize("way", ["mixed", "mixed, sqrt"])
-@pytest.mark.parametrize("net", ["attention", "lstm"])
-def test_a_loss_without_a_forward_derivative_says_so(net: str, way: str):
+def without_derivative(net: str) -> tuple[Any, Callable[..., Tensor]]:
     x = random(5, 4, 3, seed=1).float()  # of doubles torch's LSTM is made of small parts
     params, inner = random(3, 3, seed=2).float(), attention
     if net == "lstm":
@@ -435,20 +459,42 @@ def test_a_loss_without_a_forward_derivative_says_so(net: str, way: str):
         run = fo.unroll(fo.sgd(lr=0.1), inner, params, x, steps=2, **way)
         return torch.stack([(p**2).sum() for p in tree.leaves(run.params)]).sum()
 
+    return params, end
+
+
+def check_refusal(params: Any, end: Callable[..., Tensor], way: str) -> None:
     leaves = tree.map(lambda p: p.clone().requires_grad_(), params)
     for differentiate in (
         lambda: end(leaves, **WAYS[way]).backward(),
         lambda: grad(lambda p: end(p, **WAYS[way]))(params),
     ):
-        with pytest.raises(fo.ExecutionError, match=r"sdpa_kernel.*'reverse'"):
+        with pytest.raises(fo.ExecutionError, match=r"'reverse'.*sdpa_kernel"):
             differentiate()
-    if net == "lstm":  # the way out
-        expected = grad(end)(params)
-        assert distance(grad(lambda p: end(p, remat="sqrt"))(params), expected) < 1e-5
-    else:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            found = grad(lambda p: end(p, **WAYS[way]))(params)
-            assert distance(found, grad(end)(params)) < 1e-5
+
+
+@pytest.mark.parametrize("way", ["mixed", "mixed, sqrt"])
+def test_attention_without_a_second_derivative_says_so(way: str):
+    params, end = without_derivative("attention")
+    check_refusal(params, end, way)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        found = grad(lambda p: end(p, **WAYS[way]))(params)
+        assert distance(found, grad(end)(params)) < 1e-5
+
+
+@pytest.mark.parametrize("way", ["mixed", "mixed, sqrt"])
+def test_torchs_lstm_needs_no_forward_derivative_on_a_cpu(way: str):
+    params, end = without_derivative("lstm")
+    found = grad(lambda p: end(p, **WAYS[way]))(params)
+    assert distance(found, grad(end)(params)) < 1e-5
+
+
+@pytest.mark.parametrize("way", ["mixed", "mixed, sqrt"])
+@pytest.mark.parametrize("net", ["attention", "lstm"])
+def test_a_loss_without_a_forward_derivative_says_so(
+    as_on_an_accelerator: None, net: str, way: str
+):
+    params, end = without_derivative(net)
+    check_refusal(params, end, way)
 
 
 # What is kept -------------------------------------------------------------------------

@@ -98,6 +98,25 @@ def test_updates_of_dtensors_are_those_of_their_parts(outcomes: Any):
             assert state == ["(Replicate(),)", "(Shard(dim=0),)"] * (len(state) // 2)
 
 
+SHARDED = ("fully_sharded", "unrolled_shards")
+
+
+@pytest.fixture(scope="module")
+def of_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    script = Path(ranks.__file__).with_name("sharded_ranks.py")
+    return ranks.outcomes(str(script), SHARDED, tmp_path_factory.mktemp("shards"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHARDED)
+def test_parameters_of_fsdp2_step_as_whole_ones(of_shards: Any, case: str):
+    """Trained by their own gradients; and in an inner loop, with its derivatives."""
+    for found in of_shards[case]:
+        assert len(found) > 1
+        for name, distance in found.items():
+            assert distance <= 1e-12, name
+
+
 def test_a_group_of_one(tmp_path: Path):
     file = f"file://{tmp_path}/store"
     dist.init_process_group("gloo", init_method=file, rank=0, world_size=1)

@@ -3,14 +3,19 @@
 Its backward is one forward-over-reverse pass. With g = ∇_θ L and a cotangent c, the
 products cᵀ∂²L/∂θ² and cᵀ∂²L/∂θ∂η are, by symmetry, the derivatives of ∇_θ L and ∇_η L
 along c: value and tangent go together through one forward and one backward of L.
+
+On a CPU the gradient is made again instead, and its graph gone back through at once: as
+many products, the memory of one step too, no forward derivatives, of which torch makes
+many from small parts there.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from funcopt import derivatives
 from funcopt.derivatives import Layout, Trees
@@ -73,30 +78,62 @@ class _Call:
     ) -> list[Tensor | None]:
         values = list(saved[: len(self.names)])
         chosen = [i for i in range(len(values)) if wanted[i]]
+        with self.draws.again() if self.draws else nullcontext():
+            found = self._pull(values, saved, chosen, cotangents)
+        spread = dict(zip(chosen, found))
+        return [spread.get(i) for i in range(len(saved))]
+
+    def _pull(
+        self,
+        values: list[Tensor],
+        saved: Sequence[Tensor],
+        chosen: list[int],
+        cotangents: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        if not by_forward(saved):
+            with explained():
+                return derivatives.pull(
+                    lambda smooth: self._outputs(smooth, saved),
+                    values,
+                    cotangents,
+                    chosen,
+                )
         by_name: dict[str, list[Tensor | None]] = {name: [] for name in _OUTPUTS}
         for name, cotangent in zip(self.output_names, cotangents):
             by_name[name].append(cotangent)
-        with self.draws.again() if self.draws else nullcontext():
-            found = pull(
-                lambda smooth: self._results(smooth, saved),
-                values,
-                [i for i, name in enumerate(self.names) if name == "params"],
-                chosen,
-                by_name["grads"],
-                [*by_name["loss"], *by_name["aux"], *by_name["buffers"]],
-            )
-        spread = dict(zip(chosen, found))
-        return [spread.get(i) for i in range(len(saved))]
+        return pull(
+            lambda smooth: self._results(smooth, saved),
+            values,
+            [i for i, name in enumerate(self.names) if name == "params"],
+            chosen,
+            by_name["grads"],
+            [*by_name["loss"], *by_name["aux"], *by_name["buffers"]],
+        )
 
     def _given(self, tensors: Sequence[Tensor]) -> dict[str, Tree]:
         count = len(self.names)
         return self.inputs.filled(tensors[:count], tensors[count:])
+
+    def _outputs(self, smooth: Sequence[Tensor], saved: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient too, in front."""
+        given = self._given([*smooth, *saved[len(smooth) :]])
+        grads, rest = self.loss.grad(**given)
+        trees: Trees = dict(zip(_OUTPUTS, (grads, *rest)))
+        return Layout(trees).split(trees)[0]
 
     def _results(self, smooth: Sequence[Tensor], saved: Sequence[Tensor]) -> list[Tensor]:
         """The loss, and the smooth leaves of aux and buffers."""
         loss, aux, buffers = self.loss(**self._given([*smooth, *saved[len(smooth) :]]))
         trees: Trees = {"loss": loss, "aux": aux, "buffers": buffers}
         return Layout(trees).split(trees)[0]
+
+
+def by_forward(tensors: Iterable[Tensor]) -> bool:
+    """Whether the way back is forward over reverse mode."""
+    given = list(tensors)
+    if any(map(is_traceable_wrapper_subclass, given)):  # a DTensor cannot be dual
+        return False
+    return any(x.device.type != "cpu" for x in given)
 
 
 def pull(
@@ -136,7 +173,7 @@ def _forward_over_reverse(
     wanted: list[int],
 ) -> tuple[list[Any], list[Any]]:
     """The gradients of the loss by the values that are wanted, and their derivatives."""
-    try:
+    with explained():
         if not levels.differentiating([*values, *directions.values()]):
             return _by_dual_numbers(loss, values, directions, wanted)
         moving = [*directions]
@@ -156,8 +193,6 @@ def _forward_over_reverse(
             ([directions[i] for i in moving],),
         )
         return made
-    except (RuntimeError, NotImplementedError) as error:
-        raise _explained(error) from error
 
 
 def _by_dual_numbers(
@@ -183,13 +218,19 @@ def _by_dual_numbers(
     return [*primals], [*tangents]
 
 
-def _explained(error: Exception) -> Exception:
-    words = str(error)
-    if "forward AD" not in words and "derivative for" not in words:
-        return error
-    return ExecutionError(
-        "grad_mode='mixed' takes a forward derivative of the inner loss's gradient, and "
-        f"an operation of it has none ({words.splitlines()[0][:200]}). For attention use "
-        "its MATH backend: with torch.nn.attention.sdpa_kernel(torch.nn.attention."
-        "SDPBackend.MATH) around the loss. Else use grad_mode='reverse'"
-    )
+@contextmanager
+def explained() -> Iterator[None]:
+    """Say what to do where an operation of the loss has no such derivative."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        words = str(error)
+        if "forward AD" not in words and "derivative for" not in words:
+            raise
+        raise ExecutionError(
+            "grad_mode='mixed' differentiates the inner loss's gradient (on accelerators "
+            "by forward derivatives, which grad_mode='reverse' does not need), and an "
+            f"operation of it has none ({words.splitlines()[0][:200]}). For attention "
+            "use its MATH backend: with torch.nn.attention.sdpa_kernel(torch.nn."
+            "attention.SDPBackend.MATH) around the loss"
+        ) from error

@@ -109,13 +109,14 @@ class _Call:
         sums: dict[int, Tensor | None] = dict.fromkeys(shared)
         entries: dict[int, list[Tensor | None]] = {i: [] for i in shared}
         again: list[Tensor] = []
+        by_forward = self.loop.step.mixed and mixed.by_forward(inputs)
+        pull = self._pull_mixed if by_forward else self._pull
         for i in reversed(range(len(states))):
             carries, draws = self._made_again(i, states.pop(), given)
             for k in reversed(range(self.starts[i], self.starts[i + 1])):
                 at = self.loop.given(carries.pop(), given, k)
                 back = [] if self.loop.is_cut(k) else [*range(self.carried)]
                 back = [j for j in back if k or wanted[j]] + shared
-                pull = self._pull_mixed if self.loop.step.mixed else self._pull
                 found = pull(at, [*ahead, *of_steps[k]], back, draws.pop(), again)
                 by_place = dict(zip(back, found))
                 ahead = [by_place.get(j) for j in range(self.carried)]
@@ -165,13 +166,15 @@ class _Call:
     ) -> Bars:
         """The adjoints of a step's inputs, and its loss."""
         values, others = self.inputs.split(at)
+        plain = self.loop.step.plain()
 
         def step(values: Tensors) -> Tensors:
-            stepped = self.loop.step(self.inputs.filled(values, others))
+            stepped = plain(self.inputs.filled(values, others))
             again.append(stepped.loss.detach())
             return _smooth(stepped._asdict(), (*CARRY, "loss", "aux"))
 
-        with _drawn(draws):
+        explained = mixed.explained() if self.loop.step.mixed else nullcontext()
+        with _drawn(draws), explained:
             return derivatives.pull(step, values, bars, back)
 
     def _pull_mixed(

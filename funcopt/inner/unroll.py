@@ -58,19 +58,20 @@ def unroll(
             batched by vmap where params, batch or meta are; what ``loss_fn`` writes into
             the copy in place is carried to the next step. Yours do not change.
         grad_mode: how the inner gradient is differentiated. "reverse": by the graph of
-            its backward pass, which is kept for every step. "mixed": by one
-            forward-over-reverse pass when it is needed; only parameters, state and
-            gradient are kept, and the answer is the same. The inner loss then needs
-            forward derivatives, which attention has by its MATH backend, and
-            torch's LSTM on a CPU has not. "first_order" takes each gradient as a constant
-            (FOMAML): cheap in memory, blind to everything that acts through the
-            gradient; the losses then are values only.
+            its backward pass, which is kept for every step. "mixed": when it is
+            needed, from what it was made from; only parameters, state and gradient are
+            kept, and the answer is the same. On accelerators by one forward-over-reverse
+            pass, for which the inner loss needs forward derivatives; on a CPU the
+            gradient is made again and its graph gone back through, which is faster there
+            and as lean. Of attention use the MATH backend. "first_order" takes each
+            gradient as a constant (FOMAML): cheap in memory, blind to everything that
+            acts through the gradient; the losses then are values only.
         remat: what of the loop is kept for the way back, and what is made again. None
             keeps all steps. "step" keeps each step's parameters and state, and makes
             its graph again: one more forward pass. A number n keeps those of every
             n-th step, and goes over each n steps once more before that; "sqrt" is
             n = √K. The answer is the same to the bit where the same executor makes the
-            steps. With "mixed" the peak is 2√K states and one first-order graph. Random
+            steps. The peak is 2√K states and one step's graph. Random
             numbers of torch's own generators are drawn again as they were; any
             other source of them is found out, and raises.
         window: cut the graph after every ``window`` steps (truncation): gradients of
@@ -92,8 +93,8 @@ def unroll(
             word. In "mixed" mode and with ``remat``, when the loss closes over what
             a gradient is asked of: pass it as ``meta`` or ``batch``. Give `detach` of
             it to say that this is meant.
-        ExecutionError: on the way back, in "mixed" mode, when the loss has no forward
-            derivative; with ``remat``, when a step made again is not what it was.
+        ExecutionError: on the way back, in "mixed" mode, when the loss's gradient has
+            no derivative; with ``remat``, when a step made again is not what it was.
         Whatever ``opt.update`` raises.
 
     Source:

@@ -76,10 +76,10 @@ def mixed(
 ) -> Estimate:
     r"""The exact derivative, where nothing of second order is stored (MixFlow-MG).
 
-    As `reverse`, but the way back through each inner gradient is one pass of forward
-    over reverse mode, which needs what the gradient was computed from and nothing else.
-    Memory: K times parameters and state, and one gradient's. The inner loss needs
-    forward derivatives.
+    As `reverse`, but the way back through each inner gradient needs what that was
+    computed from and nothing else: one pass of forward over reverse mode on accelerators,
+    the gradient made again on a CPU (see `unroll`). Memory: K times parameters and state,
+    and one gradient's.
 
     Args:
         problem: a `Problem`.
