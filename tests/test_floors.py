@@ -71,6 +71,7 @@ FLOORS = {
     "funcopt.stepping.live": 0,
     "funcopt.stepping.totals": 3.9,
     "funcopt.stepping.sparse_rows": 3.9,
+    "funcopt.stepping.tasks": 3.9,
     "funcopt.stepping.stepper": 4,
     "funcopt.stepping": 4.1,
     "funcopt.optimizer": 4.5,

@@ -22,28 +22,35 @@ def is_vmapped() -> bool:
     return top is not None and top.key() == _functorch.TransformType.Vmap
 
 
+class Tasks:
+    """The axis of the innermost vmap: taken off tensors, and put on again."""
+
+    def __init__(self) -> None:
+        from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+        interpreter: Any = retrieve_current_functorch_interpreter()
+        self._level = interpreter.level()
+        self.size: int = interpreter.batch_size()
+        #: a context in which this vmap is not there
+        self.together = interpreter.lower
+
+    def off(self, x: Tensor) -> tuple[Tensor, int | None]:
+        """The tensor of all tasks, and which axis is theirs; None if they share it."""
+        # A pullback's tensors may still wear the wrappers of a level that has been left.
+        return _functorch._unwrap_batched(_functorch.unwrap_if_dead(x), self._level)
+
+    def on(self, x: Tensor) -> Tensor:
+        """Each task's own of a tensor that has the tasks in front."""
+        return _functorch._add_batch_dim(x, 0, self._level)
+
+
 def unbatched(run: Run, call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
     """``run(call, tensors)`` inside vmap, by a call on stacked tensors outside of it."""
-    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-
-    interpreter: Any = retrieve_current_functorch_interpreter()
-    level = interpreter.level()
-    # A pullback's tensors may still wear the wrappers of a level that has been left.
-    tensors = [_functorch.unwrap_if_dead(x) for x in tensors]
-    own = [
-        _functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == level
-        for x in tensors
-    ]
-    axes = [
-        _functorch.maybe_get_bdim(x) if mine else None for x, mine in zip(tensors, own)
-    ]
-    values = [_functorch.get_unwrapped(x) if mine else x for x, mine in zip(tensors, own)]
-    with interpreter.lower():
-        outputs, batched = stacked(run, call, values, axes, interpreter.batch_size())
-    return [
-        _functorch._add_batch_dim(x, 0, level) if b else x
-        for x, b in zip(outputs, batched)
-    ]
+    tasks = Tasks()
+    values, axes = zip(*map(tasks.off, tensors))
+    with tasks.together():
+        outputs, batched = stacked(run, call, values, axes, tasks.size)
+    return [tasks.on(x) if b else x for x, b in zip(outputs, batched)]
 
 
 def stacked(

@@ -120,6 +120,11 @@ class Group:
     choice: Choice
 
 
+def is_forced() -> bool:
+    """Whether one executor is to run all updates."""
+    return _forced.get() is not None
+
+
 def is_free() -> bool:
     """Whether a lane may be taken: nothing is forced, nobody looks on."""
     return _forced.get() is None and _observer.get() is None

@@ -150,14 +150,14 @@ def scalars_of(vector: Tensor) -> list[Any]:
         return list(vector.to(torch.float64).unbind())
     if readable(vector):
         return vector.tolist()
+    table = None
+    if vector.shape[0] and _is_batch(vector):
+        # Tasks that are equally old are the rule, and so are leaves: one look tells.
+        table = _physical(vector).reshape(-1, vector.shape[0])
+        if bool((table == table[0]).all()):
+            return table[0].tolist()
     values = vector.to(torch.float64).unbind()
-    if not _is_batch(vector) or not values:
-        return list(values)
-    # Tasks that are equally old are the rule, and so are leaves: one look tells.
-    table = _physical(vector).reshape(-1, len(values))
-    if bool((table == table[:1]).all()):
-        return table[0].tolist()
-    if bool((table == table[:, :1]).all()):
+    if table is not None and bool((table == table[:, :1]).all()):
         return [values[0]] * len(values)
     return list(values)
 

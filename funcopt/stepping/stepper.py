@@ -17,13 +17,13 @@ from funcopt.checks import (
     check_real,
     check_state,
 )
-from funcopt.execution import choice, dispatch, levels
+from funcopt.execution import batched, choice, dispatch, levels
 from funcopt.execution.guard import Known
 from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.spec import Spec
-from funcopt.stepping import complex_leaves, sparse_rows, vectors
+from funcopt.stepping import complex_leaves, sparse_rows, tasks, vectors
 from funcopt.stepping.live import merged, picked, which_step
 from funcopt.stepping.per_leaf import Hypers
 from funcopt.stepping.totals import Measure
@@ -71,6 +71,8 @@ class Stepper:
             for slot, first in slots.items()
             if callable(first) and not spec.traceable
         }
+        #: whether tasks may go together: no element sees another
+        self.separable = spec.elementwise and not spec.totals
         #: of the totals, and of the step
         self.lanes: dict[tree.Structure, Known[list[Lane]]] = {}
         #: what steps the entries of a sparse gradient
@@ -124,7 +126,9 @@ class Stepper:
     ) -> tuple[Tree, State]:
         """One step with the rule's keyword arguments that ``values`` gives each leaf."""
         p, structure = tree.flatten(params)
-        if not torch.compiler.is_compiling() and not execution and choice.is_free():
+        free = not (execution or torch.compiler.is_compiling() or choice.is_forced())
+        together = free and not donate and self.separable and batched.is_vmapped()
+        if free and not together and choice.is_free():
             known = self.lanes.get(structure)
             if known is not None:
                 done = self._again(known, structure, grads, state, p, donate, values)
@@ -143,6 +147,11 @@ class Stepper:
             if sparse_rows.are_among(g):
                 given = {"values": values, "execution": execution}
                 return self._lazily(g, p, structure, state, trees, donate, given)
+        if together and live is None:
+            held = {key: state[key] for key in self.vectors}
+            done = tasks.step(self.step, g, p, trees, held, structure, values)
+            if done is not None:
+                return done
         check_leaves(g, p, trees, live, structure, self.forms)
         old = {
             slot: levels.scalars_of(state[slot]) if self.scalar[slot] else trees[slot]

@@ -1,0 +1,86 @@
+"""Inside vmap: the steps of all tasks as one step, of leaves with the tasks in front.
+
+To an elementwise rule a task's axis is one more axis of the leaf. So the vmap is left for
+as long as a step takes, which then goes the way of any other: looked at once for all
+tasks, and by the lane of the one before.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from funcopt import tree
+from funcopt.errors import FuncoptError
+from funcopt.execution import levels
+from funcopt.execution.batched import Tasks
+from funcopt.types import State, Tensor, Tree
+
+
+def step(
+    update: Callable[..., tuple[Tree, State]],
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Mapping[str, Sequence[Tensor]],
+    vectors: Mapping[str, Tensor],
+    structure: tree.Structure,
+    values: Callable[..., Sequence[Any]],
+) -> tuple[Tree, State] | None:
+    """One step of each task, by an ``update`` of lists of stacked leaves.
+
+    ``vectors`` are what the state holds for all leaves at once. None where a task has
+    hyperparameters or numbers of its own; or if something does not fit, which is to be
+    said in the words of one task.
+    """
+    tasks = Tasks()
+    columns = [[*map(tasks.off, column)] for column in (grads, params, *slots.values())]
+    if all(axis is None for column in columns for _, axis in column):
+        return None
+    with tasks.together():
+        shared: dict[str, Any] = {
+            name: _shared(*tasks.off(x)) for name, x in vectors.items()
+        }
+        if any(x is None for x in shared.values()):
+            return None
+        counts = shared["step"].tolist()
+    hyper = values(structure, params, [count + 1 for count in counts])
+    given = {id(row): row for row in hyper}.values()
+    if any(_is_own(tasks, x) for row in given for x in row.values()):
+        return None
+    with tasks.together():
+        g, p, *held = [_stacked(column, tasks.size) for column in columns]
+        state: State = {**shared, **dict(zip(slots, held))}
+        try:
+            p, state = update(g, state, p, lambda *_: hyper)
+        except FuncoptError:
+            return None
+        own = {
+            name: state[name].expand(tasks.size, -1).clone()
+            for name, x in vectors.items()
+            if _is_own(tasks, x)
+        }
+    for name, x in own.items():
+        state[name] = tasks.on(x)
+    for name in slots:
+        state[name] = tree.unflatten(structure, [*map(tasks.on, state[name])])
+    return tree.unflatten(structure, [*map(tasks.on, p)]), state
+
+
+def _is_own(tasks: Tasks, x: Any) -> bool:
+    return isinstance(x, Tensor) and tasks.off(x)[1] is not None
+
+
+def _shared(vector: Tensor, axis: int | None) -> Tensor | None:
+    """The vector of every task, if it is the same and can be read."""
+    if levels.is_tracked(vector) or not levels.readable(vector):
+        return None
+    if axis is None:
+        return vector
+    table = vector.movedim(axis, 0)
+    return table[0] if bool((table == table[0]).all()) else None
+
+
+def _stacked(column: Sequence[tuple[Tensor, int | None]], size: int) -> list[Tensor]:
+    """With the tasks in front; as often as there are tasks, if they share it."""
+    return [
+        x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0) if axis else x
+        for x, axis in column
+    ]

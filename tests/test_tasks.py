@@ -1,0 +1,180 @@
+"""Under vmap the steps of all tasks are one, and each task's is what it is alone."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+import funcopt as fo
+from funcopt import tree
+from funcopt.stepping import tasks
+from funcopt.types import Tree
+
+TASKS = 3
+SHAPES = {"w": (4, 2), "b": (5,), "scale": ()}
+OPTIMIZERS = {
+    "adamw": fo.adamw(weight_decay=0.1),
+    "a scalar slot": fo.nadam(),
+    "no slot": fo.sgd(lr=fo.schedules.exponential(0.5, gamma=0.9)),
+    "a value for each leaf": fo.adam(lr={"w": 0.1, "b": 0.2, "scale": 0.3}),
+    "of each element": fo.sgd(
+        momentum=0.9, lr={"w": torch.rand(2), "b": 0.2, "scale": 1}
+    ),
+}
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Of each step under vmap, whether the tasks went together."""
+    seen: list[bool] = []
+    original = tasks.step
+
+    def spy(*given: Any) -> Any:
+        found = original(*given)
+        seen.append(found is not None)
+        return found
+
+    monkeypatch.setattr(tasks, "step", spy)
+    yield seen
+
+
+def stacked(seed: int, axis: int = 0, dtype: torch.dtype = torch.float64) -> Tree:
+    made = torch.Generator().manual_seed(seed)
+    return {
+        key: torch.randn(TASKS, *shape, generator=made, dtype=dtype).movedim(0, axis)
+        if shape
+        else torch.randn(TASKS, generator=made, dtype=dtype)
+        for key, shape in SHAPES.items()
+    }
+
+
+def task(i: int, *given: Tree) -> list[Tree]:
+    return [tree.map(lambda x: x[i], t) for t in given]
+
+
+def one_by_one(function: Callable[..., Any], *given: Tree) -> Any:
+    rows = [function(*task(i, *given)) for i in range(TASKS)]
+    leaves = zip(*map(tree.leaves, rows))
+    return tree.unflatten(tree.flatten(rows[0])[1], [*map(torch.stack, leaves)])
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    pairs = list(zip(tree.leaves(found), tree.leaves(expected), strict=True))
+    assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_task_makes_its_own_steps(name: str, together: list[bool]):
+    opt = OPTIMIZERS[name]
+
+    def run(p: Tree, *grads: Tree) -> Any:
+        state = opt.init(p)
+        for g in grads:
+            p, state = opt.update(g, state, p)
+        return p, state
+
+    given = [stacked(seed) for seed in range(4)]
+    assert_same(vmap(run)(*given), one_by_one(run, *given))
+    assert together == [True] * 3
+
+
+def test_state_comes_out_as_it_went_in(together: list[bool]):
+    """Its count for every task, in memory of its own."""
+    opt, p, g = fo.adam(), stacked(0), stacked(1)
+    state = vmap(opt.init)(p)
+    for _ in range(3):
+        p, state = vmap(opt.update)(g, state, p)
+    assert state["step"].is_contiguous() and together == [True] * 3
+    assert state["step"].tolist() == [[3] * len(SHAPES)] * TASKS
+
+
+def test_what_tasks_share_and_other_axes(together: list[bool]):
+    opt, p, g = fo.adam(), tree.map(lambda x: x[0], stacked(0)), stacked(1)
+    state = opt.init(p)
+    expected = one_by_one(lambda g: opt.update(g, state, p), g)
+    found = vmap(lambda g: opt.update(g, state, p))(g)
+    assert_same(found, expected)
+    last = {key: -1 for key in SHAPES}
+    back = tree.map(lambda x: x.movedim(0, -1), g)
+    assert_same(vmap(lambda g: opt.update(g, state, p), (last,))(back), expected)
+    assert together == [True] * 2
+
+
+OWN: dict[str, Callable[[Any, Tensor], dict[str, Any]]] = {
+    "a rate": lambda state, x: {"lr": x},
+    "a tree of rates": lambda state, x: {"lr": {"w": x, "b": 0.1, "scale": x}},
+    "a schedule's": lambda state, x: {"lr": fo.schedules.exponential(x, gamma=0.9)},
+}
+
+
+@pytest.mark.parametrize("what", OWN)
+def test_values_of_their_own_keep_tasks_apart(what: str, together: list[bool]):
+    opt, g, p = fo.adamw(), stacked(1), stacked(0)
+    rates = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+
+    def step(g: Tree, p: Tree, rate: Tensor) -> Any:
+        state = opt.init(p)
+        return opt.update(g, state, p, **OWN[what](state, rate))[0]
+
+    assert_same(vmap(step)(g, p, rates), one_by_one(step, g, p, rates))
+    assert together == [False]
+
+
+def test_steps_of_their_own_keep_tasks_apart(together: list[bool]):
+    opt, g, p = fo.adam(), stacked(1), stacked(0)
+    state = vmap(opt.init)(p)
+    state["step"] = torch.arange(TASKS)[:, None].repeat(1, len(SHAPES))
+    found, _ = vmap(opt.update)(g, state, p)
+    for i in range(TASKS):
+        expected, _ = opt.update(*task(i, g, state, p))
+        for key, x in found.items():
+            torch.testing.assert_close(x[i], expected[key], rtol=1e-14, atol=0)
+    assert together == [False]
+
+
+def test_vmap_in_vmap(together: list[bool]):
+    opt, p = fo.adam(), {"w": torch.randn(2, TASKS, 4)}
+    g = {"w": torch.randn(2, TASKS, 4)}
+    step = vmap(vmap(lambda g, p: opt.update(g, opt.init(p), p)[0]))
+    flat = [{"w": x["w"].flatten(0, 1)} for x in (g, p)]
+    expected = vmap(lambda g, p: opt.update(g, opt.init(p), p)[0])(*flat)
+    assert torch.equal(step(g, p)["w"].flatten(0, 1), expected["w"])
+    assert all(together)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["autograd", "func"])
+def test_derivatives(way: str, together: list[bool]):
+    """By a rate that the tasks share, through two steps."""
+    opt, p, grads = fo.adamw(), stacked(0), [stacked(1), stacked(2)]
+
+    def loss(rate: Tensor, run: Callable[..., Any]) -> Tensor:
+        def steps(p: Tree, *grads: Tree) -> Any:
+            state = opt.init(p)
+            for g in grads:
+                p, state = opt.update(g, state, p, lr=rate)
+            return p
+
+        return sum((x**2).sum() for x in tree.leaves(run(steps, p, *grads)))  # pyright: ignore
+
+    def slope(run: Callable[..., Any]) -> Tensor:
+        rate = torch.tensor(0.1, dtype=torch.float64)
+        if way == "func":
+            return torch.func.grad(loss)(rate, run)
+        return torch.autograd.grad(loss(rate.requires_grad_(), run), rate)[0]
+
+    found = slope(lambda f, *given: vmap(f)(*given))
+    torch.testing.assert_close(found, slope(one_by_one), rtol=1e-12, atol=0)
+    assert found.abs() > 1 and all(together) and together
+
+
+def test_what_does_not_fit_is_said_of_one_task():
+    opt, p, g = fo.adam(), stacked(0), stacked(1)
+    g["b"] = g["b"][:, :-1]
+    with pytest.raises(fo.StructureError, match=r"shape \(4,\), its parameter \(5,\)"):
+        vmap(lambda g, p: opt.update(g, opt.init(p), p))(g, p)
+    with pytest.raises(fo.ExecutionError, match="donate"):
+        vmap(lambda p: opt.update(p, opt.init(p), p, donate=True))(p)
