@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import dlpack
 
 import funcopt as fo
-from funcopt.execution import recycle
+from funcopt.execution import executor, recycle
 from funcopt.execution.recycle import Recycler
 
 SIZE = 100_000  # floats: more bytes than the allocator keeps at hand
@@ -252,3 +252,34 @@ def test_two_threads_never_get_the_same_buffer(size: int):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(worker, seeds))
     assert all(map(torch.equal, found, expected))
+
+
+LOOKS = {
+    "contiguous": torch.empty(3, 4),
+    "transposed": torch.empty(3, 4).mT,
+    "channels last": torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "with gaps": torch.empty(6, 8)[::2, ::2],
+    "expanded": torch.empty(3, 1).expand(3, 4),
+    "0-d": torch.empty((), dtype=torch.float64),
+    "empty": torch.empty(0, 3, dtype=torch.bfloat16),
+    "half": torch.empty(5, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_new_ones_look_like_the_old(
+    masked: bool, inference: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Without the private helper, too."""
+    assert executor._empty_strided_cpu is not None
+    if masked:
+        monkeypatch.setattr(executor, "_empty_strided_cpu", None)
+    make = executor.maker([*LOOKS.values()])
+    with torch.inference_mode(inference):
+        made, expected = make(), executor.empty_like([*LOOKS.values()])
+    for x, y in zip(made, expected, strict=True):
+        assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+        assert (x.is_inference(), x.requires_grad) == (y.is_inference(), False)
+        assert type(x) is torch.Tensor and x.device == y.device
+    assert not {x.data_ptr() for x in made if x.numel()} & {x.data_ptr() for x in make()}

@@ -9,7 +9,14 @@ import torch
 
 from funcopt.execution import fused_autograd, layout
 from funcopt.execution.call import Call
-from funcopt.execution.executor import Column, Direct, Executor, Rows, read_number
+from funcopt.execution.executor import (
+    Column,
+    Direct,
+    Executor,
+    Rows,
+    maker,
+    read_number,
+)
 from funcopt.execution.form import Form
 from funcopt.execution.guard import Known
 from funcopt.execution.leaves import Leaves
@@ -32,7 +39,7 @@ class Lane(ABC):
         self._elements = rule.streams(kinds)  # hyperparameters with a value for each
         self._fixed = [name for name in rule.hyper if name not in self._elements]
         self._alike: Known[bool] = Known()  # of these values: that they are as leaves are
-        self._numbers: dict[str, Any] | None = None  # values that were looked at before
+        self._settled: Sequence[dict[str, Any]] | None = None  # numbers that all share
         self._written = sum(rule.outputs)
         self._apart: list[int] = []  # addresses of which no two tensors overlap
 
@@ -48,20 +55,21 @@ class Lane(ABC):
         ``streams`` are gradients, parameters and slots; ``numbers`` the scalar slots and
         the steps.
         """
-        first, each = hyper[0], {id(values): values for values in hyper}
-        if self._elements:
-            more = [[values[name] for values in hyper] for name in self._elements]
-            if not self._alike.get([*chain.from_iterable(more)]):
-                return None
-            streams = [*streams, *more]
-            each = {tuple(id(v[name]) for name in self._fixed): v for v in hyper}
-        if len(each) > 1 or first is not self._numbers:
-            kinds = self._rule.kinds
+        first, shared = hyper[0], True
+        if hyper is not self._settled:
+            each = {id(values): values for values in hyper}
+            if self._elements:
+                more = [[values[name] for values in hyper] for name in self._elements]
+                if not self._alike.get([*chain.from_iterable(more)]):
+                    return None
+                streams = [*streams, *more]
+                each = {tuple(id(v[name]) for name in self._fixed): v for v in hyper}
+            kinds, shared = self._rule.kinds, len(each) == 1
             if any(kinds(values) != self.kinds for values in each.values()):
                 return None
-            if not any(isinstance(x, Tensor) for x in first.values()):
-                self._numbers = first
-        if len(each) > 1 or any(c.count(c[0]) != len(c) for c in numbers):
+            if shared and not any(isinstance(x, Tensor) for x in first.values()):
+                self._settled = hyper
+        if not shared or any(c.count(c[0]) != len(c) for c in numbers):
             names = self._names
             rows = [
                 [*own, *map(values.__getitem__, names)]
@@ -108,6 +116,7 @@ class Plain(Lane):
         self._alike.put(elements, True)
         self._executor = executor
         self._shared = executor.direct(params, [0] * len(params))
+        self._make = maker(params)
         self._which = which or range(len(params))
         self._own: Direct | None = None  # where not all leaves share their scalars
 
@@ -124,7 +133,7 @@ class Plain(Lane):
         if donate and not self.may_write(streams, addresses):
             return None
         if not donate:
-            out = self._rule.recycler.columns(streams[1], self._written)
+            out = self._rule.recycler.columns(streams[1], self._written, self._make)
         direct = self._shared
         if len(rows) > 1:
             if self._own is None:

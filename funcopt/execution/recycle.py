@@ -8,8 +8,8 @@ what the step after the next needs.
 
 import sys
 from collections import deque
-from collections.abc import Sequence
-from functools import cache, cached_property
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property, partial
 from operator import attrgetter
 from typing import Any
 from weakref import getweakrefcount
@@ -38,17 +38,26 @@ class Recycler:
         #: by what results are to be like: how new ones look, and the bytes of each
         self._new: Known[Known[list[int]]] = Known()
 
-    def columns(self, like: Sequence[Tensor], count: int) -> list[list[Tensor]]:
-        """``count`` columns of tensors like the given ones, their values undefined."""
+    def columns(
+        self,
+        like: Sequence[Tensor],
+        count: int,
+        make: Callable[[], list[Tensor]] | None = None,
+    ) -> list[list[Tensor]]:
+        """``count`` columns of tensors like the given ones, their values undefined.
+
+        ``make`` gives a new one.
+        """
+        make = make or partial(empty_like, like)
         size = count * sum([x.nbytes for x in like])
         if size < _SMALLEST or not like[0].is_cpu or not _can_tell():
-            return [empty_like(like) for _ in range(count)]
+            return [make() for _ in range(count)]
         new = self._new.get(like)
         old = self._oldest()
         if new is not None and old is not None and old.is_free(new):
             made = old  # at the version it had: nobody is left to ask for that
         else:
-            made = _Set([x for _ in range(count) for x in empty_like(like)])
+            made = _Set([x for _ in range(count) for x in make()])
         if new is None:
             new = Known()
             new.put(made.tensors, [x.nbytes for x in made.tensors])
