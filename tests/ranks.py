@@ -157,7 +157,7 @@ def outcomes(script: str, cases: Sequence[str], folder: Path) -> dict[str, Any]:
         for rank in range(WORLD)
     ]
     try:
-        said = [process.communicate(timeout=200) for process in processes]
+        said = [process.communicate(timeout=400) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -13,7 +13,7 @@ from funcopt.normal import normal_like
 from funcopt.optimizer import Optimizer
 from funcopt.spec import Spec
 from funcopt.stepping.stepper import Stepper
-from funcopt.torch_optim import flags
+from funcopt.torch_optim import flags, shards
 from funcopt.torch_optim.flags import Flags
 from funcopt.torch_optim.layout import Layout
 from funcopt.types import Tensor
@@ -135,32 +135,41 @@ def _step(
     steps = [batch.layout.steps(s, spec) for s in batch.states]
     for state, p, group in zip(batch.states, batch.params, batch.groups):
         batch.layout.complete(state, p, group, spec)
-    columns = batch.columns()
+    grads, own, columns = batch.grads, batch.params, batch.columns()
+    split = shards.are_among(own)
+    if split:
+        shards.check(spec, own, columns)
+    if split and shards.goes_by_parts(spec) and not differentiable:
+        split = False
+        grads = shards.here(grads, own)
+        columns |= {slot: shards.here(columns[slot], own) for slot in stepper.trees}
+        own = shards.here(own, own)
     trees = [columns[slot] for slot in stepper.trees]
-    sparse = any(g.is_sparse for g in batch.grads)
+    sparse = any(g.is_sparse for g in grads)
     # Views of one tensor may lie between each other: each is then written by itself.
-    donate = not differentiable and not (
-        not sparse and layout.overlap([batch.grads, batch.params, *trees])
+    donate = (
+        not differentiable
+        and not split
+        and not (not sparse and layout.overlap([grads, own, *trees]))
     )
-    donate = donate and not layout.folded([batch.params, *trees])
+    donate = donate and not layout.folded([own, *trees])
     state = {"step": torch.tensor(steps)} | {
         slot: _vector(column, differentiable) if stepper.scalar[slot] else column
         for slot, column in columns.items()
     }
-    params, new = stepper.step(
-        batch.grads, state, batch.params, _values(batch, data), donate
-    )
+    values = _values(batch, own, data)
+    params, new = stepper.step(grads, state, own, values, donate)
     if not donate:
-        for p, value in zip(batch.params, params):
-            p.copy_(value)
+        for p, value in zip(own, params):
+            shards.write_over(p, value)
     for slot in columns:
         for i, state in enumerate(batch.states):
             if stepper.scalar[slot]:
-                state[slot].copy_(new[slot][i])
+                state[slot].copy_(shards.whole(new[slot][i]))
             elif differentiable and slot in state:
                 state[slot] = new[slot][i]
             elif not donate and slot in state:
-                state[slot].copy_(new[slot][i])
+                shards.write_over(columns[slot][i], new[slot][i])
     for state in batch.states:
         if batch.layout.counts == "int":
             state["step"] += 1
@@ -175,14 +184,16 @@ def _vector(column: Sequence[Any], differentiable: bool) -> Tensor:
 
 
 def _values(
-    batch: Batch, data: Mapping[str, Mapping[int, Any]]
+    batch: Batch, params: list[Tensor], data: Mapping[str, Mapping[int, Any]]
 ) -> Callable[..., Sequence[dict[str, Any]]]:
-    """What gives each leaf its keyword arguments."""
+    """What gives each leaf its keyword arguments; ``params`` is what is stepped."""
     rows: list[dict[str, Any]] = batch.rows
     own = {name: [found[id(p)] for p in batch.params] for name, found in data.items()}
+    if params is not batch.params:
+        own = {name: shards.here(x, batch.params) for name, x in own.items()}
     for name, declared in batch.spec.hyper.items():
         if declared.wanted and name not in own and rows[0][name] is None:
-            own[name] = normal_like(batch.params, torch.default_generator)
+            own[name] = normal_like(params, torch.default_generator)
     for name, column in own.items():
         rows = [{**row, name: x} for row, x in zip(rows, column)]
     return partial(_given, rows)
