@@ -12,8 +12,8 @@ from funcopt.types import Tensor
 
 try:
     # What Inductor's code makes its buffers by, in half the time of torch.empty_like.
-    from torch._C._dynamo.guards import (  # pyright: ignore[reportAttributeAccessIssue]
-        _empty_strided_cpu,
+    from torch._C._dynamo.guards import (
+        _empty_strided_cpu,  # pyright: ignore[reportAttributeAccessIssue]
     )
 except ImportError:  # a private helper
     _empty_strided_cpu = None
