@@ -95,7 +95,8 @@ def test_gradcheck_of_a_step(case: Case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradgradcheck_of_a_step(case: Case):
     function, point = one_step(case)
-    assert gradgradcheck(function, point)
+    # Of mixes of flags between none and all a random projection.
+    assert gradgradcheck(function, point, fast_mode=case not in ENDS)
 
 
 @pytest.mark.costly

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from row import Case
-from table import CASES, SCALAR, TWINS, slots_of
+from table import ENDS, SCALAR, TWINS, slots_of
 from torch import Tensor
 from trees import assert_same, random_like
 
@@ -265,7 +265,7 @@ def test_half_precision(case: Case, dtype: torch.dtype):
     [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
     ids=str,
 )
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ENDS, ids=str)
 def test_half_precision_is_a_float32_step_rounded_once(case: Case, dtype: torch.dtype):
     """Zero gradients too: in float16 eps would be nothing, and 0/0 the step."""
     opt, params = case.optimizer(), case.mixed(dtype)

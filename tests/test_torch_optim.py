@@ -521,6 +521,21 @@ def test_unknown_keys_of_a_group_are_kept():
     assert opt.state_dict()["param_groups"][0]["mine"] == 3
 
 
+def test_no_step_is_captured_by_a_cuda_graph(monkeypatch: pytest.MonkeyPatch):
+    """The graph would hold this step's number, which is the host's."""
+    p = Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = torch_optim.Adam([p], capturable=True)
+    for name in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    with pytest.raises(fo.ExecutionError, match="Adam.*outside of the graph"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(2)) and not optimizer.state
+    monkeypatch.undo()
+    optimizer.step()
+    assert not torch.equal(p, torch.ones(2))
+
+
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_gradients_that_hold_a_graph_are_numbers():
     """As in torch: without ``differentiable`` a step is no part of a graph."""

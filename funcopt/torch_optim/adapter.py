@@ -13,6 +13,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
+from funcopt.errors import ExecutionError
 from funcopt.torch_optim import batch, checkpoint
 from funcopt.torch_optim import functional as functions
 from funcopt.torch_optim.flags import Flags
@@ -144,6 +145,12 @@ class Adapter(Optimizer):
         return loss
 
     def _advance(self, data: dict[str, Any]) -> None:
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise ExecutionError(
+                f"{type(self).__name__} counts its steps on the host, and a CUDA graph "
+                "would make this one again and again: capture what comes before, and "
+                "step outside of the graph"
+            )
         if self._overflowed():
             return
         groups, state = self.param_groups, self.state
