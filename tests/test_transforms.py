@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from row import Case
-from table import CASES, ENDS, SMOOTH
+from table import CASES, ENDS, PLAINEST, SMOOTH
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -286,6 +286,6 @@ def test_compile(case: Case, form: str):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")
-@pytest.mark.parametrize("case", ENDS[1::2], ids=str)  # each with all of its flags
+@pytest.mark.parametrize("case", PLAINEST, ids=str)
 def test_compile_through_aot_autograd(case: Case):
     check_compiled(case, HYPER["0-d tensor"], "aot_eager")

@@ -116,9 +116,7 @@ def root(x: Tensor) -> Tensor:
 
 def minus(p: Tensor, move: Tensor, size: Number, **out: Any) -> Tensor:
     """p - size·move."""
-    if isinstance(size, Tensor):
-        return torch.sub(p, torch.mul(move, size, **out), **out)
-    return torch.sub(p, move, alpha=size, **out)  # one operation, and torch's rounding
+    return torch.sub(p, torch.mul(move, size, **out), **out)
 
 
 def spare(*given: Any) -> Callable[[Tensor], dict[str, Any]]:
