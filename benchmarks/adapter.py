@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 import measure
+import report
 from funcopt import torch_optim
 from workloads import nets
 
@@ -110,6 +111,7 @@ def main() -> None:
     results.append({"name": "1,000 parameters", "times": times})
     if not given.skip and given.only == NAMES:
         measure.save("adapter", results)
+        report.write()
 
 
 if __name__ == "__main__":

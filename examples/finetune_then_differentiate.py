@@ -1,6 +1,6 @@
 """Fine-tune with `funcopt.torch_optim`, differentiate its next steps, and go on.
 
-    python examples/finetune_then_differentiate.py            # under two minutes on a CPU
+    python examples/finetune_then_differentiate.py            # about a minute on a CPU
     python examples/finetune_then_differentiate.py --corrupted 0.4 --steps 40
 
 A network that knows the digits 0 to 4 learns 5 to 9 by AdamW, in the classic loop; some

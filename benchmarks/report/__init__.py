@@ -8,6 +8,7 @@ from typing import Any
 
 import measure
 from report import tables, targets
+from report.adapter import adapter_tables
 from report.meta import meta_tables
 from report.step import step_tables
 from report.targets import verdict
@@ -30,6 +31,7 @@ def write() -> None:
         "cold": cold_table(),
         "gpu": gpu_table(),
         "meta": meta_tables(),
+        "adapter": adapter_tables(),
     }
     for name, table in drawn.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
