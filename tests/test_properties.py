@@ -87,6 +87,7 @@ def test_nothing_changes_form(case: Case, params: Tree, data: Any):
         params, state = result
 
 
+@pytest.mark.slow
 @given(some_case, parameters(), st.data())
 def test_equal_groups_are_no_groups(case: Case, params: Tree, data: Any):
     """As full trees of values, as optimizers of their own, and by name: the same bits."""
@@ -166,6 +167,7 @@ def test_order_of_optimizers_and_patterns_is_irrelevant(case: Case, params: Tree
             assert_same(run(case.optimizer(), both, lr=rates)[0], expected[0])
 
 
+@pytest.mark.slow
 @given(some_case, parameters())
 def test_no_rate_no_step(case: Case, params: Tree):
     assume(not case.flags.get("step_sizes", (0.0,))[0])  # rprop's least step is one
