@@ -118,9 +118,7 @@ def test_both_sides_of_a_pair_agree(pair: Pair, ours: list[Any]) -> None:
 def in_float64(section: str) -> Any:
     if section != "optax":
         return torch.enable_grad()
-    import jax
-
-    return jax.enable_x64(True)
+    return pytest.importorskip("jax").enable_x64(True)
 
 
 # What the page says of them -----------------------------------------------------------
