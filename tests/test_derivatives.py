@@ -95,8 +95,10 @@ def test_gradcheck_of_a_step(case: Case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradgradcheck_of_a_step(case: Case):
     function, point = one_step(case)
-    # Of mixes of flags between none and all a random projection.
-    assert gradgradcheck(function, point, fast_mode=case not in ENDS)
+    # Of mixes of flags between none and all a random projection. torch's takes one
+    # output for another where some have no derivative: a sign's gradient is such.
+    fast = case not in ENDS and case.row.factory is not fo.signsgd
+    assert gradgradcheck(function, point, fast_mode=fast)
 
 
 @pytest.mark.costly

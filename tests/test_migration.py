@@ -19,10 +19,10 @@ import funcopt as fo
 #: why a library may be absent; torch is always there
 ABSENT = {
     "torch.optim": "",
-    "higher": "in the benchmarks extra",
-    "TorchOpt": "in the benchmarks extra",
+    "higher": "in the rivals extra",
+    "TorchOpt": "in the rivals extra",
     "learn2learn": "builds its extension with Cython, for releases of torch before 2",
-    "optax": "in the benchmarks extra",
+    "optax": "in the rivals extra",
 }
 MODULES = {"torch.optim": "torch"}
 #: TorchOpt and optax make schedules and bias corrections in float32
