@@ -206,9 +206,9 @@ def test_other_shapes_are_other_tensors():
 def test_a_small_set_is_not_kept(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     recycler = Recycler()
-    recycler.columns([large(0, 1000)] * 10, 3)
+    recycler.columns([large(0, 1000)] * 100, 3)
     assert not recycler._made
-    recycler.columns([large(0, 1000)] * 30, 3)
+    recycler.columns([large(0, 1000)] * 200, 3)
     assert recycler._made
 
 

@@ -20,7 +20,7 @@ from funcopt.execution.executor import empty_like
 from funcopt.execution.guard import Known
 from funcopt.types import Tensor
 
-_SMALLEST = 1 << 18  # bytes: less is freed and made again as fast as it is looked at
+_SMALLEST = 1 << 21  # bytes: less is freed and made again faster than it is looked at
 
 _data_ptr, _nbytes = Tensor.data_ptr, torch.UntypedStorage.nbytes
 _attributes, _grad = attrgetter("__dict__"), attrgetter("grad")
