@@ -198,14 +198,22 @@ def wavy(p: Any, batch: Tensor, meta: Tensor) -> Tensor:
     return meta * torch.stack(terms).sum() * batch.square().mean()
 
 
-def of_registry(opt: fo.Optimizer, params: Any, hyper: Any, **way: Any) -> list[Tensor]:
+def of_registry(
+    opt: fo.Optimizer, params: Any, hyper: Any, by_func: bool = False, **way: Any
+) -> list[Tensor]:
     at = {"p": params, "h": hyper, "b": random(3, 4, seed=7), "m": number(1.3)}
     leaves, structure = tree.flatten(at)
-    leaves = [x.clone().requires_grad_() for x in leaves]
-    a = tree.unflatten(structure, leaves)
-    run = fo.unroll(opt, wavy, a["p"], batches=a["b"], hyper=a["h"], meta=a["m"], **way)
-    total = sum((x**2).sum() for x in tree.leaves(run.params)) + run.losses.sum()
-    return list(torch.autograd.grad(total, leaves, materialize_grads=True))
+    leaves = [x.clone().requires_grad_(not by_func) for x in leaves]
+
+    def end(leaves: list[Tensor]) -> Tensor:
+        a = tree.unflatten(structure, leaves)
+        given = {"batches": a["b"], "hyper": a["h"], "meta": a["m"]}
+        run = fo.unroll(opt, wavy, a["p"], **given, **way)
+        return sum((x**2).sum() for x in tree.leaves(run.params)) + run.losses.sum()
+
+    if by_func:
+        return grad(end)(leaves)
+    return list(torch.autograd.grad(end(leaves), leaves, materialize_grads=True))
 
 
 def check_ways(opt: fo.Optimizer, params: Any, hyper: Any) -> None:
@@ -213,8 +221,10 @@ def check_ways(opt: fo.Optimizer, params: Any, hyper: Any) -> None:
     scale = max(float(x.abs().max()) for x in expected)
     assert scale > 1e-9
     for way in OWN.values():
-        for x, y in zip(of_registry(opt, params, hyper, **way), expected):
-            assert (x - y).abs().max() <= 1e-11 * scale
+        for by_func in (False, True):
+            found = of_registry(opt, params, hyper, by_func, **way)
+            for x, y in zip(found, expected):
+                assert (x - y).abs().max() <= 1e-11 * scale
 
 
 @pytest.mark.parametrize("case", SOME)

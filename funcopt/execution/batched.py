@@ -10,6 +10,7 @@ from typing import Any
 
 import torch._C._functorch as _functorch  # pyright: ignore[reportMissingImports]
 
+from funcopt.execution import levels
 from funcopt.execution.call import Call
 from funcopt.types import Tensor
 
@@ -36,8 +37,7 @@ class Tasks:
 
     def off(self, x: Tensor) -> tuple[Tensor, int | None]:
         """The tensor of all tasks, and which axis is theirs; None if they share it."""
-        # A pullback's tensors may still wear the wrappers of a level that has been left.
-        return _functorch._unwrap_batched(_functorch.unwrap_if_dead(x), self._level)
+        return _functorch._unwrap_batched(levels.alive(x), self._level)
 
     def on(self, x: Tensor) -> Tensor:
         """Each task's own of a tensor that has the tasks in front."""

@@ -34,6 +34,15 @@ def depth() -> int:
     return len(_functorch.get_interpreter_stack() or ())
 
 
+def alive(x: Tensor) -> Tensor:
+    """The tensor without the wrappers of levels that have been left.
+
+    A pullback runs when its level is gone, and what was saved for it wears its wrapper:
+    the next level to be opened would take that for its own.
+    """
+    return _functorch.unwrap_if_dead(x)
+
+
 def pushing() -> bool:
     """Whether a forward-mode level is open, in which any tensor may be dual."""
     return forward_ad._current_level >= 0

@@ -81,7 +81,7 @@ def _iteration(x: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor:
 
 def _pullback(function: Callable[..., Tensor], x: Tensor, *how: Any) -> Any:
     """The derivative of ``function`` at ``x``, as a function of a cotangent."""
-    return torch.func.vjp(lambda x: function(x, *how), x)[1]
+    return torch.func.vjp(lambda x: function(x, *how), levels.alive(x))[1]
 
 
 def _pushed(pull: Any, tangent: Tensor) -> Tensor:
