@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import vmap
+from torch.func import grad, jvp, vmap
 
 import funcopt as fo
 from funcopt import tree
@@ -514,6 +514,25 @@ def test_bad_input_raises_and_says_why(index: int):
     assert isinstance(caught.value, builtin)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_derivative_of_an_estimate_is_refused(name: str):
+    """It has no graph: the derivative would be 0."""
+    opt, eta = ETAS["rule" if "rule" in SEES[name] else next(iter(SEES[name]))]
+
+    def value(eta: Any) -> Tensor:
+        return CALLS[name](problem(opt), eta).value
+
+    two = tree.map(lambda x: torch.stack([x, x]), eta)
+    for ask in (
+        lambda: grad(value)(eta),
+        lambda: jvp(value, (eta,), (eta,)),
+        lambda: vmap(grad(value))(two),
+        lambda: grad(lambda x: vmap(value)(x).sum())(two),
+    ):
+        with pytest.raises(fo.GradientLostError, match=f"^{name} gives numbers"):
+            ask()
 
 
 # Memory --------------------------------------------------------------------------------

@@ -131,6 +131,16 @@ def is_tracked(tensor: Tensor) -> bool:
         tensor = _functorch.get_unwrapped(tensor)
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether torch.func or forward mode follows this tensor: more than vmap does."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        alive = _functorch.unwrap_if_dead(tensor) is tensor
+        if alive and _functorch.is_gradtrackingtensor(tensor) and is_tracked(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether the values can be read without waiting for a device or breaking a graph.
 

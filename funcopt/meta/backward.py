@@ -50,6 +50,7 @@ def reverse(
         MetaParameterError: eta of other keys, or "init" beside a carry.
         StructureError, LeafError: what `unroll` raises; a leaf of eta that is not of
             floating-point numbers; an outer loss that is not 0-d.
+        GradientLostError: ``torch.func`` asks for a derivative of the estimate itself.
 
     Source:
         Domke, "Generic methods for optimization-based modeling", 2012; Maclaurin,

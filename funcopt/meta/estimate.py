@@ -5,7 +5,12 @@ from typing import Any, NamedTuple
 
 from funcopt import tree
 from funcopt.checks import check_floats
-from funcopt.errors import HyperparameterTypeError, MetaParameterError
+from funcopt.errors import (
+    GradientLostError,
+    HyperparameterTypeError,
+    MetaParameterError,
+)
+from funcopt.execution import levels
 from funcopt.meta.problem import Carry, Problem, stands_at
 from funcopt.types import Tensor, Tree
 
@@ -108,6 +113,12 @@ def check_eta(name: str, problem: Problem, eta: Tree, carry: Carry | None = None
             f"{_quoted(sorted(keys))}, and one at least"
         )
     check_floats(eta, "eta")
+    if any(levels.is_transformed(x) for x in tree.leaves(eta)):
+        raise GradientLostError(
+            f"{name} gives numbers without a graph, and a derivative of them is asked for "
+            "by torch.func: it would be 0. Take grads as they are, or differentiate "
+            "fo.unroll"
+        )
     seen = keys_seen(name)
     for key in sorted(eta):
         if key not in seen:
