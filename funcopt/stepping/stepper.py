@@ -152,6 +152,24 @@ class Stepper:
             done = tasks.step(self.step, g, p, trees, held, structure, values)
             if done is not None:
                 return done
+        columns, steps = self._anew(
+            g, p, structure, state, trees, live, values, donate, execution
+        )
+        return self._result(structure, params, state, columns, steps, donate)
+
+    def _anew(
+        self,
+        g: list[Any],
+        p: list[Any],
+        structure: tree.Structure,
+        state: State,
+        trees: dict[str, list[Any]],
+        live: list[int] | None,
+        values: LeafValues,
+        donate: bool,
+        execution: str | None,
+    ) -> tuple[Sequence[Any], Tensor]:
+        """The columns and steps of a step that is looked at, and its lanes kept."""
         check_leaves(g, p, trees, live, structure, self.forms)
         old = {
             slot: levels.scalars_of(state[slot]) if self.scalar[slot] else trees[slot]
@@ -195,8 +213,7 @@ class Stepper:
             self.lanes.setdefault(structure, Known()).put(
                 tensors, [x for x in lanes if x]
             )
-        columns = merged((p, *old.values()), columns, live)
-        return self._result(structure, params, state, columns, steps, donate)
+        return merged((p, *old.values()), columns, live), steps
 
     def _lazily(
         self,
