@@ -8,7 +8,7 @@ import torch
 from row import Case
 from rows import torch_optim
 from table import ROWS, SCALAR, TWINS, slots_of
-from test_parity import LONG, TOLERANCE, Race, gradients
+from test_parity import STEPS, TOLERANCE, Race, gradients
 from torch import Tensor
 from trees import assert_close, assert_same, mixed, random_like
 
@@ -87,7 +87,7 @@ def test_trajectory(case: Case, dtype: torch.dtype):
     params = joined(pairs(real))
     copies = [leaf.clone() for leaf in tree.leaves(params)]
     run = Both(case.optimizer(), case.twin(copies), params)
-    for step in range(LONG):
+    for step in range(STEPS):
         run.step(joined(gradients(split(run.params), step)))
         run.assert_level(TOLERANCE[real])
     run.assert_moved()

@@ -115,9 +115,9 @@ def check_eta(name: str, problem: Problem, eta: Tree, carry: Carry | None = None
     check_floats(eta, "eta")
     if any(levels.is_transformed(x) for x in tree.leaves(eta)):
         raise GradientLostError(
-            f"{name} gives numbers without a graph, and a derivative of them is asked for "
-            "by torch.func: it would be 0. Take grads as they are, or differentiate "
-            "fo.unroll"
+            f"{name} gives numbers without a graph, and torch.func asks for a "
+            "derivative of them, which would be 0. Take grads as they are, or "
+            "differentiate fo.unroll"
         )
     seen = keys_seen(name)
     for key in sorted(eta):
