@@ -150,7 +150,7 @@ def per_tensor(
     hyper: Mapping[str, Hyper],
     norms: bool = False,
     matrices: bool = False,
-    stacks: bool = False,
+    stacks: int = 0,
 ) -> Optimizer:
     """An Optimizer from a rule that needs its leaf whole: a norm, a matrix product.
 
@@ -171,9 +171,10 @@ def per_tensor(
             added in float64, and a sweep for what follows from them. Slots are then as
             in `elementwise`.
         matrices: that a leaf must have two axes; ``init`` raises for others.
-        stacks: that the rule, given all tensors with one more axis in front, steps each
-            leaf along it as if alone, as ``torch.matmul`` and its kin do. That takes a
-            fraction of what ``torch.vmap`` takes.
+        stacks: not 0 says that the rule, given all tensors with one more axis in front,
+            steps each leaf along it as if alone, as ``torch.matmul`` and its kin do.
+            That takes a fraction of what ``torch.vmap`` takes. The number is that of
+            elements up to which leaves are faster so than one by one, on a CPU.
 
     Returns:
         The optimizer.

@@ -31,8 +31,9 @@ class Spec:
     norms: bool = False  #: if not: whether they meet in sums over the leaf alone
     matrices: bool = False  #: whether a leaf must have two axes
     #: whether a leaf may have axes in front, of leaves that are alike, as torch's matrix
-    #: functions have: by the shapes of its slots the rule tells them from the leaf's own
-    stacks: bool = False
+    #: functions have (by its slots' shapes the rule tells them from the leaf's own):
+    #: the number of elements up to which leaves are faster so on a CPU, else 0
+    stacks: int = 0
     totals: Sequence[Totals] = ()
     evaluated: Callable[..., Any] | None = None
     #: what is done with a sparse gradient: "" refuses it, "rows" steps what it names (of

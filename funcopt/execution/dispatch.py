@@ -134,10 +134,11 @@ def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
 
 
 def _run_whole(name: str, leaves: Leaves, donate: bool) -> Sequence[Column]:
-    if name == "reference":
-        columns = reference.of_leaves(leaves)
-    else:
-        columns = stacked.step(leaves, apart=not donate)
+    with donation.giving(donate):
+        if name == "reference":
+            columns = reference.of_leaves(leaves)
+        else:
+            columns = stacked.step(leaves, apart=not donate)
     return _written_over(leaves, columns) if donate else columns
 
 
@@ -178,9 +179,13 @@ def _written_over(leaves: Leaves, columns: Sequence[Column]) -> list[Column]:
     given = [leaves.params, *leaves.slots]
     with torch.no_grad():
         for old, new, stream in zip(given, columns, leaves.rule.outputs):
-            if stream and new:
-                _copy(list(old), list(new))
-            kept.append(old if stream else new)
+            if not stream:
+                kept.append(new)
+                continue
+            pairs = [(a, b) for a, b in zip(old, new) if a is not b and a.numel()]
+            if pairs:
+                _copy(*map(list, zip(*pairs)))
+            kept.append(old)
     return kept
 
 

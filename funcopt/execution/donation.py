@@ -1,6 +1,8 @@
 """``donate=True``: what may be written over, and the writing where no kernel does it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,6 +11,23 @@ from funcopt import tree
 from funcopt.errors import ExecutionError
 from funcopt.execution import layout, levels
 from funcopt.types import Tensor, Tree
+
+_given: ContextVar[bool] = ContextVar("given", default=False)
+
+
+@contextmanager
+def giving(donate: bool = True) -> Iterator[None]:
+    """Whether the rules run within may write over the parameter and state given them."""
+    token = _given.set(donate)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def is_given() -> bool:
+    """Whether the rule that runs may write over parameter and state."""
+    return _given.get()
 
 
 def check(

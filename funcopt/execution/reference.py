@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from funcopt.execution import donation
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.types import Tensor
@@ -26,8 +27,9 @@ def step(
     or a 0-d float64 tensor), ``hyper[i]`` the rule's keyword arguments.
     """
     function, inputs = rule.function, (True, True, *(not s for s in rule.scalar))
+    given = donation.is_given()
     rows = [
-        _apart(function(g, p, *state, step=t, **values), (g, p, *state))
+        _apart(function(g, p, *state, step=t, **values), (g, p, *state), given)
         if p.ndim and p.dtype not in _HALF
         else _promoted(
             function, inputs, rule.outputs, (g, p, *state), {"step": t, **values}
@@ -49,11 +51,19 @@ def of_leaves(leaves: Leaves) -> list[Sequence[Any]]:
     )
 
 
-def _apart(outputs: Sequence[Any], inputs: Sequence[Any]) -> Sequence[Any]:
-    """The outputs, none of them an input: states are not to share memory."""
+def _apart(
+    outputs: Sequence[Any], inputs: Sequence[Any], given: bool = False
+) -> Sequence[Any]:
+    """The outputs, none of them an input: states are not to share memory.
+
+    Where parameter and state are ``given`` away, each may be what comes of it.
+    """
     return [
-        x.clone() if isinstance(x, Tensor) and any(x is y for y in inputs) else x
-        for x in outputs
+        x.clone()
+        if isinstance(x, Tensor)
+        and any(x is y for k, y in enumerate(inputs) if not given or k != i)
+        else x
+        for i, x in enumerate(outputs, 1)
     ]
 
 

@@ -33,7 +33,7 @@ class Rule:
     hyper: tuple[str, ...] = ()  #: the names of the hyperparameters
     elementwise: bool = True  #: whether each element goes its own way
     norms: bool = False  #: if not: whether they meet in sums over the leaf alone
-    stacks: bool = False  #: whether leaves that are alike may be given as one
+    stacks: int = 0  #: elements up to which leaves that are alike are given as one
     sums: int = 0  #: how many sums over the leaf it gives, and then nothing else
     _programs: dict[Any, Program | UntraceableError] = field(default_factory=dict)
     _executors: dict[Any, tuple[Program, Executor | BuildError]] = field(

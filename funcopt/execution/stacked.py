@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
-from funcopt.execution import reference
+from funcopt.execution import donation, reference
 from funcopt.execution.executor import Column
 from funcopt.execution.leaves import Leaves
 from funcopt.types import Tensor
 
-#: numbers of a leaf up to which a stack is faster: on a CPU larger ones, one by one, stay
-#: in its caches; elsewhere it is a guess
+#: elements of a leaf up to which a stack is faster, where the rule does not say: on a CPU
+#: larger ones, one by one, stay in its caches; elsewhere it is a guess
 _MOST, _MOST_ELSEWHERE = 1 << 14, 1 << 20
+#: elements of a stack, on a CPU: its temporaries, too, are to stay in a cache
+_STACK = 1 << 17
 #: leaves of a stack from which it is worth it: to stack costs as much as a few
-_FEWEST = 4
+_FEWEST = 3
 
 
 def refuses(leaves: Leaves, forced: bool = False) -> str | None:
@@ -30,7 +32,7 @@ def refuses(leaves: Leaves, forced: bool = False) -> str | None:
     if leaves.rule.elementwise or leaves.rule.norms or leaves.rule.sums:
         return "only leaves of a rule that needs each whole are stacked"
     fewest = 2 if forced else _FEWEST
-    if all(len(which) < fewest for which in _stacks(leaves)):
+    if max(map(len, _stacks(leaves)), default=0) < fewest:
         return f"no {fewest} small leaves are alike in shape, hyperparameters and step"
     return None
 
@@ -41,9 +43,11 @@ def step(leaves: Leaves, apart: bool = True) -> list[Column]:
     Unless ``apart`` they may be views of one tensor, for leaves that are alike.
     """
     columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
-    for which in _stacks(leaves):
+    stacks = _stacks(leaves)
+    fewest = min(_FEWEST, max(map(len, stacks), default=0))
+    for which in stacks:
         some = leaves.pick(which)
-        if len(which) > 1:
+        if len(which) >= fewest > 1:
             made = _together(some, apart)
         else:
             made = reference.of_leaves(some)
@@ -55,6 +59,8 @@ def step(leaves: Leaves, apart: bool = True) -> list[Column]:
 
 def _stacks(leaves: Leaves) -> list[list[int]]:
     """The numbers of the leaves that are alike, and so are their slots, in stacks."""
+    on_cpu = all(p.is_cpu for p in leaves.params)
+    most = (leaves.rule.stacks or _MOST) if on_cpu else _MOST_ELSEWHERE
     found: dict[Any, list[int]] = {}
     hyper = {
         key: tuple(id(x) if isinstance(x, Tensor) else x for x in values.values())
@@ -65,12 +71,17 @@ def _stacks(leaves: Leaves) -> list[list[int]]:
     ):
         numbers = (id(x) if isinstance(x, Tensor) else x for x in own)
         key = p.shape, p.dtype, p.device, hyper[id(values)], *numbers
-        if not p.ndim or p.numel() > (
-            _MOST if p.device.type == "cpu" else _MOST_ELSEWHERE
-        ):
+        if not p.ndim or p.numel() > most:
             key = i
         found.setdefault(key, []).append(i)
-    return list(found.values())
+    if not on_cpu:
+        return list(found.values())
+    made = []
+    for which in found.values():
+        size = leaves.params[which[0]].numel()
+        each = max(1, _STACK // max(size, 1))
+        made += [which[i : i + each] for i in range(0, len(which), each)]
+    return made
 
 
 def _together(leaves: Leaves, apart: bool) -> Sequence[Column]:
@@ -88,7 +99,8 @@ def _together(leaves: Leaves, apart: bool) -> Sequence[Column]:
         return tuple(torch.as_tensor(x) for (x,) in columns)  # vmap returns no numbers
 
     stacks = [torch.stack([*column]) for column in streams]
-    made = one(*stacks) if leaves.rule.stacks else torch.vmap(one)(*stacks)
+    with donation.giving():  # copies, of which nothing else is made
+        made = one(*stacks) if leaves.rule.stacks else torch.vmap(one)(*stacks)
     if not apart:
         return [column.unbind() for column in made]
     # A leaf keeps no memory alive but its own, and may be written over in place.

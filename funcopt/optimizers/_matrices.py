@@ -1,6 +1,7 @@
 """Functions of whole matrices that rules are made of."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,16 +31,20 @@ class Orthogonalized(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, coefficients: Any, steps: int, eps: float, dtype: Any) -> Any:
         a, b, c = coefficients
-        product, batch = torch.addmm, x.shape[:-2]
+        times, plus_times = torch.mm, torch.addmm
         y = x.to(dtype)
-        if batch:
-            product, y = torch.baddbmm, y.flatten(0, -3)
+        if x.ndim > 2:
+            times, plus_times, y = torch.bmm, torch.baddbmm, y.flatten(0, -3)
         y = y.mT if x.shape[-2] > x.shape[-1] else y
         size = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp(min=eps)
         y = y / size if y.dtype is x.dtype else y.div_(size)  # which is no view of x
+        rounded = _unchanged
+        if x.ndim == 2 and _is_faster_wide(y):
+            rounded, y = partial(_rounded, dtype=dtype), y.to(torch.float32)
         for _ in range(steps):
-            gram = y @ y.mT
-            y = product(y, product(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+            gram = rounded(times(y, y.mT))
+            inner = rounded(plus_times(gram, gram, gram, beta=b, alpha=c))
+            y = rounded(plus_times(y, inner, y, beta=a))
         y = y.mT if x.shape[-2] > x.shape[-1] else y
         # contiguous, as its tangent is; only a conversion copies by itself
         y = y.to(x.dtype, memory_format=torch.contiguous_format).contiguous()
@@ -64,6 +69,31 @@ class Orthogonalized(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, *how: Any) -> tuple[Tensor, int]:
         return Orthogonalized.apply(x.movedim(in_dims[0], 0), *how), 0
+
+
+def _is_faster_wide(y: Tensor) -> bool:
+    """Whether float32 makes half products of small matrices in less time.
+
+    A CPU's products of them are added up in float32, too, and rounded once; but each
+    call costs 20 µs, except of the very smallest.
+    """
+    least, most = _SMALL
+    return (
+        y.dtype.itemsize == 2
+        and y.is_cpu
+        and least < y.shape[-2] ** 2 * y.shape[-1] <= most
+    )
+
+
+_SMALL = 1 << 12, 1 << 19
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).to(x.dtype)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _iteration(x: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor:

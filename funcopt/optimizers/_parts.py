@@ -11,23 +11,24 @@ import torch
 
 from funcopt import select
 from funcopt.errors import HyperparameterError
-from funcopt.execution import levels
+from funcopt.execution import donation, levels
 from funcopt.hyper import Hyper
 from funcopt.types import HyperValue, SlotStart, Tensor
 
 Number = Any  # float, 0-d float64 tensor, or a tensor that broadcasts to the leaf
 
 
-def average(mean: Tensor, value: Tensor, beta: Number) -> Tensor:
+def average(mean: Tensor, value: Tensor, beta: Number, **out: Any) -> Tensor:
     """The exponential moving average β·mean + (1 - β)·value."""
-    return towards(mean, value, 1 - beta)
+    return towards(mean, value, 1 - beta, **out)
 
 
-def towards(start: Tensor, end: Tensor, weight: Number) -> Tensor:
+def towards(start: Tensor, end: Tensor, weight: Number, **out: Any) -> Tensor:
     """start + weight·(end - start), and exactly ``end`` where the weight is 1."""
     if isinstance(weight, Tensor):
         weight = weight.to(start.dtype)  # lerp promotes no dtypes
-    return torch.lerp(start, end, weight)  # torch.optim's rounding, and one op for three
+    # torch.optim's rounding, and one op for three
+    return torch.lerp(start, end, weight, **out)
 
 
 def coupled_decay(g: Tensor, p: Tensor, weight_decay: Number) -> Tensor:
@@ -35,9 +36,9 @@ def coupled_decay(g: Tensor, p: Tensor, weight_decay: Number) -> Tensor:
     return g if is_zero(weight_decay) else g + weight_decay * p
 
 
-def decoupled_decay(p: Tensor, lr: Number, weight_decay: Number) -> Tensor:
+def decoupled_decay(p: Tensor, lr: Number, weight_decay: Number, **out: Any) -> Tensor:
     """The parameter shrunk past the gradient: (1 - γλ)·p (Loshchilov, Hutter, 2019)."""
-    return p if is_zero(weight_decay) else p * (1 - lr * weight_decay)
+    return p if is_zero(weight_decay) else torch.mul(p, 1 - lr * weight_decay, **out)
 
 
 def decayed(
@@ -114,25 +115,32 @@ def root(x: Tensor) -> Tensor:
     return torch.sqrt(x.clamp(min=torch.finfo(x.dtype).tiny))
 
 
-def minus(p: Tensor, move: Tensor, size: Number, **out: Any) -> Tensor:
-    """p - size·move."""
-    return torch.sub(p, torch.mul(move, size, **out), **out)
-
-
-def spare(*given: Any) -> Callable[[Tensor], dict[str, Any]]:
-    """What lets a result of theirs take the memory of a temporary tensor.
+def spare(*given: Any) -> Callable[..., dict[str, Any]]:
+    """What lets a result of theirs take the memory of a tensor that has served.
 
     ``torch.exp(x, **over(x))`` writes over x where nobody follows what is computed of
-    the ``given``. On many elements fresh memory costs more than arithmetic: the system
-    hands out each page on its first write. For rules of whole leaves.
+    the ``given``: over a temporary, and over one of the given in a donated step alone;
+    of several, over the first that may be. New memory is a third of an operation's
+    traffic where it lies in no cache, and of large blocks each page is the system's to
+    hand out again, in up to half of a step's time. For rules of whole leaves.
     """
     tensors = [x for x in given if isinstance(x, Tensor)]
     plain = {*map(type, tensors)} <= {Tensor, torch.nn.Parameter}
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         plain = False
-    if plain and not levels.differentiating(tensors):
-        return lambda x: {"out": x}
-    return lambda x: {}
+    if not plain or levels.differentiating(tensors):
+        return lambda *x: {}
+    kept = [] if donation.is_given() else tensors
+    return lambda *x: next(({"out": y} for y in x if not any(y is z for z in kept)), {})
+
+
+def minus(
+    p: Tensor, move: Tensor, size: Number, over: Callable[..., dict[str, Any]]
+) -> Tensor:
+    """p - size·move, by what `spare` gave."""
+    if isinstance(size, Tensor):
+        return torch.sub(p, torch.mul(move, size, **over(move)), **over(p, move))
+    return torch.sub(p, move, alpha=size, **over(p, move))
 
 
 def known(x: Tensor) -> Number:
@@ -152,6 +160,13 @@ def sqrt(x: Number) -> Number:
     positive = where(some, x, 1.0)
     is_tensor = isinstance(positive, Tensor)
     return where(some, torch.sqrt(positive) if is_tensor else positive**0.5, 0.0)
+
+
+def length(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """‖x‖ along axes, which are kept, with derivative 0 where it is 0."""
+    if levels.differentiating([x]):
+        return sqrt((x * x).sum(axes, keepdim=True))
+    return torch.linalg.vector_norm(x, dim=axes, keepdim=True)
 
 
 def count(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from funcopt.optimizers._parts import (
     decoupled_decay,
     known,
     larger,
+    length,
     minus,
     spare,
     sqrt,
@@ -48,18 +49,18 @@ def rule(
     weight = step**beta2_decay
     squares = g * g
     if factored:
-        row_var = towards(row_var, _mean(squares, -1), weight)
-        col_var = towards(col_var, _mean(squares, -2), weight)
+        row_var = towards(row_var, _mean(squares, -1), weight, **over(row_var))
+        col_var = towards(col_var, _mean(squares, -2), weight, **over(col_var))
         share = row_var / _clamped(_mean(row_var, -2), least)
         estimate = torch.mul(share, col_var, **over(squares))
     else:
-        estimate = variance = towards(variance, squares, weight)
+        estimate = variance = towards(variance, squares, weight, **over(variance))
     least = larger(least**2, limits.tiny)
     u = torch.rsqrt(_clamped(estimate, least, **over(squares)), **over(squares))
     u = torch.mul(u, g, **over(u))
     size = larger(_root_mean_square(u, axes) / d, 1.0)
-    p = decoupled_decay(p, lr, weight_decay)
-    return minus(p, u, alpha / size, **over(u)), row_var, col_var, variance
+    p = decoupled_decay(p, lr, weight_decay, **over(p))
+    return minus(p, u, alpha / size, over), row_var, col_var, variance
 
 
 def _clamped(x: Tensor, least: Number, **out: Any) -> Tensor:
@@ -70,16 +71,16 @@ def _clamped(x: Tensor, least: Number, **out: Any) -> Tensor:
 
 
 def _mean(x: Tensor, axis: int) -> Tensor:
-    return x.mean(axis, keepdim=True) if x.numel() else x.sum(axis, keepdim=True)
+    return x.sum(axis, keepdim=True) / max(x.shape[axis], 1)
 
 
 def _root_mean_square(x: Tensor, axes: tuple[int, ...]) -> Number:
     """Of a leaf; of each of a stack, whose leaves have only these axes."""
+    count = max(x.shape[axes[0] :].numel(), 1)
     if len(axes) < x.ndim:
-        squares = (x * x).sum(axes, keepdim=True)
-        return sqrt(squares / max(x.shape[axes[0] :].numel(), 1))
+        return length(x, axes) / count**0.5
     flat = x.reshape(-1)
-    return sqrt(known(flat @ flat) / max(x.numel(), 1))
+    return sqrt(known(flat @ flat) / count)
 
 
 def _row_var(p: Tensor) -> Tensor:
@@ -164,5 +165,5 @@ def adafactor(
             "d": Hyper(d, low=1.0),
             "weight_decay": Hyper(weight_decay),
         },
-        stacks=True,
+        stacks=1 << 13,
     )

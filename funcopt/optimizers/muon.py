@@ -40,7 +40,7 @@ def rule(
     del step  # an orthogonal step has no size to correct
     over = spare(g, p, momentum_buffer, lr, weight_decay, momentum)
     g = -g if maximize else g
-    momentum_buffer = average(momentum_buffer, g, momentum)
+    momentum_buffer = average(momentum_buffer, g, momentum, **over(momentum_buffer))
     move = towards(g, momentum_buffer, momentum) if nesterov else momentum_buffer
     move = orthogonalized(move, ns_coefficients, ns_steps, eps, ns_dtype or move.dtype)
     rows, columns = p.shape[-2:]
@@ -48,8 +48,8 @@ def rule(
         ratio = 0.2 * max(rows, columns) ** 0.5
     else:
         ratio = max(1.0, rows / max(columns, 1)) ** 0.5
-    p = decoupled_decay(p, lr, weight_decay)
-    return minus(p, move, lr * ratio, **over(move)), momentum_buffer
+    p = decoupled_decay(p, lr, weight_decay, **over(p))
+    return minus(p, move, lr * ratio, over), momentum_buffer
 
 
 def muon(
@@ -149,5 +149,5 @@ def muon(
             "momentum": Hyper(momentum),
         },
         matrices=True,
-        stacks=True,
+        stacks=1 << 16,
     )
