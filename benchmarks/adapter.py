@@ -20,13 +20,16 @@ from tqdm import tqdm
 
 import measure
 import report
+from contestants.rules import RULES
 from funcopt import torch_optim
-from workloads import nets
+from funcopt.torch_optim.generated import FACTORIES
+from workloads import sizes
 
 NAMES = [
     "SGD", "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon",
-    "NAdam", "RAdam", "RMSprop", "Rprop",
+    "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam",
 ]  # fmt: skip
+LOOPED = ("Muon", "SparseAdam")  # which torch.optim has no other way for
 IMPLEMENTATIONS = {
     "for-loop": {"foreach": False},
     "foreach": {"foreach": True},
@@ -39,25 +42,22 @@ def transformer() -> nn.Module:
     return nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
 
 
-def tensors(module: nn.Module) -> list[torch.Size]:
-    return [p.shape for p in module.parameters()]
-
-
-SIZES: dict[str, Callable[[], list[torch.Size]]] = {
-    "Omniglot": lambda: tensors(nets.mlp_classifier()[0]),
-    "MLP": lambda: [torch.Size(s) for _ in range(5) for s in ((32, 32), (32,))],
-    "transformer": lambda: tensors(transformer()),
-    "10 M": lambda: [torch.Size([1000, 1000])] * 10,
+SIZES: dict[str, Callable[[], sizes.Shapes]] = {
+    "Omniglot": lambda: sizes.TREES["Omniglot net"],
+    "MLP": lambda: [(32, 32), (32,)] * 5,
+    "transformer": lambda: [tuple(p.shape) for p in transformer().parameters()],
+    "10 M": lambda: sizes.TREES["10 M in 10"],
 }
 
 
-def stepper(library: Any, name: str, shapes: list[torch.Size], **flags: Any) -> Any:
+def stepper(library: Any, name: str, shapes: sizes.Shapes, **flags: Any) -> Any:
     """Steps of parameters that keep their gradients; None where torch has no such way."""
-    if name == "Muon":
-        shapes = [shape for shape in shapes if len(shape) == 2]
-    params = [Parameter(torch.randn(shape)) for shape in shapes]
-    for p in params:
-        p.grad = 1e-3 * torch.randn_like(p)
+    rule = RULES[FACTORIES[name]]
+    shapes = rule.fit(shapes)
+    params = [*map(Parameter, sizes.tensors(shapes, seed=1))]
+    grads = [1e-3 * g for g in sizes.tensors(shapes, seed=2)]
+    for p, g in zip(params, rule.gradients(grads)):
+        p.grad = g
     try:
         optimizer = getattr(library, name)(params, **flags)
         optimizer.step()
@@ -80,7 +80,7 @@ def main() -> None:
     for name, size in tqdm(cases):
         shapes = SIZES[size]()
         calls = {"funcopt": stepper(torch_optim, name, shapes)}
-        ways = {"for-loop": {}} if name == "Muon" else IMPLEMENTATIONS
+        ways = {"for-loop": {}} if name in LOOPED else IMPLEMENTATIONS
         for way, flags in ways.items():
             calls[way] = stepper(torch.optim, name, shapes, **flags)
         calls = {way: call for way, call in calls.items() if call is not None}
