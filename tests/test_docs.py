@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import re
+import runpy
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -69,6 +70,11 @@ def test_every_public_name_is_on_the_api_page() -> None:
 def test_every_schedule_is_drawn() -> None:
     drawn = set(re.findall(r">(\w+)(?:, \w+)?</text>", read("docs/schedules.svg")))
     assert {*schedules.__all__} - {"Plateau"} <= drawn
+
+
+def test_every_optimizer_is_listed() -> None:
+    table = runpy.run_path(str(ROOT / "docs/draw_optimizers.py"))["table"]()
+    assert f"\n{table}\n" in read("docs/optimizers.md")
 
 
 def test_the_changelog_has_the_version() -> None:
