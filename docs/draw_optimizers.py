@@ -138,7 +138,8 @@ def draw(to: Path) -> None:
         grid[0].set(xlim=(left, right), ylim=(low, high), xticks=(), yticks=())
         figure.savefig(to)
     with Image.open(to) as image:  # of few colours, a third of the bytes
-        image.convert("RGB").quantize(255, Image.Quantize.MAXCOVERAGE).save(to, optimize=True)
+        few = image.convert("RGB").quantize(255, Image.Quantize.MAXCOVERAGE)
+        few.save(to, optimize=True)
 
 
 # The table ----------------------------------------------------------------------------
