@@ -79,7 +79,7 @@ FLOORS = {
     "funcopt.optimizers._line_search": 5,
     "funcopt.optimizers._parts": 5,
     "funcopt.optimizers._bases": 5,
-    "funcopt.optimizers._matrices": 5,
+    "funcopt.optimizers._matrices": 5.1,
     "funcopt.optimizers": 5.9,
     "funcopt.optimizers.*": 5.5,
     "funcopt.projections": 5.1,

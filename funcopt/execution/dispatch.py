@@ -112,7 +112,8 @@ def _lane(
 
 def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
     if group.choice.name not in ENGINES:
-        return _run_whole(group.choice.name, leaves, donate)
+        plain = not (group.choice.transformed or choice.untouchable(leaves))
+        return _run_whole(group.choice.name, leaves, donate, plain)
     streams = leaves.streams(group.kinds)
     rows, which = leaves.rows(group.kinds)
     if group.choice.transformed:
@@ -133,8 +134,10 @@ def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
     return columns
 
 
-def _run_whole(name: str, leaves: Leaves, donate: bool) -> Sequence[Column]:
-    with donation.giving(donate):
+def _run_whole(
+    name: str, leaves: Leaves, donate: bool, plain: bool = True
+) -> Sequence[Column]:
+    with donation.running(given=donate if plain else None):
         if name == "reference":
             columns = reference.of_leaves(leaves)
         else:

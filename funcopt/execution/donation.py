@@ -12,22 +12,34 @@ from funcopt.errors import ExecutionError
 from funcopt.execution import layout, levels
 from funcopt.types import Tensor, Tree
 
-_given: ContextVar[bool] = ContextVar("given", default=False)
+#: of the rule that runs: None where what it computes may be followed, else `is_given`
+_given: ContextVar[bool | None] = ContextVar("given", default=None)
 
 
 @contextmanager
-def giving(donate: bool = True) -> Iterator[None]:
-    """Whether the rules run within may write over the parameter and state given them."""
-    token = _given.set(donate)
+def running(given: bool | None) -> Iterator[None]:
+    """The rules run within may write over their temporaries; if ``given``, over all.
+
+    Not over gradients. None says that they may not.
+    """
+    token = _given.set(given)
     try:
         yield
     finally:
         _given.reset(token)
 
 
+def is_plain() -> bool:
+    """Whether nobody follows what the rule that runs computes.
+
+    No derivative, transform, compiler, dispatch mode or subclass of Tensor.
+    """
+    return not torch.compiler.is_compiling() and _given.get() is not None
+
+
 def is_given() -> bool:
     """Whether the rule that runs may write over parameter and state."""
-    return _given.get()
+    return is_plain() and bool(_given.get())
 
 
 def check(

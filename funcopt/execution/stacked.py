@@ -99,7 +99,7 @@ def _together(leaves: Leaves, apart: bool) -> Sequence[Column]:
         return tuple(torch.as_tensor(x) for (x,) in columns)  # vmap returns no numbers
 
     stacks = [torch.stack([*column]) for column in streams]
-    with donation.giving():  # copies, of which nothing else is made
+    with donation.running(given=donation.is_plain() or None):  # they are copies
         made = one(*stacks) if leaves.rule.stacks else torch.vmap(one)(*stacks)
     if not apart:
         return [column.unbind() for column in made]

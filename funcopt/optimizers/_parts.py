@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from funcopt import select
 from funcopt.errors import HyperparameterError
-from funcopt.execution import donation, levels
+from funcopt.execution import donation
 from funcopt.hyper import Hyper
 from funcopt.types import HyperValue, SlotStart, Tensor
 
@@ -116,28 +116,41 @@ def root(x: Tensor) -> Tensor:
 
 
 def spare(*given: Any) -> Callable[..., dict[str, Any]]:
-    """What lets a result of theirs take the memory of a tensor that has served.
+    """What lets a result take the memory of a tensor that has served.
 
-    ``torch.exp(x, **over(x))`` writes over x where nobody follows what is computed of
-    the ``given``: over a temporary, and over one of the given in a donated step alone;
-    of several, over the first that may be. New memory is a third of an operation's
-    traffic where it lies in no cache, and of large blocks each page is the system's to
-    hand out again, in up to half of a step's time. For rules of whole leaves.
+    ``torch.exp(x, **over(x))`` writes over x where nobody follows what is computed: over
+    a temporary, and over what was ``given`` to the rule in a donated step alone; of
+    several, over the first that may be. New memory is a third of an operation's traffic
+    where it lies in no cache; and of large blocks, which the C library gives back, the
+    system hands out each page anew, in up to half of a step's time. For rules of whole
+    leaves.
     """
-    tensors = [x for x in given if isinstance(x, Tensor)]
-    plain = {*map(type, tensors)} <= {Tensor, torch.nn.Parameter}
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        plain = False
-    if not plain or levels.differentiating(tensors):
-        return lambda *x: {}
-    kept = [] if donation.is_given() else tensors
-    return lambda *x: next(({"out": y} for y in x if not any(y is z for z in kept)), {})
+    if not donation.is_plain():
+        return _over_none
+    return _over_first if donation.is_given() else partial(_over_temporary, given)
+
+
+def _over_first(x: Tensor, *_: Tensor) -> dict[str, Any]:
+    return {"out": x}
+
+
+def _over_temporary(given: Sequence[Any], *tensors: Tensor) -> dict[str, Any]:
+    for x in tensors:
+        if not any(x is y for y in given):
+            return {"out": x}
+    return {}
+
+
+def _over_none(*_: Tensor) -> dict[str, Any]:
+    return {}
 
 
 def minus(
     p: Tensor, move: Tensor, size: Number, over: Callable[..., dict[str, Any]]
 ) -> Tensor:
     """p - size·move, by what `spare` gave."""
+    if isinstance(size, Tensor) and not size.ndim:
+        size = known(size)
     if isinstance(size, Tensor):
         return torch.sub(p, torch.mul(move, size, **over(move)), **over(p, move))
     return torch.sub(p, move, alpha=size, **over(p, move))
@@ -149,7 +162,7 @@ def known(x: Tensor) -> Number:
     And loses no derivative. Arithmetic with it is the same, in a tenth of the time. For
     rules of whole leaves: a kernel is printed of what happens to tensors.
     """
-    if levels.readable(x) and not levels.differentiating([x]):
+    if donation.is_plain() and x.is_cpu:
         return x.item()
     return x.to(torch.float64)
 
@@ -164,9 +177,9 @@ def sqrt(x: Number) -> Number:
 
 def length(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """‖x‖ along axes, which are kept, with derivative 0 where it is 0."""
-    if levels.differentiating([x]):
-        return sqrt((x * x).sum(axes, keepdim=True))
-    return torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+    if donation.is_plain():
+        return torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+    return sqrt((x * x).sum(axes, keepdim=True))
 
 
 def count(x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def rule(
 ) -> tuple[Tensor, ...]:
     factored = variance.ndim < p.ndim
     axes = tuple(range((variance if factored else row_var).ndim - 1, p.ndim))
-    over = spare(g, p, row_var, col_var, variance, lr, beta2_decay, eps1, eps2, d)
+    over = spare(p, row_var, col_var, variance)
     g = -g if maximize else g
     limits = torch.finfo(p.dtype)
     least = limits.eps if eps1 is None else eps1
@@ -48,26 +48,35 @@ def rule(
     alpha = larger(_root_mean_square(p, axes), eps2) * where(lr < rate, lr, rate)
     weight = step**beta2_decay
     squares = g * g
+    bound = larger(least**2, limits.tiny)
     if factored:
         row_var = towards(row_var, _mean(squares, -1), weight, **over(row_var))
         col_var = towards(col_var, _mean(squares, -2), weight, **over(col_var))
         share = row_var / _clamped(_mean(row_var, -2), least)
-        estimate = torch.mul(share, col_var, **over(squares))
+        # A root for each row and each column, not for each element; of nothing so small
+        # that the derivative, a cube, is no number: there the bound is long reached.
+        roots = [_inverse_root(x, limits.tiny ** (2 / 3)) for x in (share, col_var)]
+        scale = torch.mul(*roots, **over(squares))
+        scale = _clamped(scale, None, bound**-0.5, **over(scale))
     else:
-        estimate = variance = towards(variance, squares, weight, **over(variance))
-    least = larger(least**2, limits.tiny)
-    u = torch.rsqrt(_clamped(estimate, least, **over(squares)), **over(squares))
-    u = torch.mul(u, g, **over(u))
+        variance = towards(variance, squares, weight, **over(variance))
+        scale = _inverse_root(variance, bound, **over(squares))
+    u = torch.mul(scale, g, **over(scale))
     size = larger(_root_mean_square(u, axes) / d, 1.0)
     p = decoupled_decay(p, lr, weight_decay, **over(p))
     return minus(p, u, alpha / size, over), row_var, col_var, variance
 
 
-def _clamped(x: Tensor, least: Number, **out: Any) -> Tensor:
-    """At least ``least``: `larger`, in a tenth of the time on many elements."""
-    if isinstance(least, Tensor):
-        least = least.to(x.dtype)
-    return torch.clamp(x, min=least, **out)
+def _inverse_root(x: Tensor, least: Number, **out: Any) -> Tensor:
+    """1/√x, of ``least`` where x is less."""
+    x = _clamped(x, least, **out)
+    return torch.rsqrt(x, **out)
+
+
+def _clamped(x: Tensor, least: Number, most: Number = None, **out: Any) -> Tensor:
+    """Within bounds: `larger`, in a tenth of the time on many elements."""
+    bounds = [b.to(x.dtype) if isinstance(b, Tensor) else b for b in (least, most)]
+    return torch.clamp(x, *bounds, **out)
 
 
 def _mean(x: Tensor, axis: int) -> Tensor:

@@ -38,11 +38,13 @@ def rule(
     ns_dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
     del step  # an orthogonal step has no size to correct
-    over = spare(g, p, momentum_buffer, lr, weight_decay, momentum)
+    over = spare(p, momentum_buffer)
     g = -g if maximize else g
     momentum_buffer = average(momentum_buffer, g, momentum, **over(momentum_buffer))
     move = towards(g, momentum_buffer, momentum) if nesterov else momentum_buffer
-    move = orthogonalized(move, ns_coefficients, ns_steps, eps, ns_dtype or move.dtype)
+    out = over(move) if nesterov else {}  # the buffer stays what it is
+    how = ns_coefficients, ns_steps, eps, ns_dtype or move.dtype
+    move = orthogonalized(move, *how, **out)
     rows, columns = p.shape[-2:]
     if adjust_lr_fn == "match_rms_adamw":
         ratio = 0.2 * max(rows, columns) ** 0.5
