@@ -1,6 +1,9 @@
 """Optimizers that see all leaves as one vector, and ask for the loss again."""
 
+import math
+import mmap
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +25,8 @@ from funcopt.stepping.complex_leaves import parts
 from funcopt.stepping.per_leaf import Hypers
 from funcopt.types import State, Tensor, Tree
 
-#: a function of the vector of all parameters that gives a 0-d loss
-Loss = Callable[[Tensor], Tensor]
+#: a function of the vector of all parameters that gives the loss's gradient, and the loss
+Slope = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def everywhere(condition: Tensor) -> bool:
@@ -40,6 +43,8 @@ def decided(condition: Tensor) -> bool | None:
     found = levels.seen(condition)
     if found is None or not found.is_cpu:
         return None
+    if not found.ndim:
+        return bool(found)
     return bool(found.all()) or (None if found.any() else False)
 
 
@@ -61,23 +66,20 @@ def alone(x: Tensor) -> bool:
     return not followed and levels.readable(x)
 
 
-def slope_of(loss: Loss) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function of x that gives the loss's gradient there, and its value."""
-    transformed: Any = torch.func.grad_and_value(loss)
+_LARGE = 1 << 20  # bytes
 
-    def slope(x: Tensor) -> tuple[Tensor, Tensor]:
-        # What nobody differentiates or watches autograd does alone, in half the time.
-        if not alone(x) or torch.is_inference_mode_enabled():
-            return transformed(x)
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            value = loss(x)
-            if value.ndim or not value.requires_grad:
-                return transformed(x.detach())  # which has the words for it
-            (g,) = torch.autograd.grad(value, x)
-        return g, value.detach()
 
-    return slope
+def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Zeros of the dtype and device of ``like``.
+
+    Many are pages that the system hands out on the first write: a history that is
+    not written yet takes neither memory nor time.
+    """
+    size = math.prod(shape) * like.element_size()
+    if size < _LARGE or not levels.readable(like) or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return like.new_zeros(shape)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(*shape)
 
 
 def flat(
@@ -90,10 +92,12 @@ def flat(
     """An Optimizer from a rule on one vector and its loss.
 
     Args:
-        rule: ``rule(loss, g, x, slots, moves, **hyper) -> (x, slots)``, all values of
-            x's dtype, the widest of the leaves' and float32 at least. ``moves`` is None
-            or False for the elements of leaves without a gradient: there g is 0, and
-            what the rule returns is not looked at. Hyperparameters are 0-d tensors.
+        rule: ``rule(slope, f, g, x, slots, moves, donate=..., **hyper) -> (x, slots)``,
+            all values of x's dtype, the widest of the leaves' and float32 at least, but
+            for the loss f. ``slope(x)`` gives the gradient and the loss of any x.
+            ``moves`` is None or False for the elements of leaves without a gradient:
+            there g is 0, and what the rule returns is not looked at. With ``donate`` it
+            may write over slots, and return them. Hyperparameters are 0-d tensors.
         name: what messages call the optimizer.
         slots: the state from the vector of all parameters; shapes must not change.
         hyper: the hyperparameters, each one number for all leaves.
@@ -101,6 +105,10 @@ def flat(
     hypers = Hypers(hyper, name)
     for key, declared in hyper.items():
         _check_one(key, declared.value, name)
+
+    @cache
+    def form_of(size: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        return slots(torch.empty(size, dtype=dtype, device="meta"))
 
     def init(params: Tree) -> State:
         leaves, structure = tree.flatten(params)
@@ -115,6 +123,7 @@ def flat(
         params: Tree,
         *,
         loss_fn: Callable[[Tree], Tensor] | None = None,
+        value: Tensor | None = None,
         donate: bool = False,
         execution: str | None = None,
         **overrides: Any,
@@ -123,6 +132,11 @@ def flat(
             raise HyperparameterTypeError(
                 f"{name} evaluates the loss again: call update(grads, state, params, "
                 f"loss_fn=a function of params that gives the loss), not {loss_fn!r}"
+            )
+        if value is not None and not (isinstance(value, Tensor) and not value.ndim):
+            given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+            raise HyperparameterTypeError(
+                f"{name}'s value is the loss at params, a 0-d tensor, not {given}"
             )
         if execution not in (None, "reference"):
             raise ExecutionError(
@@ -133,22 +147,22 @@ def flat(
         g = tree.flatten_like(structure, grads, "grads")
         live = [i for i, x in enumerate(g) if x is not None]
         check_leaves(g, p, {}, live, structure, {})
-        like = _form(p, name)
+        held = [leaf for leaf in p if leaf is not None]
+        like, sizes = _form(p, name), [parts(leaf).numel() for leaf in held]
         x = _vector(p, p, like)
-        expected = slots(torch.empty_like(x, device="meta"))
+        expected = form_of(x.shape[0], x.dtype)
         vectors = {"step": torch.int64}
         check_state(state, ("step", *expected), vectors, structure, name)
         old = {slot: state[slot] for slot in expected}
         _check_slots(old, expected, name)
         if donate:
-            held = [leaf for leaf in p if leaf is not None]
             donation.check(
                 [g[i] for i in live],
                 [held, [state["step"], *old.values()]],
                 tree.leaves(overrides),
             )
-        for key, value in overrides.items():
-            _check_one(key, value, name)
+        for key, override in overrides.items():
+            _check_one(key, override, name)
         count = state["step"].amax()[None] + 1 if p else torch.ones(1)
         # All leaves are one to the hyperparameters, too.
         (row,) = hypers.per_leaf(
@@ -159,13 +173,31 @@ def flat(
             for key, v in row.items()
         }
 
-        def merged(x: Tensor) -> Tree:
-            """The tree whose leaves with a gradient are parts of x."""
-            sizes = [parts(leaf).numel() for leaf in p if leaf is not None]
+        def leaves_of(x: Tensor) -> list[Any]:
+            """The leaves with a gradient as parts of x, and the others."""
             pieces = iter(x.split(sizes))
             new = [leaf if leaf is None else _like(next(pieces), leaf) for leaf in p]
-            chosen = [p[i] if g[i] is None else leaf for i, leaf in enumerate(new)]
-            return tree.unflatten(structure, chosen)
+            return [p[i] if g[i] is None else leaf for i, leaf in enumerate(new)]
+
+        def loss(x: Tensor) -> Tensor:
+            return loss_fn(tree.unflatten(structure, leaves_of(x)))
+
+        def slope(x: Tensor) -> tuple[Tensor, Tensor]:
+            """The loss's gradient, and its value."""
+            transformed: Any = torch.func.grad_and_value(loss)
+            if not alone(x) or torch.is_inference_mode_enabled():
+                return transformed(x)
+            # What nobody differentiates or watches autograd does alone, in half the time.
+            leaves = tree.map(torch.detach, leaves_of(x))
+            asked = [leaves[i].requires_grad_() for i in live]
+            with torch.enable_grad():
+                value = loss_fn(tree.unflatten(structure, leaves))
+            if value.ndim or not value.requires_grad:
+                return transformed(x)  # which has the words for it
+            slopes = dict(zip(live, torch.autograd.grad(value, asked, allow_unused=True)))
+            return _vector(
+                [slopes.get(i) for i in range(len(p))], p, like
+            ), value.detach()
 
         moves = None
         if len(live) < sum(leaf is not None for leaf in p):
@@ -174,16 +206,18 @@ def flat(
                 for i, leaf in enumerate(p)
             ]
             moves = _vector(marks, p, like) > 0
+        if value is None:
+            value = loss(x)
         found, kept = rule(
-            lambda x: loss_fn(merged(x)), _vector(g, p, like), x, old, moves, **values
+            slope, value, _vector(g, p, like), x, old, moves, donate=donate, **values
         )
         stepped = [int(grad is not None) for grad in g]
         step = state["step"] + torch.tensor(stepped, device=state["step"].device)
-        new = tree.map(torch.clone, merged(found))  # no parts of one another's memory
+        new = tree.unflatten(structure, leaves_of(found))
         new_state = {"step": step, **kept}
         if donate:
             return donation.write_over((params, state), (new, new_state))
-        return new, new_state
+        return tree.map(torch.clone, new), new_state  # no parts of one another's memory
 
     public = {key: declared.value for key, declared in hyper.items()}
     return Optimizer(init, update, name, {**public, "loss_fn": None})

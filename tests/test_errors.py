@@ -964,6 +964,10 @@ COMPOSED = [
         ("project onto a word", lambda x: fo.project("box"), "'box'"),  # pyright: ignore[reportArgumentType]
         ("a cautious partition", lambda x: fo.cautious(HALVES), "one rule", "partition"),
         ("lbfgs without a loss", lambda x: step(x, fo.lbfgs()), "loss_fn", "None"),
+        ("a value for each leaf", lambda x: step(x, fo.lbfgs(), loss_fn=total,
+         value=torch.ones(2)), "value", "(2,)"),
+        ("a value that is a number", lambda x: step(x, fo.lbfgs(), loss_fn=total,
+         value=0.5), "value", "0.5"),
         ("a loss that is a number", lambda x: step(x, fo.lbfgs(), loss_fn=1.0), "1.0"),
         ("sam without a loss", lambda x: step(x, fo.sam(SGD)), "loss_fn", "None"),
         ("rounding without a generator",

@@ -77,6 +77,7 @@ FLOORS = {
     "funcopt.optimizer": 4.5,
     "funcopt.flat": 4.7,
     "funcopt.optimizers._line_search": 5,
+    "funcopt.optimizers._pairs": 5,
     "funcopt.optimizers._parts": 5,
     "funcopt.optimizers._bases": 5,
     "funcopt.optimizers._matrices": 5.1,

@@ -334,6 +334,71 @@ def test_donated(search: Any):
 
 
 @searches
+@pytest.mark.parametrize("history_size", [1, 3, 20])
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_what_nobody_follows(problem: str, donate: bool, history_size: int, search: Any):
+    """Then memory is used again: of a state that is given away, and never another's."""
+    loss, params, rate = PROBLEMS[problem]
+    opt = fo.lbfgs(
+        1.0 if search else rate, 4, history_size=history_size, line_search_fn=search
+    )
+    asked: list[tuple[Tree, Tree]] = []
+
+    def noted(p: Tree) -> Tensor:
+        asked.append((p, tree.map(lambda x: x.detach().clone(), p)))
+        return loss(p)
+
+    expected = params = tree.map(torch.clone, params)
+    known = state = opt.init(params)
+    if donate:
+        params, state = tree.map(torch.clone, (params, state))
+    for i in range(4):
+        expected, known = updated(opt, loss, expected, known)
+        # The last two begin anew with fewer steps: not all pairs come that may come.
+        how: dict[str, Any] = {} if i < 2 else {"tolerance_change": 1e-3}
+        if how:
+            expected, known = updated(opt, loss, params, state, **how)
+        before = tree.map(torch.clone, (params, state))
+        grads = tree.unflatten(tree.flatten(params)[1], slopes(loss, params))
+        asked.clear()
+        with torch.no_grad():
+            given = {"loss_fn": noted, "donate": donate, **how}
+            new, new_state = opt.update(grads, state, params, **given)
+        for p, then in asked[donate:]:  # also what the loss has seen
+            assert all(map(torch.equal, tree.leaves(p), tree.leaves(then)))
+        assert (new is params) == donate
+        if not donate:
+            for x, y in zip(tree.leaves(before), tree.leaves((params, state))):
+                assert torch.equal(x, y)
+        params, state = new, new_state
+        for x, y in zip(tree.leaves(params), tree.leaves(expected), strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+        assert state["n_iter"] == known["n_iter"]
+        assert ((state["ro"] > 0) == (known["ro"] > 0)).all()
+        for key in ("old_dirs", "old_stps", "d"):
+            scale = 1e-7 * (1 + known[key].abs().max())
+            torch.testing.assert_close(state[key], known[key], rtol=0, atol=float(scale))
+
+
+@searches
+def test_a_known_value_spares_an_evaluation(search: Any):
+    opt, p, calls = fo.lbfgs(0.5, 3, line_search_fn=search), drawn(6), []
+
+    def counted(p: Tensor) -> Tensor:
+        calls.append(p)
+        return quadratic(p)
+
+    grads, value = torch.func.grad_and_value(quadratic)(p)
+    expected = opt.update(grads, opt.init(p), p, loss_fn=counted)
+    without = len(calls)
+    found = opt.update(grads, opt.init(p), p, loss_fn=counted, value=value)
+    assert len(calls) == 2 * without - 1
+    for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+        assert torch.equal(a, b)
+
+
+@searches
 def test_saved_and_loaded_it_goes_on(search: Any):
     opt = fo.lbfgs(0.5, 4, line_search_fn=search)
     params, state = run(opt, quadratic, drawn(6), 2)

@@ -99,8 +99,10 @@ def _ours_from_start(
                 s[key].copy_(first[key])
         with torch.enable_grad():
             asked = [x.requires_grad_() for x in map(Tensor.detach, p)]
-            grads = list(torch.autograd.grad(loss(asked), asked))
-        run["params"], _ = opt.update(grads, s, p, loss_fn=loss, donate=donate)
+            value = loss(asked)
+            grads = list(torch.autograd.grad(value, asked))
+        given = {"loss_fn": loss, "value": value.detach()}
+        run["params"], _ = opt.update(grads, s, p, donate=donate, **given)
 
     return Stepper(step, lambda: list(run["params"]))
 

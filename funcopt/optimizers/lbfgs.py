@@ -1,48 +1,29 @@
 """L-BFGS: a quasi-Newton step along what the last gradients tell of the curvature."""
 
+from collections.abc import Callable
+
 import torch
 
 from funcopt.errors import HyperparameterError
-from funcopt.flat import Loss, alone, everywhere, flat, most, slope_of, where
+from funcopt.flat import Slope, everywhere, flat, most, where, zeros
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
 from funcopt.optimizers._line_search import Point, strong_wolfe
+from funcopt.optimizers._pairs import Pairs, Slots
 from funcopt.types import HyperValue, Tensor
 
 _CURVED = 1e-10  # y·s of a pair that is remembered
 
-Slots = dict[str, Tensor]
-
-
-def direction(
-    g: Tensor, y: Tensor, s: Tensor, ro: Tensor, products: Tensor, scale: Tensor
-) -> Tensor:
-    """-H·g by the rows of y, s and ρ, the oldest first; a row with ρ = 0 has no part.
-
-    The two loops of the recursion are the substitutions in two triangular systems, made
-    of the ``products`` s·y: so they cost a few operations, and not some for each row.
-    """
-    newer = (ro[:, None] * products).triu(1)
-    older = (ro[:, None] * products.T).tril(-1)
-    alpha = _solved(newer, ro * -(s @ g), upper=True)
-    r = scale * -(g + alpha @ y)
-    return r + _solved(older, alpha - ro * (y @ r), upper=False) @ s
-
-
-def _solved(strict: Tensor, right: Tensor, upper: bool) -> Tensor:
-    """x of (1 + strict)·x = right."""
-    return torch.linalg.solve_triangular(
-        strict, right[:, None], upper=upper, unitriangular=True
-    )[:, 0]
-
 
 def rule(
-    loss: Loss,
+    evaluate: Slope,
+    f: Tensor,
     g: Tensor,
     x: Tensor,
     slots: Slots,
     moves: Tensor | None,
     *,
+    donate: bool,
     lr: Tensor,
     tolerance_grad: Tensor,
     tolerance_change: Tensor,
@@ -50,63 +31,51 @@ def rule(
     max_eval: int,
     search: bool,
 ) -> tuple[Tensor, Slots]:
-    evaluate = slope_of(loss)
     d, t, scale = slots["d"], slots["t"], slots["H_diag"]
     last_g, last_f = slots["prev_flat_grad"], slots["prev_loss"]
     n_iter = slots["n_iter"]
     if moves is not None:
         d, last_g = torch.where(moves, d, 0.0), torch.where(moves, last_g, 0.0)
-    size = slots["ro"].shape[0]
-    known = min(size, most((slots["ro"] > 0).sum(), size))
-    memory = [slots[key][size - known :] for key in ("old_dirs", "old_stps", "ro")]
-    products = memory[1] @ memory[0].T
     rounds = min(max_iter, max_eval)
-    rooms = [_Room(rows, rounds) for rows in memory] if alone(x) else None
-    f = loss(x).to(x.dtype)
+    begun = most((n_iter > 0).int(), 1)  # else the first step's is no pair
+    pairs = Pairs(slots, rounds - 1 + begun, donate)
+    f = f.to(x.dtype)
     evals = torch.ones_like(n_iter)
     done = _largest(g) <= tolerance_grad
+    s = d * t
+
+    def room(used: Tensor) -> Tensor | None:
+        """The memory of what is no longer needed, if nobody follows what is computed."""
+        return used if pairs.in_place else None
+
     for i in range(rounds):
         if everywhere(done):
             break
         n_iter = n_iter + ~done
 
-        y, s = g - last_g, d * t
-        ys, yy = y @ s, y @ y
-        curved = ~done & (ys > _CURVED)
-        ys = torch.where(curved, ys, 1.0)
-        products = _bordered(products, memory[1] @ y, memory[0] @ s, ys, curved, size)
-        new = (y, s, 1 / ys)
-        if rooms is None:
-            pairs = zip(memory, new, strict=True)
-            memory = [_pushed(rows, row, curved, size) for rows, row in pairs]
-        elif curved:
-            memory = [
-                room.pushed(row, size) for room, row in zip(rooms, new, strict=True)
-            ]
-        scale = where(curved, ys / torch.where(curved, yy, 1.0), scale)
-        way = direction(g, *memory, products, scale)
+        y = torch.sub(g, last_g, out=room(last_g) if i and last_g is not g else None)
+        ys = y @ s
+        new = ~done & (ys > _CURVED)
+        if not everywhere(~new):
+            ys = where(new, ys, torch.ones_like(ys))
+            pairs.push(y, s, ys, new)
+            scale = where(new, ys / where(new, y @ y, torch.ones_like(ys)), scale)
+        way = pairs.direction(g, scale, room(d) if i else None)
         if moves is not None:
             way = torch.where(moves, way, 0.0)
         d, last_g, last_f = (
             where(done, old, new) for old, new in ((d, way), (last_g, g), (last_f, f))
         )
-        size_g = g.abs().sum()
-        far = (n_iter == 1) & (size_g > 1)
-        t = where(done, t, lr * torch.where(far, 1 / torch.where(far, size_g, 1.0), 1.0))
+        t = where(done, t, lr * _first(g, n_iter))
 
         slope = g @ d
         done = done | (slope > -tolerance_change)
         if everywhere(done):
             break
         if search:
-
-            def at(t: Tensor, x: Tensor = x, d: Tensor = d) -> Point:
-                g, f = evaluate(x + t * d)
-                return Point(t, f.to(x.dtype), g, g @ d)
-
             start = Point(torch.zeros_like(t), f, g, slope)
             found, tried = strong_wolfe(
-                at,
+                _line(evaluate, x, d, room(s)),
                 start,
                 t,
                 _largest(d),
@@ -116,81 +85,61 @@ def rule(
                 ~done,
             )
             t, f, g = where(done, t, found.t), found.loss, found.g
-            x, evals = where(done, x, x + t * d), evals + tried
-        else:
-            x = where(done, x, x + t * d)
-            if i + 1 < max_iter:
-                new_g, new_f = evaluate(x)
-                f, g = where(done, f, new_f.to(x.dtype)), where(done, g, new_g)
-                evals = evals + ~done
+            evals = evals + tried
+        s = torch.mul(d, t, out=room(s))
+        x = where(done, x, torch.add(x, s, out=room(y)))
+        if not search and i + 1 < max_iter:
+            new_g, new_f = evaluate(x)
+            f, g = where(done, f, new_f.to(x.dtype)), where(done, g, new_g)
+            evals = evals + ~done
         done = (
             done
             | (evals >= max_eval)
             | (_largest(g) <= tolerance_grad)
-            | (_largest(d * t) <= tolerance_change)
+            | (_largest(s) <= tolerance_change)
             | ((f - last_f).abs() < tolerance_change)
         )
-    y, s, ro = (_padded(rows, size, rooms is not None) for rows in memory)
-    return x, {
+    kept = {
         "func_evals": slots["func_evals"] + evals,
-        "n_iter": n_iter.clone(),  # what may be the old state's, or the loss's
-        "d": d.clone(),
+        "n_iter": n_iter,
+        "d": d,
         "t": t.clone(),
-        "old_dirs": y,
-        "old_stps": s,
-        "ro": ro,
-        "H_diag": scale.clone(),
-        "prev_flat_grad": last_g.clone(),
-        "prev_loss": last_f.clone(),
+        "H_diag": scale,
+        "prev_flat_grad": last_g,
+        "prev_loss": last_f.clone(),  # which may be the caller's
     }
+    kept = {key: v.clone() if v is slots[key] else v for key, v in kept.items()}
+    return x, {**kept, **pairs.slots()}
+
+
+def _line(
+    evaluate: Slope, x: Tensor, d: Tensor, memory: Tensor | None
+) -> Callable[[Tensor], Point]:
+    """The loss at x + t·d, as a function of t."""
+
+    def at(t: Tensor) -> Point:
+        g, f = evaluate(x + torch.mul(d, t, out=memory))
+        return Point(t, f.to(x.dtype), g, g @ d)
+
+    return at
+
+
+def _first(g: Tensor, n_iter: Tensor) -> Tensor:
+    """What the rate is multiplied by: 1, in the very first step no more than 1/|g|₁."""
+    one = g.new_ones(())
+    if everywhere(n_iter != 1):
+        return one
+    size = g.abs().sum()
+    far = (n_iter == 1) & (size > 1)
+    return where(far, 1 / where(far, size, one), one)
 
 
 def _largest(x: Tensor) -> Tensor:
     """The largest magnitude; 0 of nothing."""
-    return x.abs().amax() if x.shape[0] else x.sum()
-
-
-def _pushed(rows: Tensor, row: Tensor, new: Tensor, size: int) -> Tensor:
-    """The rows and, where it is ``new``, the row after them; the last ``size``."""
-    if everywhere(~new):
-        return rows
-    row = row[None]
-    longer = torch.cat([rows, row])[-size:]
-    if everywhere(new):  # which spares two copies of a long history
-        return longer
-    return torch.where(new, longer, torch.cat([torch.zeros_like(row), rows])[-size:])
-
-
-def _bordered(
-    products: Tensor, right: Tensor, below: Tensor, corner: Tensor, new: Tensor, size: int
-) -> Tensor:
-    """The products of rows that are `_pushed`."""
-    columns = _pushed(products.T, right, new, size).T
-    return _pushed(columns, torch.cat([below, corner[None]])[-size:], new, size)
-
-
-class _Room:
-    """Memory for rows to come, so that none is copied for another. Nobody may follow."""
-
-    def __init__(self, rows: Tensor, more: int) -> None:
-        self._end = rows.shape[0]
-        self._rows = rows.new_empty(self._end + more, *rows.shape[1:])
-        self._rows[: self._end] = rows
-
-    def pushed(self, row: Tensor, size: int) -> Tensor:
-        """The last ``size`` rows, this one among them."""
-        self._rows[self._end] = row
-        self._end += 1
-        return self._rows[max(0, self._end - size) : self._end]
-
-
-def _padded(rows: Tensor, size: int, in_place: bool) -> Tensor:
-    missing = size - rows.shape[0]
-    if in_place:  # pages of zeros that nobody touches cost nothing
-        full = rows.new_zeros(size, *rows.shape[1:])
-        full[missing:] = rows
-        return full
-    return torch.cat([rows.new_zeros(missing, *rows.shape[1:]), rows])
+    if not x.shape[0]:
+        return x.sum()
+    least, most = x.aminmax()
+    return torch.maximum(-least, most)
 
 
 def lbfgs(
@@ -230,8 +179,9 @@ def lbfgs(
         line_search_fn: ``"strong_wolfe"``, or None for steps of length ``lr``.
 
     Returns:
-        An Optimizer whose ``update`` takes a keyword more, ``loss_fn(params) -> 0-d
-        loss``; ``grads`` are those at params. Its state is torch's, with a fixed shape:
+        An Optimizer whose ``update`` takes two keywords more: ``loss_fn(params) -> 0-d
+        loss``, and ``value``, the loss at params where it is known, as the ``grads``
+        are: which spares one evaluation. Its state is torch's, with a fixed shape:
         ``old_dirs`` (the y), ``old_stps`` (the s) and ``ro``, whose last rows are the
         newest, 0 where there are none yet; ``d``, ``t``, ``H_diag``, ``prev_flat_grad``
         and ``prev_loss`` of the last step; ``n_iter`` and ``func_evals``, counted over
@@ -241,7 +191,8 @@ def lbfgs(
     Raises:
         HyperparameterError: a number out of its range, a line search not known; by
             ``update``, values that differ between leaves.
-        HyperparameterTypeError: by ``update``, without a ``loss_fn``.
+        HyperparameterTypeError: by ``update``, without a ``loss_fn``, or with a ``value``
+            that is no 0-d tensor.
 
     Note:
         Under vmap each task stops on its own: what it has is held while others go on.
@@ -260,8 +211,8 @@ def lbfgs(
         >>> p = torch.zeros(2)
         >>> state = opt.init(p)
         >>> for _ in range(5):
-        ...     g = torch.func.grad(loss_fn)(p)
-        ...     p, state = opt.update(g, state, p, loss_fn=loss_fn)
+        ...     g, value = torch.func.grad_and_value(loss_fn)(p)
+        ...     p, state = opt.update(g, state, p, loss_fn=loss_fn, value=value)
         >>> p
         tensor([1.0000, 1.0000])
     """
@@ -281,8 +232,8 @@ def lbfgs(
             "n_iter": x.new_zeros((), dtype=torch.int64),
             "d": torch.zeros_like(x),
             "t": x.new_zeros(()),
-            "old_dirs": x.new_zeros(history_size, x.shape[0]),
-            "old_stps": x.new_zeros(history_size, x.shape[0]),
+            "old_dirs": zeros((history_size, x.shape[0]), x),
+            "old_stps": zeros((history_size, x.shape[0]), x),
             "ro": x.new_zeros(history_size),
             "H_diag": x.new_ones(()),
             "prev_flat_grad": torch.zeros_like(x),
