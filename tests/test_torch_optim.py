@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from row import Case
+from table import ENDS
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from trees import assert_close, random_like
 
 import funcopt as fo
 from funcopt import torch_optim
@@ -681,6 +684,28 @@ def test_to_torch_has_the_groups_the_flags_and_the_state():
     optimizer.step()
     tree, state = rule.update(tree_of.map(torch.ones_like, tree), state, tree)
     torch.testing.assert_close(tree_of.map(Tensor.detach, params), tree)
+
+
+@pytest.mark.parametrize("case", ENDS, ids=str)
+@pytest.mark.usefixtures("float64_scalars")
+def test_any_of_the_registry_goes_on_as_a_class(case: Case):
+    rule, params = case.optimizer(), case.mixed()
+    if case.row.name == "muon":  # of which torch's has no other dtype, and no maximize
+        with pytest.raises(fo.HyperparameterTypeError, match="no argument .*ns_dtype="):
+            fo.to_torch(rule, params)
+        rule = case.row.factory(lr=0.1, weight_decay=0.1)
+    data = [name for name, hyper in rule.spec.hyper.items() if hyper.wanted]
+    state = rule.init(params)
+    for seed in range(3):
+        if seed == 2:
+            optimizer, held = fo.to_torch(rule, params, state)
+        grads = random_like(params, seed)
+        given = {name: random_like(params, 9) for name in data}
+        params, state = rule.update(grads, state, params, **given)
+    for p, g in zip(tree_of.leaves(held), tree_of.leaves(grads)):
+        p.grad = g
+    optimizer.step(**{name: tree_of.leaves(x) for name, x in given.items()})
+    assert_close(tree_of.map(Tensor.detach, held), params, 1e-12)
 
 
 def test_what_has_no_class_is_refused():

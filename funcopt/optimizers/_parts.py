@@ -257,4 +257,8 @@ def filled(name: str, value: float) -> SlotStart:
             "fo.partition with one optimizer for each"
         )
     Hyper(start).checked(name, start)
-    return partial(torch.full_like, fill_value=float(start))
+    return partial(_filled, **{name: float(start)})
+
+
+def _filled(p: Tensor, **value: float) -> Tensor:
+    return torch.full_like(p, *value.values())

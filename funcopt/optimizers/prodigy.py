@@ -25,7 +25,7 @@ def advanced(
     d0: Number,
     beta3: Number = None,
     maximize: bool,
-    decoupled: bool,
+    decoupled_weight_decay: bool,
     use_bias_correction: bool,
     **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Number, Number]:
@@ -34,7 +34,8 @@ def advanced(
     step_size = d * lr
     if use_bias_correction:
         step_size = step_size * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-    g, p = decayed(-g if maximize else g, p, step_size, weight_decay, decoupled)
+    g = -g if maximize else g
+    g, p = decayed(g, p, step_size, weight_decay, decoupled_weight_decay)
     s = (beta2**0.5 if beta3 is None else beta3) * s + d / d0 * step_size * g
     return g, p, s, d, step_size
 
@@ -145,7 +146,7 @@ def prodigy(
     """
     flags = {
         "maximize": maximize,
-        "decoupled": decoupled_weight_decay,
+        "decoupled_weight_decay": decoupled_weight_decay,
         "use_bias_correction": use_bias_correction,
     }
 

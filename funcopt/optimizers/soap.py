@@ -104,14 +104,14 @@ def _packed(squares: Iterable[Tensor]) -> Tensor:
 
 
 def _sides(
-    shape: Sequence[int], most: int, merge_dims: bool, precondition_1d: bool
+    shape: Sequence[int], max_precond_dim: int, merge_dims: bool, precondition_1d: bool
 ) -> tuple[Sequence[int], Sequence[int]]:
     alone = len(shape) < 2
     shape = shape or (1,)
     if 0 in shape or alone and not precondition_1d:
         return shape, [0] * len(shape)
-    shape = _merged(shape, most) if merge_dims else shape
-    return shape, [n if n <= most else 0 for n in shape]
+    shape = _merged(shape, max_precond_dim) if merge_dims else shape
+    return shape, [n if n <= max_precond_dim else 0 for n in shape]
 
 
 def _merged(shape: Sequence[int], most: int) -> Sequence[int]:
@@ -229,7 +229,7 @@ def soap(
         )
     sides_of = partial(
         _sides,
-        most=max_precond_dim,
+        max_precond_dim=max_precond_dim,
         merge_dims=merge_dims,
         precondition_1d=precondition_1d,
     )

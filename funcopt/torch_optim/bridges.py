@@ -10,6 +10,7 @@ import torch
 from funcopt import tree
 from funcopt.errors import ExecutionError, HyperparameterTypeError
 from funcopt.optimizer import Optimizer, check_optimizer
+from funcopt.spec import Spec
 from funcopt.torch_optim import functional, lbfgs
 from funcopt.torch_optim.adapter import Adapter
 from funcopt.torch_optim.batch import stepper_of
@@ -112,12 +113,9 @@ def to_torch(
     rows = stepper_of(opt).hypers.per_leaf(
         {}, structure, leaves, (state["step"] + 1).tolist()
     )
-    static = {
-        **getattr(spec.rule, "keywords", {}),
-        **{name: slot in spec.slots for name, slot in _BY_SLOT.items()},
-    }
+    slots = {name: slot in spec.slots for name, slot in _BY_SLOT.items()}
+    static = {**_bound(spec), **slots}
     known = inspect.signature(cls).parameters
-    static = {name: value for name, value in static.items() if name in known}
     groups: dict[int, dict[str, Any]] = {}
     for path, p, row in zip(tree.paths(structure), held, rows):
         if p is None:
@@ -128,7 +126,19 @@ def to_torch(
             )
         group = groups.setdefault(id(row), {"params": [], **_numbers(opt, row)})
         group["params"].append((path, p))
-    optimizer = cls([*groups.values()], **static)
+    # A constructor looks at defaults, too: at nesterov without a momentum, say.
+    first: dict[str, Any] = next(iter(groups.values()), {})
+    defaults = {k: v for k, v in {**static, **first}.items() if k in known}
+    optimizer = cls(**{**defaults, "params": [*groups.values()]})
+    for group in optimizer.param_groups:
+        own = cls.flags.optimizer(cls.flags.key(group)).spec
+        if own is None or _formula(own) != _formula(spec):
+            others = _bound(own) if own else {}
+            asked = (f"{k}={v!r}" for k, v in static.items() if others.get(k, v) != v)
+            raise HyperparameterTypeError(
+                f"torch_optim.{title} cannot step as this {opt.name} does: it has no "
+                f"argument for {', '.join(asked)}"
+            )
     columns = functional.slot_columns(state, spec, structure)
     place = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for i, p in enumerate(held):
@@ -137,6 +147,29 @@ def to_torch(
             group, states = place[id(p)], optimizer.state
             functional.write(states, p, group, spec, cls.layout, values)
     return optimizer, tree.unflatten(structure, held)
+
+
+def _bound(spec: Spec) -> dict[str, Any]:
+    """The flags that a factory has bound to its functions, and to theirs."""
+    found: dict[str, Any] = {}
+    ahead: list[Any] = [spec.rule, *spec.slots.values()]
+    for function in ahead:
+        for name, value in getattr(function, "keywords", {}).items():
+            found.setdefault(name, value)
+            ahead.append(value)
+    return found
+
+
+def _formula(spec: Spec) -> tuple[Any, ...]:
+    """What is equal for optimizers that differ in numbers at most."""
+    return _unbound(spec.rule), {k: _unbound(v) for k, v in spec.slots.items()}
+
+
+def _unbound(x: Any) -> Any:
+    """A partial function as what is equal where function and arguments are."""
+    if not isinstance(x, functools.partial):
+        return x
+    return _unbound(x.func), x.args, {k: _unbound(v) for k, v in x.keywords.items()}
 
 
 #: flags that a slot tells
