@@ -97,6 +97,7 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
 
     outputs = list(enumerate(sweep.outputs))
     sums = range(len(sweep.sums))
+    size = "streaming ? TILE : n" if sums else "TILE"  # a sum of few costs an addition
     lines = [
         f"#define SCALARS {len(rows)}",
         "static void sweep(int64_t n, int64_t from, char *const *at, int64_t leaves,",
@@ -112,8 +113,9 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
         ),
         *(f"    double s{k} = 0;" for k in sums),
         # One loop for both ways: a kernel is built in half the time of two.
-        "    for (int64_t j = 0, all = streaming ? TILE : n; j < n; j += all) {",
+        f"    for (int64_t j = 0, all = {size}; j < n; j += all) {{",
         "        int64_t end = n - j < all ? n - j : all;",
+        *(f"        FETCH(in{v} + j);" for v in read if not sums),
         *(
             f"        S *const to{k} = streaming ? tile{k} : out{k} + j;"
             for k, _ in outputs
@@ -135,7 +137,7 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
             for k, s in enumerate(sweep.sums)
         ),
         "        }",
-        "        if (!streaming) break;",
+        "        if (!streaming) continue;",
         *(f"        stream(out{k} + j, tile{k}, end);" for k, _ in outputs),
         "    }",
         *(f"    sums[{k}] = s{k};" for k in sums),
