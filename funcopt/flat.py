@@ -188,7 +188,7 @@ def flat(
             if not alone(x) or torch.is_inference_mode_enabled():
                 return transformed(x)
             # What nobody differentiates or watches autograd does alone, in half the time.
-            leaves = tree.map(torch.detach, leaves_of(x))
+            leaves = leaves_of(x.detach())
             asked = [leaves[i].requires_grad_() for i in live]
             with torch.enable_grad():
                 value = loss_fn(tree.unflatten(structure, leaves))
@@ -245,10 +245,11 @@ def _vector(
     pieces = [
         torch.zeros(parts(p).numel(), **like)
         if x is None
-        else _reals(x).reshape(-1).to(like["dtype"])
+        else _reals(x).reshape(-1)
         for x, p in zip(leaves, params)
         if p is not None
     ]
+    pieces = [x if x.dtype is like["dtype"] else x.to(like["dtype"]) for x in pieces]
     return torch.cat(pieces) if pieces else torch.zeros(0, **like)
 
 
@@ -262,6 +263,8 @@ def _reals(leaf: Tensor) -> Tensor:
 
 def _like(piece: Tensor, leaf: Tensor) -> Tensor:
     """The part of the vector that is the leaf's, in its form."""
+    if leaf.dtype is piece.dtype:
+        return piece.view(leaf.shape)
     piece = piece.view(parts(leaf).shape).to(parts(leaf).dtype)
     return torch.complex(*piece.unbind(-1)) if leaf.is_complex() else piece
 

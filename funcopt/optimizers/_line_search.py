@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from funcopt.flat import decided, everywhere
+from funcopt.flat import decided, everywhere, where
 from funcopt.types import Tensor
 
 _DECREASE = 1e-4  # c₁ of Nocedal and Wright
@@ -94,10 +94,14 @@ def strong_wolfe(
         if turn == limit or everywhere(~running):
             break
 
-        far = _cubic(previous, new, new.t + 0.01 * (new.t - previous.t), new.t * 10)
-        near, doubtful = _inside(first, second, doubtful)
+        t = new.t
+        if not everywhere(zooming):
+            t = _cubic(previous, new, t + 0.01 * (t - previous.t), t * 10)
+        if not everywhere(~zooming):
+            near, doubtful = _inside(first, second, doubtful)
+            t = where(zooming, near, t)
         previous = new
-        new = at(torch.where(running, torch.where(zooming, near, far), new.t))
+        new = at(where(running, t, new.t))
         tried = tried + running
     return pick(low_first, first, second), tried
 
