@@ -4,7 +4,7 @@ import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -29,17 +29,32 @@ from funcopt.types import State, Tensor, Tree
 Slope = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def everywhere(condition: Tensor) -> bool:
+# A condition is a tensor, or a bool where nobody follows what is computed: there numbers
+# are Python's, and cost next to nothing.
+Condition = Tensor | bool
+Number: TypeAlias = Any  #: a 0-d tensor, or Python's
+
+
+def everywhere(condition: Condition) -> bool:
     """Whether it is seen to hold, for every task of a batch; False if nothing is seen."""
+    if isinstance(condition, bool):
+        return condition
     found = levels.seen(condition)
     return found is not None and bool(found.all())
 
 
-def decided(condition: Tensor) -> bool | None:
+def no(condition: Any) -> Any:
+    """The opposite."""
+    return not condition if isinstance(condition, bool) else ~condition
+
+
+def decided(condition: Condition) -> bool | None:
     """What a condition is for every task; None if they differ, or a look would take long.
 
     That is, on an accelerator, and where nothing is seen.
     """
+    if isinstance(condition, bool):
+        return condition
     found = levels.seen(condition)
     if found is None or not found.is_cpu:
         return None
@@ -48,10 +63,12 @@ def decided(condition: Tensor) -> bool | None:
     return bool(found.all()) or (None if found.any() else False)
 
 
-def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def where(condition: Condition, a: Any, b: Any) -> Any:
     """``a`` where it holds, else ``b``: that very tensor, if all tasks agree."""
     known = decided(condition)
-    return torch.where(condition, a, b) if known is None else a if known else b
+    if known is not None:
+        return a if known else b
+    return torch.where(cast(Tensor, condition), a, b)
 
 
 def most(counts: Tensor, otherwise: int) -> int:
@@ -243,9 +260,7 @@ def _vector(
 ) -> Tensor:
     """The leaves in a row, 0 for those that are None where params are not."""
     pieces = [
-        torch.zeros(parts(p).numel(), **like)
-        if x is None
-        else _reals(x).reshape(-1)
+        torch.zeros(parts(p).numel(), **like) if x is None else _reals(x).reshape(-1)
         for x, p in zip(leaves, params)
         if p is not None
     ]

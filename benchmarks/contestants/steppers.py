@@ -84,14 +84,15 @@ def _ours_from_start(
     first = opt.init(params)
     held, state = [x.clone() for x in params], {k: v.clone() for k, v in first.items()}
     run: dict[str, Any] = {"params": held}
-    again = [key for key in first if key not in ("old_dirs", "old_stps")]
+    vectors = ("d", "prev_flat_grad", "old_dirs", "old_stps")
+    again = [key for key in first if key not in vectors]
 
     def loss(p: list[Tensor]) -> Tensor:
         return quadratic(p, centers)
 
     def step() -> None:
         p, s = params, first
-        if donate:  # a history of no steps need not be written over
+        if donate:  # what is kept of no steps need not be written over
             p, s = held, state
             for x, start in zip(held, params):
                 x.copy_(start)

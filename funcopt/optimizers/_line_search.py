@@ -1,11 +1,12 @@
 """A line search by the strong Wolfe conditions; each task of a batch stops on its own."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from math import inf
+from typing import NamedTuple, cast
 
 import torch
 
-from funcopt.flat import decided, everywhere, where
+from funcopt.flat import Condition, Number, decided, everywhere, no, where
 from funcopt.types import Tensor
 
 _DECREASE = 1e-4  # c₁ of Nocedal and Wright
@@ -15,30 +16,30 @@ _CURVATURE = 0.9  # c₂
 class Point(NamedTuple):
     """A place on the line: its distance, the loss, the gradient, and that along d."""
 
-    t: Tensor
-    loss: Tensor
+    t: Number
+    loss: Number
     g: Tensor
-    slope: Tensor
+    slope: Number
 
 
-def pick(condition: Tensor, a: Point, b: Point) -> Point:
+def pick(condition: Condition, a: Point, b: Point) -> Point:
     """``a`` where the condition holds, else ``b``."""
     known = decided(condition)
     if known is not None or a is b:
         return a if known else b
-    return Point(*(torch.where(condition, x, y) for x, y in zip(a, b)))
+    return Point(*(torch.where(cast(Tensor, condition), x, y) for x, y in zip(a, b)))
 
 
 def strong_wolfe(
-    at: Callable[[Tensor], Point],
+    at: Callable[[Number], Point],
     start: Point,
-    t: Tensor,
-    width: Tensor,
-    tolerance_change: Tensor,
-    most: Tensor,
+    t: Number,
+    width: Number,
+    tolerance_change: Number,
+    most: Number,
     limit: int,
-    running: Tensor,
-) -> tuple[Point, Tensor]:
+    running: Condition,
+) -> tuple[Point, Number]:
     """A point that is lower and flatter than ``start``, and how often ``at`` was used.
 
     Where neither is found, it is the lowest end of the interval that was left.
@@ -53,28 +54,27 @@ def strong_wolfe(
         limit: a number that ``most`` never exceeds.
         running: who takes part; who does not gets ``start`` and 0.
     """
-    tried = running.to(torch.int64)
-    new = at(torch.where(running, t, 0.0))
+    tried = running + 0
+    new = at(where(running, t, 0 * t))
     previous = first = second = start  # the interval's ends, as torch orders them
-    low_first = torch.ones_like(running)
-    zooming = doubtful = torch.zeros_like(running)
+    low_first, zooming, doubtful = True, False, False
     for turn in range(limit + 1):
         spent = turn >= most
         high_loss = new.loss > start.loss + _DECREASE * new.t * start.slope
-        flat = new.slope.abs() <= -_CURVATURE * start.slope
+        flat = abs(new.slope) <= -_CURVATURE * start.slope
 
         # Those that look for an interval: the trial may be its far end.
-        seeking = running & ~zooming
+        seeking = running & no(zooming)
         above = high_loss | (new.loss >= previous.loss) if turn > 1 else high_loss
-        found = seeking & ~above & flat
-        closed = seeking & ~spent & ~found & (above | (new.slope >= 0))
+        found = seeking & no(above) & flat
+        closed = seeking & no(spent) & no(found) & (above | (new.slope >= 0))
 
         # Those that have one: the trial replaces one of its ends.
         low, high = pick(low_first, first, second), pick(low_first, second, first)
         zoom = running & zooming
         worse = high_loss | (new.loss >= low.loss)
         beyond = new.slope * (high.t - low.t) >= 0
-        found = found | (zoom & ~worse & flat)
+        found = found | (zoom & no(worse) & flat)
         high = pick(worse, new, pick(beyond, low, high))
         low = pick(worse, low, new)
         first, second = (
@@ -86,18 +86,18 @@ def strong_wolfe(
         first = pick(closed, previous, pick(ended, pick(found, new, start), first))
         second = pick(closed | ended, new, second)
         ordered = closed | ended | zoom
-        low_first = torch.where(ordered, first.loss <= second.loss, low_first)
+        low_first = where(ordered, first.loss <= second.loss, low_first)
         zooming = zooming | closed
 
-        narrow = zooming & ((second.t - first.t).abs() * width < tolerance_change)
-        running = running & ~(found | spent | narrow)
-        if turn == limit or everywhere(~running):
+        narrow = zooming & (abs(second.t - first.t) * width < tolerance_change)
+        running = running & no(found | spent | narrow)
+        if turn == limit or everywhere(no(running)):
             break
 
         t = new.t
         if not everywhere(zooming):
             t = _cubic(previous, new, t + 0.01 * (t - previous.t), t * 10)
-        if not everywhere(~zooming):
+        if not everywhere(no(zooming)):
             near, doubtful = _inside(first, second, doubtful)
             t = where(zooming, near, t)
         previous = new
@@ -106,7 +106,7 @@ def strong_wolfe(
     return pick(low_first, first, second), tried
 
 
-def _inside(first: Point, second: Point, doubtful: Tensor) -> tuple[Tensor, Tensor]:
+def _inside(first: Point, second: Point, doubtful: Condition) -> tuple[Number, Condition]:
     """Where to divide an interval, and whether that came too close to an end.
 
     The second time it does so, or at an end itself, a tenth of the interval is kept.
@@ -116,17 +116,15 @@ def _inside(first: Point, second: Point, doubtful: Tensor) -> tuple[Tensor, Tens
     margin = 0.1 * (most - least)
     close = (_sorted(most - t, t - least)[0]) < margin
     moved = close & (doubtful | (t >= most) | (t <= least))
-    away = torch.where(
-        (t - most).abs() < (t - least).abs(), most - margin, least + margin
-    )
-    return torch.where(moved, away, t), close & ~moved
+    away = where(abs(t - most) < abs(t - least), most - margin, least + margin)
+    return where(moved, away, t), close & no(moved)
 
 
-def _sorted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.where(b < a, b, a), torch.where(b > a, b, a)
+def _sorted(a: Number, b: Number) -> tuple[Number, Number]:
+    return where(b < a, b, a), where(b > a, b, a)
 
 
-def _cubic(a: Point, b: Point, least: Tensor, most: Tensor) -> Tensor:
+def _cubic(a: Point, b: Point, least: Number, most: Number) -> Number:
     """The minimum of the cubic through both points, within bounds.
 
     The middle of the bounds, where there is none; a bound, where it lies without end, as
@@ -136,18 +134,18 @@ def _cubic(a: Point, b: Point, least: Tensor, most: Tensor) -> Tensor:
     a, b = pick(swapped, b, a), pick(swapped, a, b)
     apart = b.t - a.t
     there = apart > 0
-    d1 = a.slope + b.slope - 3 * (a.loss - b.loss) / torch.where(there, -apart, 1.0)
+    d1 = a.slope + b.slope - 3 * (a.loss - b.loss) / where(there, -apart, 1.0)
     squared = d1 * d1 - a.slope * b.slope
     real = squared > 0
-    d2 = torch.where(real, torch.where(real, squared, 1.0).sqrt(), 0.0)
+    d2 = where(real, where(real, squared, 1.0) ** 0.5, 0.0)
     below = b.slope - a.slope + 2 * d2
     there = there & (squared >= 0)
     above = b.slope + d2 - d1
     endless = there & (below == 0) & (above != 0)
     there = there & (below != 0)
-    ratio = above / torch.where(there, below, 1.0)
+    ratio = above / where(there, below, 1.0)
     t = b.t - apart * ratio
-    t = torch.where(least > t, least, t)
-    t = torch.where(most < t, most, t)
-    t = torch.where(there & ratio.isfinite(), t, (least + most) / 2)
-    return torch.where(endless, torch.where(above > 0, least, most), t)
+    t = where(least > t, least, t)
+    t = where(most < t, most, t)
+    t = where(there & (abs(ratio) < inf), t, (least + most) / 2)
+    return where(endless, where(above > 0, least, most), t)

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import pad
 
-from funcopt.flat import alone, everywhere, most, zeros
+from funcopt.flat import Condition, Number, alone, everywhere, most, where, zeros
 from funcopt.types import Tensor
 
 Slots = dict[str, Tensor]
@@ -33,18 +33,18 @@ class Pairs:
         else:
             self._y, self._s = _Rows(y, known), _Rows(s, known)
 
-    def push(self, y: Tensor, s: Tensor, ys: Tensor, new: Tensor) -> None:
+    def push(self, y: Tensor, s: Tensor, ys: Number, new: Condition) -> None:
         """Remember a pair where it is new; the oldest makes room."""
         column = _products(self._s, y)[:, None]
         r = pad(torch.cat([self._r, column], 1), (0, 0, 0, 1))
         if not everywhere(new):
-            r = torch.where(new, r, pad(self._r, (1, 0, 1, 0)))
+            r = where(new, r, pad(self._r, (1, 0, 1, 0)))
         self._r = r[-self._size :, -self._size :]
         self._y.push(y, new)
         self._s.push(s, new)
-        self._ro.push(1 / ys, new)
+        self._ro.push(torch.as_tensor(1 / ys, dtype=y.dtype, device=y.device), new)
 
-    def direction(self, g: Tensor, scale: Tensor, memory: Tensor | None) -> Tensor:
+    def direction(self, g: Tensor, scale: Number, memory: Tensor | None) -> Tensor:
         """-H·g, where H begins as the scale times 1; in ``memory``, if there is any.
 
         The two loops of the recursion are the substitutions in two triangular systems:
@@ -84,12 +84,12 @@ class _Rows:
         self._size = old.shape[0]
         self._rows = old[self._size - known :]
 
-    def push(self, row: Tensor, new: Tensor) -> None:
+    def push(self, row: Tensor, new: Condition) -> None:
         row = row[None]
         longer = torch.cat([self._rows, row])
         if not everywhere(new):
             same = torch.cat([torch.zeros_like(row), self._rows])
-            longer = torch.where(new, longer, same)
+            longer = where(new, longer, same)
         self._rows = longer[-self._size :]
 
     def blocks(self) -> list[Tensor]:
@@ -119,7 +119,7 @@ class _Ring:
             self._rows[i - turn] = old[i]
         self._rows[size - turned.shape[0] :] = turned
 
-    def push(self, row: Tensor, new: Tensor) -> None:
+    def push(self, row: Tensor, new: Condition) -> None:
         self._rows[self._next] = row
         self._next = (self._next + 1) % self._rows.shape[0]
         self._known = min(self._known + 1, self._rows.shape[0])
@@ -128,10 +128,9 @@ class _Ring:
         """The known rows: those after the newest, and those up to it."""
         size, split = self._rows.shape[0], self._next
         unknown = size - self._known
-        return [
-            self._rows[min(split + unknown, size) :],
-            self._rows[max(0, split + unknown - size) : split],
-        ]
+        after = self._rows[min(split + unknown, size) :]
+        blocks = [after, self._rows[max(0, split + unknown - size) : split]]
+        return [block for block in blocks if block.shape[0]] or blocks[:1]
 
     def whole(self) -> Tensor:
         if self._next:  # fewer rows came

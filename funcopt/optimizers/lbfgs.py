@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from funcopt.errors import HyperparameterError
-from funcopt.flat import Slope, everywhere, flat, most, where, zeros
+from funcopt.flat import Number, Slope, everywhere, flat, most, no, where, zeros
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
 from funcopt.optimizers._line_search import Point, strong_wolfe
@@ -17,72 +17,84 @@ _CURVED = 1e-10  # y·s of a pair that is remembered
 
 def rule(
     evaluate: Slope,
-    f: Tensor,
+    f: Number,
     g: Tensor,
     x: Tensor,
     slots: Slots,
     moves: Tensor | None,
     *,
     donate: bool,
-    lr: Tensor,
-    tolerance_grad: Tensor,
-    tolerance_change: Tensor,
+    lr: Number,
+    tolerance_grad: Number,
+    tolerance_change: Number,
     max_iter: int,
     max_eval: int,
     search: bool,
 ) -> tuple[Tensor, Slots]:
-    d, t, scale = slots["d"], slots["t"], slots["H_diag"]
-    last_g, last_f = slots["prev_flat_grad"], slots["prev_loss"]
-    n_iter = slots["n_iter"]
+    d, last_g = slots["d"], slots["prev_flat_grad"]
     if moves is not None:
         d, last_g = torch.where(moves, d, 0.0), torch.where(moves, last_g, 0.0)
+    n_iter = slots["n_iter"]
     rounds = min(max_iter, max_eval)
-    begun = most((n_iter > 0).int(), 1)  # else the first step's is no pair
+    begun = most((n_iter > 0).int(), 1) > 0  # else the first step's is no pair
     pairs = Pairs(slots, rounds - 1 + begun, donate)
-    f = f.to(x.dtype)
-    evals = torch.ones_like(n_iter)
-    done = _largest(g) <= tolerance_grad
-    s = d * t
+    in_place = pairs.in_place
 
-    def room(used: Tensor) -> Tensor | None:
+    def read(x: Tensor) -> Number:
+        return x.item() if in_place else x
+
+    def room(used: Tensor | None) -> Tensor | None:
         """The memory of what is no longer needed, if nobody follows what is computed."""
-        return used if pairs.in_place else None
+        return used if in_place else None
 
+    n_iter, evals = read(n_iter), 1
+    lr, tolerance_grad, tolerance_change = map(
+        read, (lr, tolerance_grad, tolerance_change)
+    )
+    t, scale, last_f = (read(slots[key]) for key in ("t", "H_diag", "prev_loss"))
+    f = read(f.to(x.dtype))
+    y, s = None, d * t if begun else None
+    done = read(_largest(g)) <= tolerance_grad
     for i in range(rounds):
         if everywhere(done):
             break
-        n_iter = n_iter + ~done
+        n_iter = n_iter + no(done)
 
-        y = torch.sub(g, last_g, out=room(last_g) if i and last_g is not g else None)
-        ys = y @ s
-        new = ~done & (ys > _CURVED)
-        if not everywhere(~new):
-            ys = where(new, ys, torch.ones_like(ys))
-            pairs.push(y, s, ys, new)
-            scale = where(new, ys / where(new, y @ y, torch.ones_like(ys)), scale)
-        way = pairs.direction(g, scale, room(d) if i else None)
+        if s is not None:
+            y = torch.sub(g, last_g, out=room(last_g) if i and last_g is not g else None)
+            ys = read(y @ s)
+            new = no(done) & (ys > _CURVED)
+            if not everywhere(no(new)):
+                ys = where(new, ys, 1.0)
+                pairs.push(y, s, ys, new)
+                scale = where(new, ys / where(new, read(y @ y), 1.0), scale)
+        way = pairs.direction(g, scale, room(d) if i or donate else None)
         if moves is not None:
             way = torch.where(moves, way, 0.0)
         d, last_g, last_f = (
             where(done, old, new) for old, new in ((d, way), (last_g, g), (last_f, f))
         )
-        t = where(done, t, lr * _first(g, n_iter))
+        rate = lr
+        if not everywhere(n_iter != 1):
+            size = read(g.abs().sum())
+            far = (n_iter == 1) & (size > 1)
+            rate = lr * where(far, 1 / where(far, size, 1.0), 1.0)
+        t = where(done, t, rate)
 
-        slope = g @ d
+        slope = read(g @ d)
         done = done | (slope > -tolerance_change)
         if everywhere(done):
             break
         if search:
-            start = Point(torch.zeros_like(t), f, g, slope)
             found, tried = strong_wolfe(
-                _line(evaluate, x, d, room(s)),
-                start,
+                _line(evaluate, x, d, read, room(s)),
+                Point(0 * t, f, g, slope),
                 t,
-                _largest(d),
+                read(_largest(d)),
                 tolerance_change,
                 max_eval - evals,
                 max(max_eval - 1 - i, 0),
-                ~done,
+                no(done),
             )
             t, f, g = where(done, t, found.t), found.loss, found.g
             evals = evals + tried
@@ -90,48 +102,51 @@ def rule(
         x = where(done, x, torch.add(x, s, out=room(y)))
         if not search and i + 1 < max_iter:
             new_g, new_f = evaluate(x)
-            f, g = where(done, f, new_f.to(x.dtype)), where(done, g, new_g)
-            evals = evals + ~done
+            f, g = where(done, f, read(new_f.to(x.dtype))), where(done, g, new_g)
+            evals = evals + no(done)
         done = (
             done
             | (evals >= max_eval)
-            | (_largest(g) <= tolerance_grad)
-            | (_largest(s) <= tolerance_change)
-            | ((f - last_f).abs() < tolerance_change)
+            | (read(_largest(g)) <= tolerance_grad)
+            | (read(_largest(s)) <= tolerance_change)
+            | (abs(f - last_f) < tolerance_change)
         )
     kept = {
         "func_evals": slots["func_evals"] + evals,
         "n_iter": n_iter,
         "d": d,
-        "t": t.clone(),
+        "t": t,
         "H_diag": scale,
         "prev_flat_grad": last_g,
-        "prev_loss": last_f.clone(),  # which may be the caller's
+        "prev_loss": last_f,
     }
-    kept = {key: v.clone() if v is slots[key] else v for key, v in kept.items()}
-    return x, {**kept, **pairs.slots()}
+    if donate and d is slots["d"]:
+        del kept["d"]
+    kept = {key: _own(value, slots[key]) for key, value in kept.items()}
+    return x, {**slots, **kept, **pairs.slots()}
+
+
+def _own(value: Number, old: Tensor) -> Tensor:
+    """The value as a tensor like the old one, and neither that nor the caller's."""
+    if isinstance(value, Tensor):
+        return value.clone() if value is old or not value.ndim else value
+    return old.new_tensor(value)
 
 
 def _line(
-    evaluate: Slope, x: Tensor, d: Tensor, memory: Tensor | None
-) -> Callable[[Tensor], Point]:
+    evaluate: Slope,
+    x: Tensor,
+    d: Tensor,
+    read: Callable[[Tensor], Number],
+    memory: Tensor | None,
+) -> Callable[[Number], Point]:
     """The loss at x + t·d, as a function of t."""
 
-    def at(t: Tensor) -> Point:
+    def at(t: Number) -> Point:
         g, f = evaluate(x + torch.mul(d, t, out=memory))
-        return Point(t, f.to(x.dtype), g, g @ d)
+        return Point(t, read(f.to(x.dtype)), g, read(g @ d))
 
     return at
-
-
-def _first(g: Tensor, n_iter: Tensor) -> Tensor:
-    """What the rate is multiplied by: 1, in the very first step no more than 1/|g|₁."""
-    one = g.new_ones(())
-    if everywhere(n_iter != 1):
-        return one
-    size = g.abs().sum()
-    far = (n_iter == 1) & (size > 1)
-    return where(far, 1 / where(far, size, one), one)
 
 
 def _largest(x: Tensor) -> Tensor:
