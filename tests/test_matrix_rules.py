@@ -12,7 +12,8 @@ from trees import assert_close, assert_moved, random_like, relative
 
 import funcopt as fo
 from funcopt import tree
-from funcopt.execution import stacked
+from funcopt.execution import dispatch, stacked
+from funcopt.optimizers import _matrices
 from funcopt.optimizers._bases import eigenbasis, iterated
 from funcopt.types import Tree
 
@@ -116,6 +117,46 @@ def test_steps_like_earlier_ones_go_on_alike(name: str, monkeypatch: pytest.Monk
     assert_moved(found, random_like(found, 1), everywhere=True)
 
 
+@pytest.mark.parametrize("size, calls", [(48, [4, 4]), (36, [3, 3])])
+def test_a_stack_is_no_larger_than_a_cache(
+    size: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """And what few leaves are left over are stepped one by one."""
+    together: Any = stacked._together
+    found = []
+
+    def spy(leaves: Any, apart: bool) -> Any:
+        found.append(len(leaves.params))
+        return together(leaves, apart)
+
+    monkeypatch.setattr(stacked, "_together", spy)
+    monkeypatch.setattr(stacked, "_STACK", size)
+    opt, params = fo.adafactor(), random_like([torch.empty(4, 3).double()] * 8, 1)
+    given = random_like(params, 2), opt.init(params), params
+    expected = opt.update(*given, execution="reference")
+    assert_close(opt.update(*given), expected, 1e-13)
+    assert found == calls
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_a_donated_step_writes_where_the_old_values_are(
+    name: str, nesterov: bool, monkeypatch: pytest.MonkeyPatch
+):
+    flags: dict[str, Any] = {"nesterov": nesterov} if name == "muon" else {}
+    opt = getattr(fo, name)(lr=0.1, weight_decay=0.1, **flags)
+    expected = random_like([torch.empty(s) for s in ((4, 3), (2, 5))], 1)
+    found = tree.map(torch.clone, expected)
+    a, b = opt.init(expected), opt.init(found)
+    monkeypatch.setattr(dispatch, "_copy", None)  # to copy would fail
+    for seed in range(2, 5):
+        grads = random_like(expected, seed)
+        kept = tree.map(torch.clone, grads)
+        expected, a = opt.update(grads, a, expected)
+        opt.update(grads, b, found, donate=True)
+        assert_close((found, b, grads), (expected, a, kept), 0.0)
+
+
 def test_what_cannot_be_stacked_is_said():
     square, wide = torch.ones(3, 3), torch.ones(3, 4)
     assert "no 3 small leaves" in str(fo.plan(fo.muon(), [square, wide] * 2))
@@ -153,6 +194,20 @@ def test_muons_derivative_is_that_of_its_iteration_unrounded(shape: tuple[int, .
     assert 1e-6 < (found[torch.bfloat16][2] - found[None][2]).abs().max() < 1e-2
 
 
+@pytest.mark.parametrize("shape", [(20, 64), (64, 20), (32, 32)], ids=str)
+def test_float32_makes_bfloat16s_products(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
+    """To a bit of bfloat16, of which sums in another order may round the other way."""
+    x, how = random_like(torch.empty(shape), 1), ((3.4445, -4.7750, 2.0315), 5, 1e-7)
+    found = _matrices.orthogonalized(x, *how, torch.bfloat16)
+    unrounded = _matrices.orthogonalized(x, *how, torch.float32)
+    monkeypatch.setattr(_matrices, "_SMALL", (0, 0))
+    expected = _matrices.orthogonalized(x, *how, torch.bfloat16)
+    assert (found - expected).norm() < 3e-3 * expected.norm()
+    assert (found - unrounded).norm() > 6e-3 * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_muon_is_finite_without_a_gradient(dtype: torch.dtype):
     """All of a matrix 0: the least divisor alone divides, and the derivative is 1/eps."""
@@ -186,6 +241,21 @@ def test_adafactors_bounds_are_torchs(
         twin.step()
         for ours, theirs in zip(params, copies):
             assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(1)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-25, 1e-18, 1e-12, 1e-6])
+def test_adafactors_derivative_is_finite_by_small_gradients(size: float):
+    """Of a matrix, and of a row in one whose other rows are not small."""
+    opt, p = fo.adafactor(), torch.ones(4, 3)
+    g = random_like(p, 1)
+    for scale in (torch.full((4, 1), size), torch.tensor([[size], [1.0], [1.0], [1.0]])):
+
+        def outer(g: Tensor, scale: Tensor = scale) -> Tensor:
+            new, state = opt.update(g * scale, opt.init(p), p)
+            return (opt.update(g * scale, state, new)[0] * random_like(p, 2)).sum()
+
+        slope = grad(outer)(g)
+        assert slope.isfinite().all() and (size < 1e-9 or slope.any())
 
 
 def test_adafactors_derivative_past_its_bounds():
