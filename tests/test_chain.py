@@ -151,6 +151,16 @@ AVERAGES = {
     "polyak": lambda: fo.polyak(0.5),
     "lookahead": lambda: fo.lookahead(2, 0.3),
 }
+
+
+def parted() -> fo.Optimizer:
+    """What is more than one rule, around which links run in turn."""
+    return fo.partition(
+        {"a": fo.sgd(lr=0.1, momentum=0.9), "b": fo.adamw(lr=0.1, eps=0.01)},
+        fo.by_name({"*w*": "a"}, default="b"),
+    )
+
+
 CHAINS: dict[str, Callable[[], fo.Optimizer]] = {
     **{name: link.chain for name, link in LINKS.items()},
     **{
@@ -170,13 +180,10 @@ CHAINS: dict[str, Callable[[], fo.Optimizer]] = {
     ),
     "cautious": lambda: fo.cautious(fo.adamw(lr=0.1, eps=0.01)),
     "over a partition": lambda: fo.chain(
-        fo.clip_by_global_norm(0.7),
-        fo.partition(
-            {"a": fo.sgd(lr=0.1, momentum=0.9), "b": fo.adamw(lr=0.1, eps=0.01)},
-            fo.by_name({"*w*": "a"}, default="b"),
-        ),
-        fo.ema(0.8),
+        fo.clip_by_global_norm(0.7), parted(), fo.ema(0.8)
     ),
+    "before a partition": lambda: fo.chain(fo.clip_by_global_norm(0.7), parted()),
+    "after a partition": lambda: fo.chain(parted(), fo.ema(0.8)),
 }
 EXACT = {name for name, link in LINKS.items() if link.kernels} | {*AVERAGES, "many"}
 

@@ -310,6 +310,21 @@ WRAPPERS: dict[str, Callable[[fo.Optimizer], fo.Optimizer]] = {
 }
 
 
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_leaf_without_a_gradient_stays(name: str, donate: bool):
+    opt, params = WRAPPERS[name](fo.adamw(lr=0.1)), mixed(torch.float64)
+    more, state = {"loss_fn": loss_fn} if name == "sam" else {}, opt.init(params)
+    for gap in range(3):
+        leaves, structure = tree.flatten(random_like(params, 70 + gap))
+        grads = [None if i % 3 == gap else g for i, g in enumerate(leaves)]
+        before = [p.clone() for p in tree.leaves(params)]
+        grads_tree = tree.unflatten(structure, grads)
+        params, state = opt.update(grads_tree, state, params, donate=donate, **more)
+        for g, old, new in zip(grads, before, tree.leaves(params), strict=True):
+            assert torch.equal(new, old) == (g is None or not old.numel())
+
+
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_what_is_evaluated_passes_through(name: str):
     opt = WRAPPERS[name](fo.chain(fo.sgd(lr=0.1), fo.polyak()))

@@ -121,19 +121,21 @@ def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> 
             donation.check_trees(grads, state, params)
         new_state: State = {}
 
-        def run(key: str, values: Tree, old: Tree) -> Tree:
+        def run(key: str, values: Tree) -> Tree:
             """A link's step, of the leaves that have a gradient."""
-            if key not in links:
-                return values
             given = {k: v for k, v in overrides.items() if owner.get(k, main) == key}
             made, new_state[key] = links[key].update(
-                values, state[key], old, execution=execution, **given
+                _where_given(values, grads, params),
+                state[key],
+                params,
+                execution=execution,
+                **given,
             )
             return made
 
-        new = run("gradient_stages", grads, params)
-        new = run("optimizer", _where_given(new, grads, params), params)
-        new = run("parameter_stages", _where_given(new, grads, params), params)
+        new = run("gradient_stages", grads) if "gradient_stages" in links else grads
+        new = run("optimizer", new)
+        new = run("parameter_stages", new) if "parameter_stages" in links else new
         new_state = {key: new_state[key] for key in links}
         if donate:
             return donation.write_over(params, new), donation.write_over(state, new_state)
