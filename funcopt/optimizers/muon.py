@@ -106,7 +106,8 @@ def muon(
         is that of the same iteration in the leaf's dtype (under ``torch.compile``, of
         bfloat16's operations). Small leaves of one shape are stacked and iterated at
         once, which may round bfloat16 otherwise than one after another
-        (``execution="reference"``).
+        (``execution="reference"``); and small products are made in float32 and rounded,
+        which is what bfloat16's are, but for the order of a sum.
 
     Source:
         Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein, "Muon: an optimizer for
