@@ -223,6 +223,25 @@ def test_reverse_is_unrolling_by_hand_in_everything(name: str, how: str):
     assert_close(gradient(by_library(name), at, how), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
+@pytest.mark.parametrize("hyper", [{}, {"lr": torch.tensor(0.1)}], ids=["none", "lr"])
+def test_dynamo_compiles_an_unroll_as_one_graph(hyper: Any):
+    """Its gradient, too; of wrappers whose updates define functions."""
+    opt = fo.skip_nonfinite(fo.chain(fo.clip_by_global_norm(1.0), fo.adam(lr=0.1)))
+    start = {"w": torch.linspace(-1, 1, 4), "b": torch.tensor(0.5)}
+
+    def loss(p: Any, batch: Tensor) -> Tensor:
+        return ((p["w"] * batch).sum() + p["b"]) ** 2
+
+    def end(p: Any, batch: Tensor, hyper: Any) -> Tensor:
+        return fo.unroll(opt, loss, p, batch, steps=2, hyper=hyper).losses.sum()
+
+    given = start, torch.arange(4.0), hyper
+    torch._dynamo.reset()
+    compiled = torch.compile(grad(end), fullgraph=True, backend="eager")
+    assert_close(compiled(*given), grad(end)(*given))
+
+
 @pytest.mark.parametrize("name", INNER)
 def test_forward_mode_is_reverse_mode(name: str):
     at = everything(name)

@@ -61,7 +61,7 @@ class Loop:
                 carry = tree.detach(dict(carry))
             # What all steps use, by a name of each step's own: so are the gradients of a
             # step added up before those of another, as they are with remat.
-            own = tree.map(_alias, dict(shared))
+            own = {name: tree.map(_alias, value) for name, value in shared.items()}
             carry = record.add(self.step(self.given(carry, own, k)))
         return Unrolled(
             carry["params"], carry["state"], *record.stacked(), carry["buffers"]
@@ -69,7 +69,9 @@ class Loop:
 
 
 def _alias(x: Any) -> Any:
-    return x.view_as(x) if isinstance(x, Tensor) and is_tracked(x) else x
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or not is_tracked(x):
+        return x
+    return x.view_as(x)
 
 
 class Record:

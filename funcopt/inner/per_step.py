@@ -1,6 +1,6 @@
 """Hyperparameters with one value for each step of an inner loop."""
 
-from operator import itemgetter
+from collections.abc import Callable
 from typing import Any, final
 
 from funcopt import tree
@@ -55,36 +55,39 @@ class HyperBySteps:
     """
 
     def __init__(self, hyper: HyperMapping, steps: int) -> None:
-        leaves, self._structure = tree.flatten(dict(hyper))
-        self._marked = [isinstance(leaf, PerStep) for leaf in leaves]
+        self._marked: dict[str, tuple[tree.Structure, list[bool]]] = {}
+        self.values: dict[str, Tree] = {}
         for name, value in hyper.items():
-            for marked in tree.leaves(value):
-                if isinstance(marked, PerStep):
-                    length = tree.leading_axis(marked.values, f"per_step {name}")
+            leaves, structure = tree.flatten(value)
+            marked = [isinstance(leaf, PerStep) for leaf in leaves]
+            leaves = [x.values if isinstance(x, PerStep) else x for x in leaves]
+            for entries, is_marked in zip(leaves, marked):
+                if is_marked:
+                    length = tree.leading_axis(entries, f"per_step {name}")
                     if length != steps:
                         raise StructureError(
                             f"hyper['{name}'] holds values for {length} steps, the loop "
                             f"makes {steps}"
                         )
-        self.values: dict[str, Tree] = tree.unflatten(
-            self._structure,
-            [leaf.values if isinstance(leaf, PerStep) else leaf for leaf in leaves],
-        )
+            self._marked[name] = structure, marked
+            self.values[name] = tree.unflatten(structure, leaves)
 
     def at(self, k: int, values: Tree) -> dict[str, Any]:
         """Those of step k."""
-        parts = self._structure.flatten_up_to(values)
-        entries = [
-            tree.map(itemgetter(k), part) if marked else part
-            for part, marked in zip(parts, self._marked)
-        ]
-        return tree.unflatten(self._structure, entries)
+        return self._each(values, lambda x, marked: x[k] if marked else x)
 
     def sliced(self) -> Tree:
         """Like ``values``: whether each leaf has an entry for each step."""
-        parts = self._structure.flatten_up_to(self.values)  # pyright: ignore[reportArgumentType]
-        marks = [
-            tree.map(lambda _, m=marked: m, part)
-            for part, marked in zip(parts, self._marked)
-        ]
-        return tree.unflatten(self._structure, marks)
+        return self._each(self.values, lambda _, marked: marked)
+
+    def _each(self, values: Tree, function: Callable[[Any, bool], Any]) -> dict[str, Any]:
+        """``function`` of each leaf, and of whether it is marked."""
+        found = {}
+        for name, (structure, marks) in self._marked.items():
+            parts = structure.flatten_up_to(values[name])
+            entries = [
+                tree.map(lambda x, m=marked: function(x, m), part)
+                for part, marked in zip(parts, marks)
+            ]
+            found[name] = tree.unflatten(structure, entries)
+        return found

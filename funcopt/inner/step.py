@@ -84,7 +84,7 @@ class Step:
 
     def updated(self, grads: Tree, given: Mapping[str, Tree]) -> tuple[Tree, State]:
         """What the optimizer makes of the gradient."""
-        hyper: dict[str, Any] = dict(given["hyper"])
+        hyper: dict[str, Any] = dict(given["hyper"] or {})
         if self.asks_for_loss:
             hyper["loss_fn"] = self._loss_of_params([given[n] for n in ARGUMENTS[1:]])
         return self.update(grads, given["state"], given["params"], **hyper)

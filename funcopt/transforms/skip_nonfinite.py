@@ -1,5 +1,7 @@
 """Leave out a step whose gradients are not finite."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
