@@ -8,7 +8,7 @@ from row import Case
 from table import MATRIX
 from torch import Tensor
 from torch.func import grad, jvp
-from trees import assert_close, assert_moved, random_like, relative
+from trees import assert_close, assert_moved, assert_same, random_like, relative
 
 import funcopt as fo
 from funcopt import tree
@@ -40,6 +40,40 @@ def test_a_stack_is_a_loop(case: Case, donate: bool):
         found, b = opt.update(grads, b, found, donate=donate)
         assert_close((found, b), (expected, a), case.row.rounding)
     assert_moved(found, start, everywhere=False)
+
+
+AROUND: dict[str, Any] = {
+    "a stage before": lambda opt: fo.chain(fo.clip_by_global_norm(0.1), opt),
+    "trust region": lambda opt: fo.chain(opt, fo.trust_region(0.01)),
+    "average": lambda opt: fo.chain(opt, fo.ema(0.9)),
+    "lookahead": lambda opt: fo.chain(opt, fo.lookahead(2)),
+    "cautious": fo.cautious,
+    "skip_nonfinite": fo.skip_nonfinite,
+    "accumulate": lambda opt: fo.accumulate(opt, 2),
+    "master_weights": fo.master_weights,
+    "sam": fo.sam,
+}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("case", ONCE, ids=str)
+def test_what_stands_around_sees_each_leaf_as_it_was(
+    case: Case, around: str, donate: bool
+):
+    """Neither written over before it is looked at again, nor with others in a sum."""
+    opt, expected = AROUND[around](case.optimizer()), many(case)
+    found = tree.map(torch.clone, expected)
+    a, b = opt.init(expected), opt.init(found)
+    more: Any = {}
+    if around == "sam":
+        more = {"loss_fn": lambda p: sum((x**2).sum() for x in tree.leaves(p))}
+    for seed in range(2):
+        grads = random_like(expected, seed)
+        expected, a = opt.update(grads, a, expected, execution="reference", **more)
+        found, b = opt.update(grads, b, found, donate=donate, **more)
+        assert_same(grads, random_like(expected, seed))
+        assert_close((found, b), (expected, a), 10 * case.row.rounding)
 
 
 @pytest.mark.parametrize("case", ONCE, ids=str)

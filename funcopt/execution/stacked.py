@@ -99,8 +99,12 @@ def _together(leaves: Leaves, apart: bool) -> Sequence[Column]:
         return tuple(torch.as_tensor(x) for (x,) in columns)  # vmap returns no numbers
 
     stacks = [torch.stack([*column]) for column in streams]
-    with donation.running(given=donation.is_plain() or None):  # they are copies
-        made = one(*stacks) if leaves.rule.stacks else torch.vmap(one)(*stacks)
+    if leaves.rule.stacks:
+        with donation.running(given=donation.is_plain() or None):  # they are copies
+            made = one(*stacks)
+    else:
+        with donation.running(None):  # which vmap follows
+            made = torch.vmap(one)(*stacks)
     if not apart:
         return [column.unbind() for column in made]
     # A leaf keeps no memory alive but its own, and may be written over in place.

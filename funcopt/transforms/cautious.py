@@ -69,7 +69,8 @@ def cautious(opt: Optimizer, *, maximize: bool = False) -> Optimizer:
             name=name,
             elementwise=False,
             norms=spec.traceable,
-            # the mean is over all of a leaf
+            # the mean is over all of a leaf, and no more
+            stacks=0,
             sparse="dense" if spec.sparse == "dense" else "",
         )
     )
