@@ -228,6 +228,8 @@ def lbfgs(
 
     Note:
         Under vmap each task stops on its own: what it has is held while others go on.
+        With ``donate=True`` the history is written as the update goes on: after a
+        ``loss_fn`` that raises, start from ``init`` or a copy of the state.
         The derivative is that of the steps made, exact, by second derivatives of the
         loss. Unlike torch's, a leaf without a gradient stays where it is, and the line
         search halves its interval where the interpolation divides by 0.
