@@ -561,4 +561,4 @@ def test_no_tensor_is_left_over_from_a_meta_step(name: str):
         if step in (20, last - 1):
             gc.collect()
             alive.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
-    assert alive[0] == alive[1] > 10
+    assert alive[0] >= alive[1] > 10  # what another test has left may go meanwhile

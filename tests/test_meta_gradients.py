@@ -490,5 +490,6 @@ def test_meta_training_keeps_no_tensor_alive(tasks: Any):
         losses.append(float(loss))
         if i % 20 == 19:
             counts.append(live())
-    assert len(set(counts)) == 1
+    # Never more; what another test has left may go meanwhile.
+    assert counts == sorted(counts, reverse=True)
     assert losses[-1] < 0.8 * losses[0]  # and it does learn
