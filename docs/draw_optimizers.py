@@ -175,7 +175,8 @@ def _state(opt: fo.Optimizer) -> str:
     """Numbers of state to each parameter, in a matrix of 64 × 64."""
     p = torch.zeros(64, 64)
     slots = {k: x for k, x in opt.init(p).items() if k != "step"}
-    return f"{sum(x.numel() for x in slots.values()) / p.numel():.2g}"
+    each = sum(x.numel() for x in slots.values()) / p.numel()
+    return f"{each:.2g}" if each < 10 else f"{each:.0f}"
 
 
 def fill(page: Path) -> None:

@@ -1,15 +1,14 @@
 """Optimizers that see all leaves as one vector, and ask for the loss again."""
 
-import math
-import mmap
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import torch
 
 from funcopt import tree
 from funcopt.checks import check_leaves, check_params, check_state
+from funcopt.conditions import alone
 from funcopt.errors import (
     ExecutionError,
     HyperparameterError,
@@ -27,76 +26,6 @@ from funcopt.types import State, Tensor, Tree
 
 #: a function of the vector of all parameters that gives the loss's gradient, and the loss
 Slope = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-# A condition is a tensor, or a bool where nobody follows what is computed: there numbers
-# are Python's, and cost next to nothing.
-Condition = Tensor | bool
-Number: TypeAlias = Any  #: a 0-d tensor, or Python's
-
-
-def everywhere(condition: Condition) -> bool:
-    """Whether it is seen to hold, for every task of a batch; False if nothing is seen."""
-    if isinstance(condition, bool):
-        return condition
-    found = levels.seen(condition)
-    return found is not None and bool(found.all())
-
-
-def no(condition: Any) -> Any:
-    """The opposite."""
-    return not condition if isinstance(condition, bool) else ~condition
-
-
-def decided(condition: Condition) -> bool | None:
-    """What a condition is for every task; None if they differ, or a look would take long.
-
-    That is, on an accelerator, and where nothing is seen.
-    """
-    if isinstance(condition, bool):
-        return condition
-    found = levels.seen(condition)
-    if found is None or not found.is_cpu:
-        return None
-    if not found.ndim:
-        return bool(found)
-    return bool(found.all()) or (None if found.any() else False)
-
-
-def where(condition: Condition, a: Any, b: Any) -> Any:
-    """``a`` where it holds, else ``b``: that very tensor, if all tasks agree."""
-    known = decided(condition)
-    if known is not None:
-        return a if known else b
-    return torch.where(cast(Tensor, condition), a, b)
-
-
-def most(counts: Tensor, otherwise: int) -> int:
-    """The largest number of all tasks; ``otherwise`` where none can be seen."""
-    found = levels.seen(counts)
-    return otherwise if found is None or not found.numel() else int(found.max())
-
-
-def alone(x: Tensor) -> bool:
-    """Whether neither autograd nor a transform nor a mode follows what is computed."""
-    followed = torch.is_grad_enabled() or levels.inside() or levels.pushing()
-    return not followed and levels.readable(x)
-
-
-_LARGE = 1 << 20  # bytes
-
-
-def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Zeros of the dtype and device of ``like``.
-
-    Many are pages that the system hands out on the first write: a history that is
-    not written yet takes neither memory nor time.
-    """
-    size = math.prod(shape) * like.element_size()
-    if size < _LARGE or not levels.readable(like) or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return like.new_zeros(shape)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=like.dtype).view(*shape)
 
 
 def flat(

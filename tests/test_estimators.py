@@ -552,13 +552,18 @@ def test_no_tensor_is_left_over_from_a_meta_step(name: str):
     """Long trainings by windows of a step, short ones whole."""
     opt, eta = ETAS["rule" if "rule" in SEES[name] else next(iter(SEES[name]))]
     given = problem(opt, steps=1000 if name in WINDOWED else 1)
-    how, carry, alive = WINDOWED.get(name, {}), None, []
+    how, carry, counts = WINDOWED.get(name, {}), None, []
+
+    def alive() -> list[Tensor]:
+        gc.collect()
+        return [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+
+    others = alive()  # of earlier tests: held, so that none goes meanwhile
     last = 1000 if name in WINDOWED or name == "reverse" else 100
     for step in range(last):
         estimate = CALLS[name](given, eta, carry=carry, **how)
         eta = tree.map(lambda x, g: x - 1e-9 * g, eta, estimate.grads)
         carry = estimate.carry
         if step in (20, last - 1):
-            gc.collect()
-            alive.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
-    assert alive[0] >= alive[1] > 10  # what another test has left may go meanwhile
+            counts.append(len(alive()))
+    assert counts[0] == counts[1] > max(10, len(others))

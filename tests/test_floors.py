@@ -21,6 +21,7 @@ FLOORS = {
     "funcopt.checks": 2,
     "funcopt.normal": 2,
     "funcopt.func": 2,
+    "funcopt.conditions": 4,
     "funcopt.listed": 4,
     "funcopt.derivatives": 2,
     "funcopt.select": 2,

@@ -137,10 +137,7 @@ def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
 def _run_whole(
     name: str, leaves: Leaves, donate: bool, plain: bool = True
 ) -> Sequence[Column]:
-    # A rule that takes stacks is an optimizer's own. One made of several, as a chain's,
-    # looks at parameters again when the optimizer is done with them.
-    given = donate and leaves.rule.stacks > 0
-    with donation.running(given if plain else None):
+    with donation.running(given=donate if plain else None):
         if name == "reference":
             columns = reference.of_leaves(leaves)
         else:

@@ -10,7 +10,7 @@ import torch
 from funcopt import tree
 from funcopt.errors import ExecutionError
 from funcopt.execution import layout, levels
-from funcopt.types import Tensor, Tree
+from funcopt.types import RuleFunction, Tensor, Tree
 
 #: of the rule that runs: None where what it computes may be followed, else `is_given`
 _given: ContextVar[bool | None] = ContextVar("given", default=None)
@@ -40,6 +40,18 @@ def is_plain() -> bool:
 def is_given() -> bool:
     """Whether the rule that runs may write over parameter and state."""
     return is_plain() and bool(_given.get())
+
+
+def kept(rule: RuleFunction) -> RuleFunction:
+    """The rule, for one that looks again at what it gives to it: that stays as it is."""
+
+    def call(*args: Any, **given: Any) -> tuple[Any, ...]:
+        if not is_given():
+            return rule(*args, **given)
+        with running(given=False):
+            return rule(*args, **given)
+
+    return call
 
 
 def check(

@@ -51,12 +51,13 @@ def per_step(values: Tree) -> PerStep:
 class HyperBySteps:
     """The hyperparameters of a loop, and those of each of its steps.
 
-    ``values`` is the tree of all of them, in which `per_step` leaves no mark.
+    ``values`` is the tree of all of them, in which `per_step` leaves no mark; None where
+    there are none, for Dynamo takes no empty dict apart.
     """
 
     def __init__(self, hyper: HyperMapping, steps: int) -> None:
         self._marked: dict[str, tuple[tree.Structure, list[bool]]] = {}
-        self.values: dict[str, Tree] = {}
+        values: dict[str, Tree] = {}
         for name, value in hyper.items():
             leaves, structure = tree.flatten(value)
             marked = [isinstance(leaf, PerStep) for leaf in leaves]
@@ -70,7 +71,8 @@ class HyperBySteps:
                             f"makes {steps}"
                         )
             self._marked[name] = structure, marked
-            self.values[name] = tree.unflatten(structure, leaves)
+            values[name] = tree.unflatten(structure, leaves)
+        self.values: Tree = values or None
 
     def at(self, k: int, values: Tree) -> dict[str, Any]:
         """Those of step k."""
@@ -78,7 +80,7 @@ class HyperBySteps:
 
     def sliced(self) -> Tree:
         """Like ``values``: whether each leaf has an entry for each step."""
-        return self._each(self.values, lambda _, marked: marked)
+        return self._each(self.values, lambda _, marked: marked) or None
 
     def _each(self, values: Tree, function: Callable[[Any, bool], Any]) -> dict[str, Any]:
         """``function`` of each leaf, and of whether it is marked."""

@@ -138,7 +138,7 @@ class _Call:
     @property
     def _sliced(self) -> list[Any]:
         """Whether each input holds an entry for each step."""
-        marks = {"hyper": self.loop.hyper.sliced() or None}
+        marks = {"hyper": self.loop.hyper.sliced()}
         by_hyper = self.inputs.aligned(marks, (), "")
         batch = [self.loop.batches and name == "batch" for name in self.inputs.names()]
         return [a or b for a, b in zip(by_hyper, batch)]

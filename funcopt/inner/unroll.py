@@ -129,8 +129,7 @@ def unroll(
     state = opt.init(params) if state is None else state
     carry = {"params": params, "state": state, "buffers": buffers}
     data = batch if batches is None else batches
-    # An empty dict is what Dynamo cannot take apart.
-    shared = {"batch": data, "hyper": loop.hyper.values or None, "meta": meta}
+    shared = {"batch": data, "hyper": loop.hyper.values, "meta": meta}
     segment = _segment(remat, steps, grad_mode)
     if segment and steps and apart.is_possible():
         return sweep.run(loop, carry, shared, segment)

@@ -6,7 +6,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from funcopt.flat import Condition, Number, decided, everywhere, no, where
+from funcopt.conditions import Condition, Number, decided, everywhere, no, where
 from funcopt.types import Tensor
 
 _DECREASE = 1e-4  # c₁ of Nocedal and Wright

@@ -1,9 +1,14 @@
 """The pairs by which L-BFGS knows the curvature, and the direction that follows."""
 
+import math
+import mmap
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import pad
 
-from funcopt.flat import Condition, Number, alone, everywhere, most, where, zeros
+from funcopt.conditions import Condition, Number, alone, everywhere, most, where
+from funcopt.execution import levels
 from funcopt.types import Tensor
 
 Slots = dict[str, Tensor]
@@ -139,6 +144,22 @@ class _Ring:
                 block.zero_()
             self._rows[self._rows.shape[0] - known.shape[0] :] = known
         return self._rows
+
+
+_LARGE = 1 << 20  # bytes
+
+
+def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Zeros of the dtype and device of ``like``.
+
+    Many are pages that the system hands out on the first write: a history that is
+    not written yet takes neither memory nor time.
+    """
+    size = math.prod(shape) * like.element_size()
+    if size < _LARGE or not levels.readable(like) or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return like.new_zeros(shape)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(*shape)
 
 
 def _products(rows: "_Rows | _Ring", x: Tensor) -> Tensor:

@@ -4,22 +4,13 @@ from collections.abc import Callable
 
 import torch
 
+from funcopt.conditions import Condition, Number, everywhere, most, no, where
 from funcopt.errors import HyperparameterError
-from funcopt.flat import (
-    Condition,
-    Number,
-    Slope,
-    everywhere,
-    flat,
-    most,
-    no,
-    where,
-    zeros,
-)
+from funcopt.flat import Slope, flat
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
 from funcopt.optimizers._line_search import Point, strong_wolfe
-from funcopt.optimizers._pairs import Pairs, Slots
+from funcopt.optimizers._pairs import Pairs, Slots, zeros
 from funcopt.types import HyperValue, Tensor
 
 _CURVED = 1e-10  # y·s of a pair that is remembered

@@ -19,6 +19,11 @@ def are_among(grads: Sequence[Any]) -> bool:
     return any(isinstance(g, Tensor) and g.layout is torch.sparse_coo for g in grads)
 
 
+def dense(grads: Sequence[Any]) -> list[Any]:
+    """The gradients, none of them sparse."""
+    return [g.to_dense() if are_among([g]) else g for g in grads]
+
+
 def numbers(g: Tensor) -> Tensor:
     """Of a gradient, those that are there."""
     return g.coalesce().values() if are_among([g]) else g
@@ -81,14 +86,14 @@ def step(
     state: State,
     slots: Mapping[str, Sequence[Any]],
     structure: tree.Structure,
-    donate: bool,
     hyper: Sequence[Mapping[str, Any]],
     given: Mapping[str, Any],
-) -> tuple[list[Any], dict[str, Any]]:
-    """New parameters, and a new state with lists for trees.
+) -> tuple[Tree, State]:
+    """One step, ``given`` being how: an ``update`` of the entries that gradients name.
 
-    ``update`` is given the entries that gradients name as if they were the leaves.
+    They are given to it as if they were the leaves.
     """
+    donate = given["donate"]
     at = [g.indices().unbind() if are_among([g]) else None for g in grads]
     values = [g if i is None else g.values() for g, i in zip(grads, at)]
     if donate:
@@ -101,13 +106,14 @@ def step(
         return tree.unflatten(structure, picked)
 
     some = {**state, **{slot: few(column) for slot, column in slots.items()}}
-    some_grads = tree.unflatten(structure, values)
-    p, new = update(some_grads, some, few(params), donate=donate, **given)
-    put = _written if donate else _replaced
-    made = {
-        slot: put(column, tree.leaves(new[slot]), at) for slot, column in slots.items()
-    }
-    return put(params, tree.leaves(p), at), {**new, **made}
+    p, new = update(tree.unflatten(structure, values), some, few(params), **given)
+
+    def put(column: Sequence[Any], made: Tree) -> Tree:
+        write = _written if donate else _replaced
+        return tree.unflatten(structure, write(column, tree.leaves(made), at))
+
+    new_slots = {slot: put(column, new[slot]) for slot, column in slots.items()}
+    return put(params, p), state if donate else {**new, **new_slots}
 
 
 def _entries(x: Tensor, at: tuple[Tensor, ...]) -> Tensor:

@@ -145,8 +145,8 @@ class Stepper:
             if self.spec.sparse == "only":
                 sparse_rows.check_all(g, structure, self.spec.name)
             if sparse_rows.are_among(g):
-                given = {"values": values, "execution": execution}
-                return self._lazily(g, p, structure, state, trees, donate, given)
+                given = {"values": values, "execution": execution, "donate": donate}
+                return self._lazily(g, p, structure, state, trees, live, given)
         if together and live is None:
             held = {key: state[key] for key in self.vectors}
             done = tasks.step(self.step, g, p, trees, held, structure, values)
@@ -217,37 +217,26 @@ class Stepper:
 
     def _lazily(
         self,
-        grads: list[Any],
-        params: list[Any],
+        g: list[Any],
+        p: list[Any],
         structure: tree.Structure,
         state: State,
-        slots: dict[str, list[Any]],
-        donate: bool,
+        trees: dict[str, list[Any]],
+        live: list[int] | None,
         given: dict[str, Any],
     ) -> tuple[Tree, State]:
         """A step by gradients of which some are sparse."""
-        numbers = levels.scalars_of(state["step"] + 1)
-        hyper = given["values"](structure, params, numbers)
-        grads = sparse_rows.check(grads, params, structure, hyper)
-        here = [p if sparse_rows.are_among([g]) else g for g, p in zip(grads, params)]
-        check_leaves(
-            here, params, slots, which_step(grads, params), structure, self.forms
-        )
         assert self.lazy is not None
+        hyper = given["values"](structure, p, levels.scalars_of(state["step"] + 1))
+        g = sparse_rows.check(g, p, structure, hyper)
+        here = [x if sparse_rows.are_among([y]) else y for x, y in zip(p, g)]
+        check_leaves(here, p, trees, live, structure, self.forms)
+        update = self.lazy.step
         if self.spec.sparse == "dense":
-            whole = [g.to_dense() if sparse_rows.are_among([g]) else g for g in grads]
-            trees = [tree.unflatten(structure, x) for x in (whole, params)]
-            return self.lazy.step(trees[0], state, trees[1], donate=donate, **given)
-        p, new = sparse_rows.step(
-            self.lazy.step, grads, params, state, slots, structure, donate, hyper, given
-        )
-        if donate:
-            for key in self.vectors:
-                state[key].copy_(new[key])
-            return tree.unflatten(structure, p), state
-        for slot in slots:
-            new[slot] = tree.unflatten(structure, new[slot])
-        return tree.unflatten(structure, p), new
+            columns = sparse_rows.dense(g), p
+            grads, params = (tree.unflatten(structure, x) for x in columns)
+            return update(grads, state, params, **given)
+        return sparse_rows.step(update, g, p, state, trees, structure, hyper, given)
 
     def eval_params(self, state: State, params: Tree, **overrides: HyperValue) -> Tree:
         """What to evaluate with; see `Optimizer`. No derivative is lost."""

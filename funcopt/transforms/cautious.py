@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from funcopt.errors import HyperparameterTypeError
+from funcopt.execution import donation
 from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.optimizers._parts import count
 from funcopt.types import Tensor
@@ -54,9 +55,10 @@ def cautious(opt: Optimizer, *, maximize: bool = False) -> Optimizer:
             "a leaf; take fo.adam and dense gradients"
         )
     spec, sign = opt.spec, -1.0 if maximize else 1.0
+    inner = donation.kept(spec.rule)
 
     def rule(g: Tensor, p: Tensor, *slots: Any, **given: Any) -> tuple[Any, ...]:
-        new, *state = spec.rule(g, p, *slots, **given)
+        new, *state = inner(g, p, *slots, **given)
         agrees = ((p - new) * g * sign > 0).to(p.dtype)
         share = (agrees.sum() / count(p)).clamp(min=1e-3)
         return p + (new - p) * agrees / share, *state

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 from funcopt.errors import HyperparameterTypeError
+from funcopt.execution import donation
 from funcopt.hyper import Hyper
 from funcopt.spec import Spec
 from funcopt.types import SlotStart, Tensor
@@ -53,7 +54,7 @@ class _Part:
 
     def step(self, x: Tensor, p: Tensor, held: dict[str, Any], given: Any) -> Tensor:
         """What its rule makes of ``x``; its new slots are held in place of the old."""
-        x, *new = self.call(self.spec.rule, (x, p), held, given)
+        x, *new = self.call(donation.kept(self.spec.rule), (x, p), held, given)
         held.update(zip(self.slots, new))
         return x
 

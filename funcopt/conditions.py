@@ -1,0 +1,63 @@
+"""Conditions and numbers of an algorithm that tasks go through each in its own way.
+
+Where somebody follows what is computed they are tensors, and a choice is made for each
+task; else Python's, which cost next to nothing, and a choice is a branch.
+"""
+
+from typing import Any, TypeAlias, cast
+
+import torch
+
+from funcopt.execution import levels
+from funcopt.types import Tensor
+
+Condition: TypeAlias = Tensor | bool
+Number: TypeAlias = Any  #: a 0-d tensor, or Python's
+
+
+def everywhere(condition: Condition) -> bool:
+    """Whether it is seen to hold, for every task of a batch; False if nothing is seen."""
+    if isinstance(condition, bool):
+        return condition
+    found = levels.seen(condition)
+    return found is not None and bool(found.all())
+
+
+def no(condition: Any) -> Any:
+    """The opposite."""
+    return not condition if isinstance(condition, bool) else ~condition
+
+
+def decided(condition: Condition) -> bool | None:
+    """What a condition is for every task; None if they differ, or a look would take long.
+
+    That is, on an accelerator, and where nothing is seen.
+    """
+    if isinstance(condition, bool):
+        return condition
+    found = levels.seen(condition)
+    if found is None or not found.is_cpu:
+        return None
+    if not found.ndim:
+        return bool(found)
+    return bool(found.all()) or (None if found.any() else False)
+
+
+def where(condition: Condition, a: Any, b: Any) -> Any:
+    """``a`` where it holds, else ``b``: that very tensor, if all tasks agree."""
+    known = decided(condition)
+    if known is not None:
+        return a if known else b
+    return torch.where(cast(Tensor, condition), a, b)
+
+
+def most(counts: Tensor, otherwise: int) -> int:
+    """The largest number of all tasks; ``otherwise`` where none can be seen."""
+    found = levels.seen(counts)
+    return otherwise if found is None or not found.numel() else int(found.max())
+
+
+def alone(x: Tensor) -> bool:
+    """Whether neither autograd nor a transform nor a mode follows what is computed."""
+    followed = torch.is_grad_enabled() or levels.inside() or levels.pushing()
+    return not followed and levels.readable(x)
