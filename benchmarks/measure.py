@@ -79,6 +79,16 @@ def summary(values: list[float]) -> Times:
     }
 
 
+def widen_heap() -> None:
+    """Have the C library keep more of what is freed, as it does after large tensors.
+
+    glibc gives freed memory back to the system from a bound on, and raises that to twice
+    the largest block freed so far: 64 MiB at most. What comes back is paid for page by
+    page: temporaries of a few million elements may take twice as long before as after.
+    """
+    torch.empty(7 << 20)
+
+
 def on_threads(
     script: str, counts: Sequence[int] = (1, 2), more: Sequence[str] = ()
 ) -> list[dict[str, Any]]:

@@ -4,10 +4,10 @@
     python benchmarks/step.py                  # eight minutes on two cores
     python benchmarks/step.py --only adamw     # rules to measure anew, the rest is kept
 
-AdamW on one thread and on two, the registry on two, each thread count in a process of
-its own that is pinned to as many cores. Every contender starts from the same parameters
-and gradients, and what it has come to after a few steps must agree with float64 before
-its clock starts. Writes ``results/step.json`` and the tables of README.md.
+AdamW on one thread and on two, the registry on two; each thread count and rule in a
+process of its own that is pinned to as many cores. Every contender starts from the same
+parameters and gradients, and what it comes to after a few steps must agree with float64,
+or nobody's time is kept. Writes ``results/step.json`` and the tables of README.md.
 """
 
 from __future__ import annotations
@@ -57,13 +57,19 @@ MAKERS: dict[str, Callable[..., Stepper]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, help="measure on so many, print JSON")
+    parser.add_argument("--part", help="what to measure then: AdamW, or a rule")
     parser.add_argument("--only", nargs="*", default=[], help="rules, and not all")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-        print(json.dumps(measured(given.threads, given.only or list(RULES))))
+        print(json.dumps(measured(given.part)))
         return
-    found = measure.on_threads(__file__, more=("--only", *given.only))
+    rules = given.only or list(RULES)
+    found: list[dict[str, Any]] = []
+    if "adamw" in rules:
+        found += measure.on_threads(__file__, more=("--part", ADAMW))
+    for rule in tqdm(rules, unit="rule"):
+        found += measure.on_threads(__file__, (2,), ("--part", rule))
     new = {_key(r) for r in found}
     kept = measure.load("step") or [] if given.only else []
     measure.save("step", [*(r for r in kept if _key(r) not in new), *found])
@@ -75,24 +81,21 @@ def _key(result: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(result[name] for name in ("part", "rule", "tree", "threads"))
 
 
-def measured(threads: int, rules: list[str]) -> list[dict[str, Any]]:
-    """All cases on so many threads."""
-    cases: list[tuple[str, str, str]] = []
-    if "adamw" in rules:
-        trees = dict.fromkeys(target.tree for target in STEP)
-        cases += [(ADAMW, "adamw", tree) for tree in trees]
-    if threads > 1:
-        cases += [("registry", rule, tree) for rule in rules for tree in REGISTRY]
+def measured(what: str) -> list[dict[str, Any]]:
+    """AdamW on the trees that have targets; or one rule, on the largest tree first."""
+    part, rule, trees = "registry", what, [*reversed(REGISTRY)]
+    if what == ADAMW:
+        part, rule, trees = ADAMW, "adamw", [*dict.fromkeys(t.tree for t in STEP)]
     results = []
-    for part, rule, tree in tqdm(cases, desc=f"step, {threads} threads"):
+    for tree in trees:
         try:
             with torch.no_grad():
                 found = case(part, RULES[rule], tree)
         except AssertionError as error:  # who is wrong is not timed; the others are
             tqdm.write(f"{rule}, {tree}: {error}")
             found = {"error": str(error)}
-        row = {"part": part, "rule": rule, "tree": tree, "threads": threads}
-        results.append({**row, **found})
+        row = {"part": part, "rule": rule, "tree": tree}
+        results.append({**row, "threads": torch.get_num_threads(), **found})
     return results
 
 
@@ -119,30 +122,15 @@ def case(part: str, rule: Rule, tree: str) -> dict[str, Any]:
         "size": sizes.size(shapes),
         "elementwise": rule.elementwise,
     }
-    steps = 1 if rule.takes_loss else 2 if rule.rounds_coarsely else CHECKED
-    coarse = rule.rounds_coarsely and not rule.amplifies
-    tolerance = COARSE if coarse else TOLERANCE
+    names = contenders(part, rule, tree)
     made = {DONATED: MAKERS[DONATED](rule, params, grads)}
     start = time.perf_counter()
     made[DONATED].step()
     first = time.perf_counter() - start
     if first > PATIENCE:
         return {**found, "seconds": first}
-    changes = changed(steppers.exact(rule, params, grads), params, steps)
-    if not rule.sparse:
-        moved = [(c != 0).double().mean() for c in changes]
-        assert min(moved) > 0.99, "parameters stand still"
-    differences = {}
-    for name in contenders(part, rule, tree):
-        taken = int(name in made)
-        stepper = made.setdefault(name, MAKERS[name](rule, params, grads))
-        if rule.amplifies:
-            wide = [[x.double() for x in column] for column in (params, grads)]
-            stepper, taken = MAKERS[name](rule, *wide), 0
-        done = changed(stepper, params, steps - taken)
-        differences[name] = difference = measure.difference(done, changes)
-        if not difference <= tolerance:  # so that NaN fails, too
-            raise AssertionError(f"{name} differs by {difference:.1e}: {rule}, {tree}")
+    for name in names:
+        made.setdefault(name, MAKERS[name](rule, params, grads))
     how: dict[str, Any] = {"repeats": REPEATS, "fill": 0.03}
     if part != ADAMW:  # AdamW in the same run, for the time per byte
         adamw = RULES["adamw"]
@@ -151,8 +139,38 @@ def case(part: str, rule: Rule, tree: str) -> dict[str, Any]:
         found["bytes of AdamW"] = adamw.bytes(params)
         how = {"repeats": 15, "fill": 0.01, "seconds": SECONDS}
     calls = {name: stepper.step for name, stepper in made.items()}
-    times = measure.interleaved(calls, **how)
-    return {**found, "milliseconds": times, "difference": differences}
+    # The clock first: what float64 frees changes how fast memory is had afterwards.
+    found["milliseconds"] = measure.interleaved(calls, **how)
+    if part != ADAMW and tree == LARGE:
+        measure.widen_heap()
+        found["widened"] = measure.interleaved(calls, **how)
+    return {**found, "difference": differences(rule, tree, names, params, grads)}
+
+
+def differences(
+    rule: Rule, tree: str, names: list[str], params: list[Tensor], grads: list[Tensor]
+) -> dict[str, float]:
+    """How far each contender comes from float64.
+
+    Raises:
+        AssertionError: too far.
+    """
+    steps = 1 if rule.takes_loss else 2 if rule.rounds_coarsely else CHECKED
+    coarse = rule.rounds_coarsely and not rule.amplifies
+    tolerance = COARSE if coarse else TOLERANCE
+    changes = changed(steppers.exact(rule, params, grads), params, steps)
+    if not rule.sparse:
+        moved = [(c != 0).double().mean() for c in changes]
+        assert min(moved) > 0.99, "parameters stand still"
+    if rule.amplifies:
+        params, grads = ([x.double() for x in column] for column in (params, grads))
+    found = {}
+    for name in names:
+        done = changed(MAKERS[name](rule, params, grads), params, steps)
+        found[name] = difference = measure.difference(done, changes)
+        if not difference <= tolerance:  # so that NaN fails, too
+            raise AssertionError(f"{name} differs by {difference:.1e}: {rule}, {tree}")
+    return found
 
 
 def changed(stepper: Stepper, params: list[Tensor], steps: int) -> list[Tensor]:

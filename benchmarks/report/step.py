@@ -84,21 +84,23 @@ def at_memory_speed(results: list[dict[str, Any]]) -> str:
         times = r["milliseconds"]
         adamw = times.get(targets.ADAMW, times[DONATED])["median"] / r["bytes of AdamW"]
         per_byte = times[DONATED]["median"] / r["bytes"] / adamw
-        faster = TORCH["foreach"] in times and tables.ratio(
-            times, DONATED, TORCH["foreach"]
-        )
+        faster = [
+            tables.ratio(each, DONATED, TORCH["foreach"])
+            for each in _heaps(r)
+            if TORCH["foreach"] in each
+        ]
         wanted = []
         if r["elementwise"]:
             wanted.append(per_byte <= targets.PER_BYTE)
         if faster and TORCH["fused"] not in times and r["elementwise"]:
-            wanted.append(faster >= targets.FOREACH)
+            wanted.append(faster[0] >= targets.FOREACH)
         rows.append(
             [
                 rule,
                 f"{r['bytes'] / r['size']:.3g}",
                 *(f"{times[name]['median']:.3g}" for name in (DONATED, PURE)),
                 f"{per_byte:.2f}",
-                f"{faster:.2f} ×" if faster else "",
+                " / ".join(f"{x:.2f} ×" for x in faster),
                 verdict(all(wanted)) if wanted else "",
                 f"{max(r['difference'].values()):.0e}",
             ]
@@ -109,7 +111,7 @@ def at_memory_speed(results: list[dict[str, Any]]) -> str:
         "donated, ms",
         "pure, ms",
         f"time per byte / AdamW's (≤ {targets.PER_BYTE:g})",
-        f"than foreach (≥ {targets.FOREACH:g} ×)",
+        f"than foreach (≥ {targets.FOREACH:g} ×) / in a widened heap",
         "",
         "difference",
     ]
@@ -123,14 +125,20 @@ def _by_rule(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any
     return found
 
 
+def _heaps(result: dict[str, Any]) -> list[dict[str, measure.Times]]:
+    """The times in a fresh process, and those in a widened heap."""
+    return [result[key] for key in ("milliseconds", "widened") if key in result]
+
+
 def _best(result: dict[str, Any]) -> tuple[str, float] | None:
-    """torch's fastest, and how many times as fast ours is."""
-    times = result["milliseconds"]
-    theirs = {k: times[name] for k, name in TORCH.items() if name in times}
-    if not theirs:
-        return None
-    name = min(theirs, key=lambda k: theirs[k]["median"])
-    return name, tables.ratio(times, DONATED, TORCH[name])
+    """torch's fastest, and how many times as fast ours is, where that is least."""
+    found = [
+        (name, tables.ratio(times, DONATED, TORCH[name]))
+        for times in _heaps(result)
+        for name in TORCH
+        if TORCH[name] in times
+    ]
+    return min(found, key=lambda each: each[1], default=None)
 
 
 def _against(result: dict[str, Any] | None) -> str:
