@@ -134,16 +134,13 @@ def flat(
             if not alone(x) or torch.is_inference_mode_enabled():
                 return transformed(x)
             # What nobody differentiates or watches autograd does alone, in half the time.
-            leaves = leaves_of(x.detach())
-            asked = [leaves[i].requires_grad_() for i in live]
+            asked = x.detach().requires_grad_()
             with torch.enable_grad():
-                value = loss_fn(tree.unflatten(structure, leaves))
+                value = loss(asked)
             if value.ndim or not value.requires_grad:
                 return transformed(x)  # which has the words for it
-            slopes = dict(zip(live, torch.autograd.grad(value, asked, allow_unused=True)))
-            return _vector(
-                [slopes.get(i) for i in range(len(p))], p, like
-            ), value.detach()
+            (slopes,) = torch.autograd.grad(value, asked, materialize_grads=True)
+            return slopes, value.detach()
 
         moves = None
         if len(live) < sum(leaf is not None for leaf in p):
