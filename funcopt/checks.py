@@ -38,8 +38,10 @@ def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
 
 
 def check_floats(values: Any, what: str) -> None:
-    """Each leaf must be ``None`` or a tensor of floating-point numbers."""
+    """Each leaf must be ``None`` or a tensor of floating-point numbers; one be there."""
     leaves, structure = tree.flatten(values)
+    if all(leaf is None for leaf in leaves):
+        raise StructureError(f"{what} has no tensor that a gradient could be by")
     for i, leaf in enumerate(leaves):
         if leaf is None:
             continue

@@ -122,8 +122,8 @@ def tasks_of(x: Given, batch: Any, **how: Any) -> Any:
     return fo.meta.value_and_grad(loss, **how)(x.params, batch)
 
 
-def over_tasks(x: Given, task_loss: Callable[..., Any]) -> Any:
-    return fo.meta.value_and_grad(task_loss)(x.params, torch.ones(3))
+def over_tasks(x: Given, task_loss: Callable[..., Any], **how: Any) -> Any:
+    return fo.meta.value_and_grad(task_loss, **how)(x.params, torch.ones(3))
 
 
 def two_groups(**differing: Any) -> list[dict[str, Any]]:
@@ -903,12 +903,47 @@ CASES = [
         ),
     ),
     *refuses(
-        RuntimeError,  # torch.func's own, and clear
-        RuntimeError,
+        fo.StructureError,
+        ValueError,
         (
             "loss per row of a task",
             lambda x: over_tasks(x, lambda t, _: t["scale"]),
-            "scalar",
+            "task_loss must return a 0-d tensor",
+            "(4,)",
+        ),
+        ("loss that is a number", lambda x: over_tasks(x, lambda t, _: 1.0), "float"),
+        (
+            "aux that nobody asked for",
+            lambda x: over_tasks(x, lambda t, _: (t["scale"].sum(), t["scale"])),
+            "tuple",
+            "has_aux=True",
+        ),
+        (
+            "no aux where it was asked for",
+            lambda x: over_tasks(x, lambda t, _: t["scale"].sum(), has_aux=True),
+            "(loss, aux)",
+            "shape ()",
+        ),
+        (
+            "theta without a tensor",
+            lambda x: fo.meta.value_and_grad(loss)({"lr": None}, torch.ones(2)),
+            "theta has no tensor",
+        ),
+    ),
+    *refuses(
+        fo.LeafError,
+        TypeError,
+        (
+            "aux that is a number",
+            lambda x: over_tasks(x, lambda t, _: (total(t), {"n": 1}), has_aux=True),
+            "aux['n'] of task_loss is int",
+        ),
+        (
+            "aux of a step that is a number",
+            lambda x: fo.unroll(
+                SGD, lambda p, _: (total(p), [1.0]), x.params, steps=1, has_aux=True
+            ),
+            "aux['0'] of loss_fn is float",
         ),
     ),
 ]

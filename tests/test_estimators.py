@@ -5,13 +5,14 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp, vjp, vmap
 
 import funcopt as fo
 from funcopt import tree
@@ -503,6 +504,56 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], type[Exception], list[st
         ValueError,
         ["per_step", "4 steps"],
     ),
+    (
+        lambda: fo.meta.reverse(problem(), {"hyper": {}}),
+        fo.StructureError,
+        ValueError,
+        ["eta has no tensor"],
+    ),
+    (
+        lambda: fo.meta.implicit(problem(constrain=lambda e: {"hyper": LR}), WEIGHTS),
+        fo.MetaParameterError,
+        ValueError,
+        ["constrain", "['hyper']", "['meta']"],
+    ),
+    *(
+        (
+            partial(CALLS[name], problem(), {"init": PARAMS}, carry=cut),
+            fo.MetaParameterError,
+            ValueError,
+            [name, "'init'", "step 2"],
+        )
+        for name, cut in product(
+            ["forward", "pes", "es_single"], [fo.meta.advance(problem(), LR, 2)]
+        )
+    ),
+    (
+        lambda: fo.meta.forward(
+            problem(), WEIGHTS, carry=fo.meta.forward(problem(), LR, window=1).carry
+        ),
+        fo.StructureError,
+        ValueError,
+        ["tangents", "1 and 5 numbers"],
+    ),
+    (
+        lambda: fo.meta.pes(
+            problem(), WEIGHTS, **HOW, carry=fo.meta.pes(problem(), LR, **HOW).carry
+        ),
+        fo.StructureError,
+        ValueError,
+        ["perturbations", "'hyper.lr'", "'meta.weights'"],
+    ),
+    *(
+        (
+            lambda name=name: CALLS[name](
+                problem(), LR, carry=fo.meta.pes(problem(), LR, **HOW).carry
+            ),
+            fo.StructureError,
+            ValueError,
+            [name, "a swarm"],
+        )
+        for name in ("reverse", "es")
+    ),
 ]
 
 
@@ -533,6 +584,93 @@ def test_a_derivative_of_an_estimate_is_refused(name: str):
     ):
         with pytest.raises(fo.GradientLostError, match=f"^{name} gives numbers"):
             ask()
+
+
+@pytest.mark.parametrize("what", ["batch", "outer_batch", "params"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_derivative_by_what_a_problem_holds_is_refused(name: str, what: str):
+    opt, eta = ETAS["rule" if "rule" in SEES[name] else next(iter(SEES[name]))]
+    start = getattr(problem(), what)
+
+    def value(scale: Tensor) -> Tensor:
+        held = {what: tree.map(lambda x: scale * x, start)}
+        return CALLS[name](problem(opt, **held), eta).value
+
+    with pytest.raises(fo.GradientLostError, match=f"^{name} gives numbers"):
+        grad(value)(f64(1.0))
+
+
+def test_a_derivative_by_what_a_loss_closes_over_is_refused():
+    def value(scale: Tensor) -> Tensor:
+        scaled = replace(problem(), inner_loss=lambda p, b: scale * fit(p, b))
+        return fo.meta.reverse(scaled, LR).value
+
+    with pytest.raises(fo.GradientLostError, match="gives numbers without a graph"):
+        grad(value)(f64(1.0))
+
+
+# Forms of hyperparameters --------------------------------------------------------------
+
+FORMS: dict[str, Callable[[Any], Any]] = {
+    "by name": lambda at: fo.by_name({"w": at["first"]}, default=at["second"]),
+    "schedule": lambda at: fo.Schedule(lambda n: at["first"] * 0.5**n + at["second"]),
+    "per leaf": lambda at: {"w": at["first"], "scale": at["second"]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_selector_or_a_schedule_holds_is_seen(form: str):
+    """No tree shows the tensors in it; one step is one step to every estimator."""
+    given = problem(
+        fo.adam(),
+        constrain=lambda eta: {"hyper": {"lr": FORMS[form](eta["hyper"])}},
+        objective="last",
+        steps=1,
+    )
+    eta = {"hyper": {"first": f64(0.1), "second": f64(0.05)}}
+    exact = fo.meta.reverse(given, eta).grads["hyper"]
+    assert all(abs(g) > 1e-3 for g in exact.values())
+    for name in ("mixed", "forward", "truncated", "first_order", "hypergradient_descent"):
+        found = CALLS[name](given, eta).grads["hyper"]
+        assert all(torch.allclose(found[n], exact[n], rtol=1e-12) for n in exact), name
+    # From where one step ends: what another one like it does.
+    end = fo.meta.advance(given, eta, 1)
+    again = replace(given, params=end["params"], state=end["state"])
+    ahead = CALLS["weight_update_implicit"](given, eta, iterations=1).grads["hyper"]
+    made: Any = vjp(lambda eta: _one_step(again, eta), eta)
+    (wanted,) = made[1](grad(lambda p: score(p, VALID))(end["params"]))
+    assert all(torch.allclose(ahead[n], wanted["hyper"][n], rtol=1e-12) for n in exact)
+
+
+def _one_step(given: fo.meta.Problem, eta: Any) -> Any:
+    assert given.constrain is not None
+    hyper = given.constrain(eta)["hyper"]
+    run = fo.unroll(
+        given.opt, fit, given.params, TRAIN, steps=1, state=given.state, hyper=hyper
+    )
+    return run.params
+
+
+def test_a_gradient_kept_for_the_next_step_is_not_taken_for_one_by_the_weights():
+    alone = replace(problem(), outer_loss=None)
+    carry = fo.meta.hypergradient_descent(alone, LR).carry
+    fresh = {key: carry[key] for key in carry if key != "grads"}
+    eta = {"meta": {"weights": torch.ones(5).double()}}
+    one, other = (
+        fo.meta.hypergradient_descent(alone, eta, carry=c).grads["meta"]["weights"]
+        for c in (carry, fresh)
+    )
+    assert torch.allclose(one, other, rtol=1e-12)
+
+
+def test_the_way_back_goes_through_constraints():
+    constrain = fo.meta.constrained({"init": {"w": fo.meta.exp(), "scale": None}})
+    free = {"init": PARAMS}
+    found = fo.meta.reptile_gradient(problem(constrain=constrain), free).grads["init"]
+    start = constrain(free)
+    plain = fo.meta.reptile_gradient(problem(), start).grads["init"]
+    assert torch.allclose(found["w"], plain["w"] * start["init"]["w"], rtol=1e-12)
+    assert torch.equal(found["scale"], plain["scale"])
 
 
 # Memory --------------------------------------------------------------------------------

@@ -374,6 +374,48 @@ def normed(p: Params, points: Points, *, buffers: Params) -> Tensor:
     return loss(p, (x, y)) + (p["head.bias"] * buffers["mean"]).square().sum()
 
 
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_the_multi_step_loss_is_cut_in_windows(window: int):
+    """Rates of a step reach the losses of their own window, up to the next cut."""
+    theta, weights = theta_of("lslr"), torch.tensor([0.2, 0.3, 0.5]).double()
+    kind = family("lslr", window=window)
+    task = one(tasks_of_test, 0)
+    found = torch.func.grad(kind.task_loss)(theta, task, weights)
+
+    def cut(theta: Any) -> Tensor:
+        p, total = theta["params"], torch.zeros(()).double()
+        for k in range(STEPS):
+            p = tree.detach(p) if k and k % window == 0 else p
+            g = torch.func.grad(loss)(p, task[0])
+            p = {n: p[n] - theta["lr"][n][k] * g[n] for n in p}
+            total = total + weights[k] * loss(p, task[1])
+        return total
+
+    close(found, torch.func.grad(cut)(theta))
+
+
+def test_imaml_has_no_second_derivative_and_says_so():
+    kind, theta, task = family("imaml"), params(), one(tasks_of_test, 0)
+
+    def slope(theta: Params) -> Params:
+        return torch.func.grad(kind.task_loss)(theta, task)
+
+    along = tree.map(torch.ones_like, theta)
+    total = sum(g.sum() for g in slope(theta).values())
+    ahead = torch.func.jvp(lambda p: kind.task_loss(p, task), (theta,), (along,))[1]
+    close(ahead, total)
+    marked = tree.map(lambda x: x.clone().requires_grad_(), theta)
+    meta_loss = fo.meta.value_and_grad(kind.task_loss)
+    asks: list[Callable[[], Any]] = [
+        lambda: torch.func.grad(lambda p: slope(p)["context"].sum())(theta),
+        lambda: torch.func.jvp(slope, (theta,), (along,)),
+        lambda: meta_loss(marked, tasks_of_test)[1]["context"].sum().backward(),
+    ]
+    for ask in asks:
+        with pytest.raises(fo.GradientLostError, match="first derivatives only"):
+            ask()
+
+
 def test_the_last_steps_weight_alone_is_the_plain_loss():
     """State and buffers go from step to step, and the queries on the way leave them."""
     buffers = {"mean": torch.zeros(2).double(), "var": torch.ones(2).double()}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
-from funcopt.errors import StructureError
+from funcopt.errors import LeafError, StructureError
 from funcopt.execution import levels
 from funcopt.func import ConstantStatistics, exact_norms
 from funcopt.listed import Listed
@@ -47,17 +47,7 @@ class InnerLoss:
             )
         with ConstantStatistics() if followed else nullcontext():
             out = self.loss_fn(params, batch, *extra, **keywords)
-        if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
-            raise StructureError(
-                f"with has_aux=True loss_fn must return (loss, aux), got {_kind(out)}"
-            )
-        loss, aux = out if self.has_aux else (out, None)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            raise StructureError(
-                f"{self.name} must return a 0-d tensor, got {_kind(loss)}; take the "
-                "mean, and set has_aux=True if it returns (loss, aux)"
-            )
-        return loss, aux, buffers
+        return *loss_and_aux(out, self.has_aux, self.name), buffers
 
     def grad(
         self, params: Tree, batch: Tree, meta: Tree, buffers: Tree
@@ -70,6 +60,28 @@ class InnerLoss:
         with exact_norms() if outside else nullcontext():
             grads, out = listed.grad(*listed.inputs)
         return listed.like_first(grads), listed.rebuild(out)
+
+
+def loss_and_aux(out: Any, has_aux: bool, name: str) -> tuple[Tensor, Tree]:
+    """What the loss function ``name`` gave, as a 0-d loss and a tree of tensors."""
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise StructureError(
+            f"with has_aux=True {name} must return (loss, aux), got {_kind(out)}"
+        )
+    loss, aux = out if has_aux else (out, None)
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise StructureError(
+            f"{name} must return a 0-d tensor, got {_kind(loss)}; take the "
+            "mean, and set has_aux=True if it returns (loss, aux)"
+        )
+    leaves, structure = tree.flatten(aux)
+    for i, leaf in enumerate(leaves):
+        if leaf is not None and not isinstance(leaf, Tensor):
+            raise LeafError(
+                f"aux['{tree.paths(structure)[i]}'] of {name} is {_kind(leaf)}; aux is a "
+                "tree of tensors"
+            )
+    return loss, aux
 
 
 def _kind(value: Any) -> str:

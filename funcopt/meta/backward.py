@@ -5,9 +5,10 @@ from typing import Any, Literal
 import torch
 
 from funcopt import tree
+from funcopt.derivatives import vjp
 from funcopt.errors import HyperparameterError
 from funcopt.listed import Listed
-from funcopt.meta.estimate import Estimate, check_eta
+from funcopt.meta.estimate import Estimate, check_eta, check_no_level
 from funcopt.meta.problem import (
     Carry,
     Problem,
@@ -238,10 +239,13 @@ def reptile_gradient(
     """
     check_eta("reptile_gradient", problem, eta, carry)
     with torch.no_grad():
-        at = ready(problem, tree.detach(eta))
+        at, pullback = vjp(
+            lambda given: ready(problem, given["eta"]), {"eta": tree.detach(eta)}
+        )
         value, end, losses = roll(problem, at, go_on(problem, at, carry), problem.steps)
         way = tree.map(torch.sub, at["init"], end["params"])
-    return Estimate(value, {"init": way}, {"losses": losses}, end)
+        grads = pullback({"init": way})["eta"]
+    return Estimate(value, grads, {"losses": losses}, end)
 
 
 def random_window(low: int, high: int, *, generator: torch.Generator) -> int:
@@ -287,6 +291,7 @@ def _back(
 
     listed = Listed(objective, eta)
     grads, out = listed.grad(*listed.inputs)
+    check_no_level("an estimate", [grads, out])  # by what a loss closes over
     value, end, losses = tree.detach(listed.rebuild(out))
     end = {**end, "step": start + count}
     return Estimate(value, tree.detach(listed.like_first(grads)), {"losses": losses}, end)

@@ -9,11 +9,10 @@ from funcopt.meta.estimate import Estimate, check_eta
 from funcopt.meta.problem import (
     Carry,
     Problem,
-    batch_at,
     go_on,
+    inputs_at,
     outer_vjp,
     ready,
-    settings_at,
     standing,
     stands_at,
 )
@@ -75,24 +74,27 @@ def hypergradient_descent(
         eta = tree.detach(eta)
         at = go_on(problem, ready(problem, eta), carry)
         k = stands_at(problem, at)
-        settings, back_to_eta = settings_at(problem, eta, k)
-        given = {**standing(at), **settings, "batch": batch_at(problem, k)}
-        known, buffers = at.get("grads"), given["buffers"]
-        if known is None and settings["meta"] is None:
-            known, _, _, buffers = step.gradient(given)
+        # A gradient depends on eta through the loss's weights alone.
+        known, buffers = None, at.get("buffers")
+        if "meta" not in eta:
+            known = at.get("grads")
+            if known is None:
+                here = inputs_at(problem, {**at, "eta": eta}, k)
+                known, _, _, buffers = step.gradient(here)
 
         def stepped(given: Trees) -> Trees:
+            here = inputs_at(problem, {**at, **given}, k)
             if known is None:
-                return standing(step(given)._asdict())
-            params, state = step.updated(known, given)
+                return standing(step(here)._asdict())
+            params, state = step.updated(known, here)
             return {"params": params, "state": state, "buffers": buffers}
 
-        out, pullback = vjp(stepped, given, ("hyper", "meta"))
+        out, pullback = vjp(stepped, {"eta": eta})
         carried = {**out, "step": k + 1}
         value, slopes = outer_vjp(problem, eta, carried, k + 1)
         through = pullback({name: slopes[name] for name in ("params", "buffers")})
-        total = tree.map(torch.add, slopes["eta"], back_to_eta(through)["eta"])
-    alone = settings["meta"] is None and problem.buffers is None
+        total = tree.map(torch.add, slopes["eta"], through["eta"])
+    alone = "meta" not in eta and problem.buffers is None
     if problem.outer_loss is None and alone:
         carried["grads"] = slopes["params"]
     return Estimate(value, total, {}, carried)

@@ -9,9 +9,10 @@ from funcopt.errors import (
     GradientLostError,
     HyperparameterTypeError,
     MetaParameterError,
+    StructureError,
 )
 from funcopt.execution import levels
-from funcopt.meta.problem import Carry, Problem, stands_at
+from funcopt.meta.problem import Carry, Problem, data_of, stands_at
 from funcopt.types import Tensor, Tree
 
 
@@ -113,12 +114,7 @@ def check_eta(name: str, problem: Problem, eta: Tree, carry: Carry | None = None
             f"{_quoted(sorted(keys))}, and one at least"
         )
     check_floats(eta, "eta")
-    if any(levels.is_transformed(x) for x in tree.leaves(eta)):
-        raise GradientLostError(
-            f"{name} gives numbers without a graph, and torch.func asks for a "
-            "derivative of them, which would be 0. Take grads as they are, or "
-            "differentiate fo.unroll"
-        )
+    check_no_level(name, [eta, carry, *data_of(problem)])
     seen = keys_seen(name)
     for key in sorted(eta):
         if key not in seen:
@@ -128,17 +124,41 @@ def check_eta(name: str, problem: Problem, eta: Tree, carry: Carry | None = None
                 f"{_quoted(seen)}; {_quoted(others)} see '{key}'"
             )
     step = stands_at(problem, carry)
-    if step and "init" in eta and name not in _BY_THE_CARRY:
+    if carry is None or not step:
+        return
+    if "init" in eta and _MEMORY.get(name) not in carry:
         raise MetaParameterError(
             f"{name} cannot see eta['init'] from step {step} on: the carry was "
             "cut from where training started. Leave 'init' out of eta until the carry "
-            f"has come to the end, or use {_quoted(_BY_THE_CARRY)}, whose carries "
+            f"has come to the end, or use {_quoted([*_MEMORY])}, whose own carries "
             "remember"
+        )
+    if "perturbations" in carry and _MEMORY.get(name) != "perturbations":
+        raise StructureError(
+            f"{name} goes on from one training, and this carry holds a swarm of them; "
+            "begin with carry=None, or with one by fo.meta.advance"
         )
 
 
-#: those whose carry keeps how the state depends on eta
-_BY_THE_CARRY = ("forward", "pes", "es_single")
+def check_no_level(name: str, values: Tree) -> None:
+    """Raise where torch.func follows any of these tensors."""
+    followed = (
+        isinstance(x, Tensor) and levels.is_transformed(x) for x in tree.leaves(values)
+    )
+    if any(followed):
+        raise GradientLostError(
+            f"{name} gives numbers without a graph, and torch.func asks for a "
+            "derivative of them, which would be 0. Take grads as they are, or "
+            "differentiate fo.unroll"
+        )
+
+
+#: by what the carry of some keeps how the state depends on eta
+_MEMORY: Mapping[str, str] = {
+    "forward": "tangents",
+    "pes": "perturbations",
+    "es_single": "perturbations",
+}
 
 
 def _quoted(names: Sequence[str]) -> str:

@@ -12,16 +12,18 @@ from funcopt.execution import levels
 from funcopt.inner.apart import Draws
 from funcopt.inner.loop import CARRY
 from funcopt.inner.loss import InnerLoss
-from funcopt.inner.view import step_vjp
+from funcopt.inner.step import Step
 from funcopt.meta.estimate import Estimate, check_eta
 from funcopt.meta.problem import (
     Carry,
     Problem,
     batch_at,
+    inputs_at,
+    meta_of,
     outer_value,
     outer_vjp,
     ready,
-    settings_at,
+    standing,
     stands_at,
 )
 from funcopt.meta.rolling import advance
@@ -113,19 +115,17 @@ def implicit(
         eta = tree.detach(eta)
         end = _end(problem, eta, carry)
         batch, loss = batch_at(problem, problem.steps), InnerLoss(problem.inner_loss)
-        settings, back_to_eta = settings_at(problem, eta, problem.steps - 1)
         value, slopes = outer_vjp(problem, eta, end, problem.steps)
-        wanted = slopes["params"]
-        at = {"params": end["params"], "meta": settings["meta"]}
+        wanted, buffers = slopes["params"], end["buffers"]
 
         def gradient(given: Trees) -> Trees:
-            given = {"buffers": end["buffers"], **given}
-            return {"grads": loss.grad(batch=batch, **given)[0]}
+            meta = meta_of(ready(problem, given["eta"]))
+            return {"grads": loss.grad(given["params"], batch, meta, buffers)[0]}
 
-        if end["buffers"] is not None:
-            _check_buffers(problem, eta, end, at)
+        if buffers is not None:
+            _check_buffers(problem, eta, end)
         # One graph for all products: each is a pass back through it.
-        inner, pullback = vjp(gradient, at)
+        inner, pullback = vjp(gradient, {"params": end["params"], "eta": eta})
 
         def product(v: Tree) -> Tree:
             return _plus(pullback({"grads": v})["params"], damping, v)
@@ -137,8 +137,7 @@ def implicit(
             v, diagnostics = _neumann(product, wanted, iterations, step_size)
         else:
             v = tree.map(lambda x: step_size * x, wanted)
-        through = back_to_eta({"meta": pullback({"grads": v})["meta"]})["eta"]
-        grads = tree.map(torch.sub, slopes["eta"], through)
+        grads = tree.map(torch.sub, slopes["eta"], pullback({"grads": v})["eta"])
         diagnostics["gradient_norm"] = _dot(inner["grads"], inner["grads"]).sqrt()
     return Estimate(value, grads, diagnostics, end)
 
@@ -193,37 +192,32 @@ def weight_update_implicit(
     """
     check_eta("weight_update_implicit", problem, eta, carry)
     _check_count(iterations)
+    step = Step(problem.opt, problem.inner_loss)
     with torch.no_grad():
         eta = tree.detach(eta)
         end = _end(problem, eta, carry)
-        settings, back_to_eta = settings_at(problem, eta, problem.steps - 1)
         value, slopes = outer_vjp(problem, eta, end, problem.steps)
-        _, pullback = step_vjp(
-            problem.opt,
-            problem.inner_loss,
-            end["params"],
-            end["state"],
-            batch_at(problem, problem.steps),
-            hyper=settings["hyper"],
-            meta=settings["meta"],
-            buffers=end["buffers"],
-            wrt=(*CARRY, "hyper", "meta"),
-        )
+
+        def last_step(given: Trees) -> Trees:
+            stepped = step(inputs_at(problem, given, problem.steps - 1))
+            return standing(stepped._asdict())
+
+        _, pullback = vjp(last_step, {**standing(end), "eta": eta})
         at = {"params": slopes["params"], "buffers": slopes["buffers"]}
         grads = slopes["eta"]
         for _ in range(iterations):
             back = pullback(at)
-            through = back_to_eta({"hyper": back["hyper"], "meta": back["meta"]})["eta"]
-            grads = tree.map(torch.add, grads, through)
+            grads = tree.map(torch.add, grads, back["eta"])
             at = {name: back[name] for name in CARRY}
         left = _dot(at["params"], at["params"]).sqrt()
         ratio = left / _dot(slopes["params"], slopes["params"]).sqrt()
     return Estimate(value, grads, {"cotangent_ratio": ratio}, end)
 
 
-def _check_buffers(problem: Problem, eta: Tree, end: Carry, at: Trees) -> None:
+def _check_buffers(problem: Problem, eta: Tree, end: Carry) -> None:
     """Raise where the end reaches V through buffers too: they have a history of steps."""
     loss, batch = InnerLoss(problem.inner_loss), batch_at(problem, problem.steps)
+    at = {"params": end["params"], "meta": meta_of(ready(problem, eta))}
     buffers = end["buffers"]
 
     def written(given: Trees) -> Tree:

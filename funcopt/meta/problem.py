@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 
 from funcopt import tree
-from funcopt.derivatives import Pullback, Trees, vjp
-from funcopt.errors import HyperparameterError, StructureError
+from funcopt.derivatives import Trees, vjp
+from funcopt.errors import HyperparameterError, MetaParameterError, StructureError
 from funcopt.inner.loop import CARRY
 from funcopt.inner.loss import InnerLoss
 from funcopt.inner.per_step import PerStep
@@ -64,6 +64,7 @@ class Problem:
     Raises:
         HyperparameterError: ``steps`` or ``objective`` out of range.
         StructureError: batch and batches both given, batches of another length.
+        MetaParameterError: by an estimator, where ``constrain`` changes eta's keys.
 
     Source:
         The bilevel form: Franceschi, Frasconi, Salzo, Grazzi, Pontil, "Bilevel
@@ -116,6 +117,12 @@ class Problem:
             )
 
 
+def data_of(problem: Problem) -> list[Tree]:
+    """The trees of tensors that a problem holds."""
+    start = [problem.params, problem.state, problem.buffers]
+    return [*start, problem.batch, problem.batches, problem.outer_batch]
+
+
 def stands_at(problem: Problem, carry: Carry | None) -> int:
     """The step at which to go on; a carry at the end starts anew, as none does."""
     return 0 if carry is None else carry["step"] % problem.steps
@@ -123,7 +130,15 @@ def stands_at(problem: Problem, carry: Carry | None) -> int:
 
 def ready(problem: Problem, eta: Tree) -> Tree:
     """``eta`` as the losses and the optimizer take it; what the functions below get."""
-    return eta if problem.constrain is None else problem.constrain(eta)
+    if problem.constrain is None:
+        return eta
+    found = problem.constrain(eta)
+    if found.keys() != eta.keys():
+        raise MetaParameterError(
+            f"constrain made the keys {sorted(found)} of {sorted(eta)}; they have to be "
+            "the same, for they say what an estimator sees"
+        )
+    return found
 
 
 def go_on(problem: Problem, eta: Tree, carry: Carry | None) -> Carry:
@@ -171,14 +186,14 @@ def hyper_at(problem: Problem, eta: Tree, k: int) -> dict[str, Any]:
     return tree.map(entry, dict(eta.get("hyper", {})))
 
 
-def settings_at(problem: Problem, eta: Tree, k: int) -> tuple[Trees, Pullback]:
-    """What step ``k`` takes of eta, and what brings its gradients back to that."""
+def inputs_at(problem: Problem, given: Trees, k: int) -> dict[str, Tree]:
+    """What step ``k`` depends on, as a function of a carry and of eta.
 
-    def settings(given: Trees) -> Trees:
-        at = ready(problem, given["eta"])
-        return {"hyper": hyper_at(problem, at, k), "meta": meta_of(at)}
-
-    return vjp(settings, {"eta": eta})
+    One function, for a selector or a schedule in hyper has tensors that no tree shows.
+    """
+    eta = ready(problem, given["eta"])
+    settings = {"hyper": hyper_at(problem, eta, k), "meta": meta_of(eta)}
+    return {**standing(given), **settings, "batch": batch_at(problem, k)}
 
 
 def meta_of(eta: Tree) -> Tree:

@@ -55,6 +55,13 @@ class Swarm:
         return tree.map(lambda z, s: s * z, normal, self.sigma)
 
     def check(self, carry: Carry) -> None:
+        given, wanted = (tree.flatten(x)[1] for x in (carry["perturbations"], self.eta))
+        if given != wanted:
+            raise StructureError(
+                "the carry's perturbations are of another eta: it has "
+                f"{tree.some([*tree.paths(given)])}, and eta now "
+                f"{tree.some([*tree.paths(wanted)])}"
+            )
         found = tree.leading_axis(carry["perturbations"], "perturbations")
         if found != self.particles:
             raise StructureError(

@@ -4,6 +4,7 @@ import torch
 
 from funcopt import tree
 from funcopt.derivatives import Function, Trees, jvp
+from funcopt.errors import StructureError
 from funcopt.listed import Listed
 from funcopt.meta.estimate import Estimate, check_eta
 from funcopt.meta.problem import (
@@ -77,6 +78,8 @@ def forward(
     start = stands_at(problem, carry)
     count = window_of(problem, start, window)
     every = _basis(eta)
+    z = {} if carry is None or not start else carry.get("tangents", {})
+    _check_tangents(z, every)
 
     def pushed(function: Function, given: Trees, along: Trees) -> tuple[Trees, Trees]:
         """``function`` and its derivatives along all tangents at once."""
@@ -86,11 +89,8 @@ def forward(
         return tree.map(lambda x: x[0], value), tangents  # no value depends on them
 
     with torch.no_grad():
-        if carry is not None and start and "tangents" in carry:
-            at, z = carry, carry["tangents"]
-        elif carry is not None and start:
-            at, z = carry, {}
-        else:
+        at = carry
+        if at is None or not start:
             at, z = pushed(
                 lambda given: standing(
                     go_on(problem, ready(problem, given["eta"]), None)
@@ -121,6 +121,17 @@ def forward(
         norms = torch.stack([_rows(x).square().sum(1) for x in _there(z["params"])])
     end = {**at, "step": start + count, "tangents": z}
     return Estimate(total, _like(eta, grads), {"tangent_norms": norms.sum(0).sqrt()}, end)
+
+
+def _check_tangents(tangents: Trees, every: Tree) -> None:
+    """Raise where those of a carry were made for another eta."""
+    counts = {len(x) for x in _there([tangents, every])}
+    if len(counts) > 1:
+        raise StructureError(
+            "the carry's tangents are of another eta: there are "
+            f"{' and '.join(map(str, sorted(counts)))} numbers. Go on with the eta that "
+            "the carry was made with, or from the start"
+        )
 
 
 def _basis(eta: Tree) -> Tree:

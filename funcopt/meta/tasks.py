@@ -10,6 +10,7 @@ import torch
 from funcopt import tree
 from funcopt.checks import check_floats, check_no_graph
 from funcopt.errors import HyperparameterError, StructureError
+from funcopt.inner.loss import loss_and_aux
 from funcopt.listed import Listed
 from funcopt.meta.compiled import Compiled
 from funcopt.meta.ranks import Part, over_ranks
@@ -71,8 +72,10 @@ def value_and_grad(
         [T, ...]. ``loss`` is 0-d, ``grads`` like ``theta``, ``aux`` has a leading [T].
 
     Raises:
-        StructureError: by ``f``, for tasks whose leading axes differ, or are empty.
-        LeafError: by ``f``, for a leaf of theta that is no floating-point tensor.
+        StructureError: by ``f``, for tasks whose leading axes differ, or are empty; for
+            a theta without leaves; for a loss that is not 0-d, or no pair of ``has_aux``.
+        LeafError: by ``f``, for a leaf of theta that is no floating-point tensor, or one
+            of aux that is no tensor.
         HyperparameterError: an unknown ``tasks`` or ``randomness``, a chunk size below 1.
         CompileError: by ``f``, with ``compile``: ``task_loss`` asks for a value, or the
             compiler fails; the message says where.
@@ -105,7 +108,7 @@ def value_and_grad(
         raise HyperparameterError(f"chunk_size must be at least 1, got {chunk_size}")
 
     def value_and_aux(theta: Tree, task: Tree) -> tuple[Tensor, Tree]:
-        return task_loss(theta, task) if has_aux else (task_loss(theta, task), None)
+        return loss_and_aux(task_loss(theta, task), has_aux, "task_loss")
 
     def alone(theta: Tree, batch: Tree) -> tuple[Tensor, Tree, Tree]:
         listed = Listed(value_and_aux, theta, tree.map(itemgetter(0), batch))

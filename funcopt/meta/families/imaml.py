@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
-from funcopt.errors import HyperparameterError
+from funcopt.errors import GradientLostError, HyperparameterError
 from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.meta.families.family import Family, itself, judged, pair
 from funcopt.meta.fixed_point import implicit
@@ -49,9 +49,11 @@ def imaml(
         has_aux: as in `maml`.
 
     Returns:
-        A `Family`, as of `maml`. Of ``task_loss`` there are first derivatives only.
+        A `Family`, as of `maml`.
 
     Raises:
+        GradientLostError: when a second derivative of ``task_loss`` is asked for: there
+            are first ones only.
         HyperparameterError: a ``strength`` that is not positive; by ``task_loss``, what
             `implicit` refuses.
         Whatever `maml` raises.
@@ -100,7 +102,10 @@ def imaml(
         found = implicit(problem, {"meta": start}, iterations=iterations, damping=damping)
         # The value, and a slope of zero height: its gradient by θ is what was found.
         slopes = tree.map(
-            lambda p, at, g: ((p - at) * g).sum(), theta, start, found.grads["meta"]
+            lambda p, at, g: ((_FirstOnly.apply(p) - at) * g).sum(),
+            theta,
+            start,
+            found.grads["meta"],
         )
         value = found.value + sum(x for x in tree.leaves(slopes) if x is not None)
         if not has_aux:
@@ -109,3 +114,54 @@ def imaml(
         return value, judged(loss_fn, end["params"], query, end["buffers"])[1]
 
     return Family(itself, adapt, task_loss, itself)
+
+
+class _FirstOnly(torch.autograd.Function):
+    """A tensor as it is, of which no second derivative may be asked for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        return _Constant.apply(cotangent, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Any:
+        return _Constant.apply(tangent, *ctx.saved_tensors)
+
+
+class _Constant(torch.autograd.Function):
+    """A derivative that is not a function of the tensor it was taken by."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(derivative: Tensor, by: Tensor) -> Tensor:
+        return derivative.view_as(derivative)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        raise GradientLostError(_NO_SECOND)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise GradientLostError(_NO_SECOND)
+
+
+_NO_SECOND = (
+    "imaml gives first derivatives only, and a second one was asked for: implicit "
+    "differentiation keeps no graph. Use maml, or grads without a graph (detach)"
+)

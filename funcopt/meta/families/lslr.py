@@ -92,12 +92,13 @@ def lslr(
             )
         support, query = pair(task)
         outs, on = [], dict(options)
-        params = theta["params"]
+        params, window = theta["params"], options.get("window")
         for k in range(steps):
             rates = {"lr": tree.map(itemgetter(k), theta["lr"])}
             run = unroll(inner, loss_fn, params, support, steps=1, hyper=rates, **on)
-            params = run.params
-            on |= {"state": run.state, "buffers": run.buffers}
+            carry = run.params, run.state, run.buffers
+            cut = window and (k + 1) % window == 0
+            params, on["state"], on["buffers"] = tree.detach(carry) if cut else carry
             outs.append(judged(loss_fn, run.params, query, run.buffers))
         if not options.get("has_aux"):
             return sum(w * loss for w, loss in zip(weights, outs))
