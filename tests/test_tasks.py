@@ -10,6 +10,7 @@ from torch.func import vmap
 
 import funcopt as fo
 from funcopt import tree
+from funcopt.hyper import Hyper
 from funcopt.stepping import tasks
 from funcopt.types import Tree
 
@@ -110,17 +111,81 @@ OWN: dict[str, Callable[[Any, Tensor], dict[str, Any]]] = {
 }
 
 
+RATES = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("what", OWN)
-def test_values_of_their_own_keep_tasks_apart(what: str, together: list[bool]):
-    opt, g, p = fo.adamw(), stacked(1), stacked(0)
-    rates = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+def test_numbers_of_their_own(what: str, dtype: torch.dtype, together: list[bool]):
+    """Steps with them and without, in turn, by one optimizer."""
+    opt, g, p = fo.adamw(), stacked(1, dtype=dtype), stacked(0, dtype=dtype)
+
+    def steps(g: Tree, p: Tree, rate: Tensor) -> Any:
+        state = opt.init(p)
+        for i in range(5):
+            own = {} if i == 2 else OWN[what](state, rate)
+            p, state = opt.update(g, state, p, **own)
+        return p, state
+
+    assert_same(vmap(steps)(g, p, RATES), one_by_one(steps, g, p, RATES))
+    assert together == [True] * 5
+
+
+def test_their_own_numbers_on_other_axes_and_shared_leaves(together: list[bool]):
+    """A task's numbers are for its leaves, wherever in memory these are."""
+    opt, p, g = fo.adam(), tree.map(lambda x: x[0], stacked(0)), stacked(1)
+    state, last = opt.init(p), {key: -1 for key in SHAPES}
+    expected = one_by_one(lambda g, x: opt.update(g, state, p, lr=x), g, RATES)
+    back = tree.map(lambda x: x.movedim(0, -1).contiguous(), g)
+    for given, axes in ((g, 0), (back, last)):
+        step = vmap(lambda g, x: opt.update(g, state, p, lr=x), (axes, 0))
+        assert_same(step(given, RATES), expected)
+    turned = torch.rand(5, 4, TASKS)  # all tensors of the step have these strides
+    first = lambda p, x: opt.update(p, opt.init(p), p, lr=x)[0]  # noqa: E731
+    found = vmap(first, (-1, 0))(turned, RATES)
+    expected = one_by_one(first, turned.movedim(-1, 0).contiguous(), RATES)
+    assert_same(found, expected)
+    assert together == [True] * 3
+
+
+def _untraced(g: Tensor, p: Tensor, *, step: Any, lr: Any) -> tuple[Tensor]:
+    return (p - lr * torch.special.erfcx(g),)
+
+
+NO_KERNEL = fo.elementwise(_untraced, name="odd", slots={}, hyper={"lr": Hyper(0.1)})
+
+#: optimizer, and the values that tasks have of their own
+APART: dict[str, tuple[fo.Optimizer, Callable[[Tensor], Any]]] = {
+    "more than a number": (fo.adam(), lambda x: {"w": x.expand(2), "b": x, "scale": x}),
+    "a slot that is a number": (fo.nadam(), lambda x: x),
+    "no kernel": (NO_KERNEL, lambda x: x),
+}
+
+
+@pytest.mark.parametrize("what", APART)
+def test_values_of_their_own_that_keep_tasks_apart(what: str, together: list[bool]):
+    (opt, values), g, p = APART[what], stacked(1), stacked(0)
 
     def step(g: Tree, p: Tree, rate: Tensor) -> Any:
-        state = opt.init(p)
-        return opt.update(g, state, p, **OWN[what](state, rate))[0]
+        return opt.update(g, opt.init(p), p, lr=values(rate))[0]
 
-    assert_same(vmap(step)(g, p, rates), one_by_one(step, g, p, rates))
+    found, expected = vmap(step)(g, p, RATES), one_by_one(step, g, p, RATES)
+    for key, x in found.items():
+        torch.testing.assert_close(x, expected[key], rtol=1e-14, atol=0)
     assert together == [False]
+
+
+def test_the_derivative_by_their_own_numbers(together: list[bool]):
+    opt, g, p = fo.adamw(), stacked(1), stacked(0)
+
+    def step(rate: Tensor, g: Tree, p: Tree) -> Tensor:
+        new, _ = opt.update(g, opt.init(p), p, lr=rate)
+        return sum((x**2).sum() for x in tree.leaves(new))  # pyright: ignore
+
+    found = torch.func.grad(lambda rates: vmap(step)(rates, g, p).sum())(RATES)
+    alone = [torch.func.grad(step)(*task(i, RATES, g, p)) for i in range(TASKS)]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=1e-12, atol=0)
+    assert found.abs().min() > 0.1 and not any(together)
 
 
 def test_steps_of_their_own_keep_tasks_apart(together: list[bool]):

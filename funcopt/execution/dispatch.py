@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from funcopt.errors import ExecutionError
 from funcopt.execution import (
     choice,
     donation,
@@ -48,7 +49,10 @@ def step(
     if torch.compiler.is_compiling():  # the plain rule is what the compiler fuses
         plain = reference.of_leaves(leaves)
         return (_written_over(leaves, plain) if donate else plain), None
-    groups = choice.groups(leaves, name)
+    groups, tasks = choice.groups(leaves, name), leaves.tasks
+    choices = [group.choice for group in groups]
+    if tasks and any(c.transformed or c.name not in ENGINES for c in choices):
+        raise ExecutionError(f"{leaves.rule.name}'s tasks cannot be run together")
     if donate:
         donation.check(leaves.grads, [leaves.params, *leaves.state], leaves.tensors())
     if len(groups) == 1 and len(groups[0].which) == len(leaves.params):
@@ -107,7 +111,9 @@ def _lane(
         return None if others else Recorded(_form(leaves, group), row)
     executor = _executor(leaves.rule, group)
     given = [values[name] for name in elements for values in leaves.hyper]
-    return Plain(executor, group.kinds, leaves.params, leaves.rule, which, given)
+    return Plain(
+        executor, group.kinds, leaves.params, leaves.rule, which, given, leaves.tasks
+    )
 
 
 def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
@@ -125,7 +131,7 @@ def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
         if group.choice.name == "native":  # what writes where it is told to
             written = sum(map(executor.program.is_stream, executor.program.outputs))
             out = leaves.rule.recycler.columns(alike[1], written)
-        return executor(alike, rows, which, out=out)
+        return executor(alike, rows, which, out=out, tasks=leaves.tasks)
     if any(a is not b for a, b in zip(streams, alike)):
         return _written_over(leaves, executor(alike, rows, which))
     donated = [leaves.params, *leaves.state]

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import starmap
 from typing import Any, TypeAlias
 
@@ -25,6 +26,13 @@ Rows: TypeAlias = Sequence[Sequence[Any]]
 Direct: TypeAlias = Callable[
     [Sequence[Column], list[int], Rows, Sequence[Column]], Sequence[Column] | None
 ]
+
+
+@dataclass(frozen=True, eq=False)
+class PerTask:
+    """A scalar of each task's own, where the leading axis of leaves holds the tasks."""
+
+    values: Tensor  #: float64, one for each task
 
 
 class BuildError(Exception):
@@ -64,12 +72,18 @@ class Executor(ABC):
                 in their sums; output scalars then have an entry per row, not per leaf.
         """
 
-    def direct(self, like: Column, which: Sequence[int], pooled: bool = False) -> Direct:
+    def direct(
+        self,
+        like: Column,
+        which: Sequence[int],
+        pooled: bool = False,
+        tasks: int = 0,
+    ) -> Direct:
         """The shortest way to run this on leaves that are like these.
 
         What comes out takes the streams, the addresses of their tensors, the rows (by
-        `read_number`), and the tensors to write to. It gives the outputs, or None: for
-        `__call__` to do, and nothing is written then.
+        `read_number`, or `PerTask`), and the tensors to write to. It gives the outputs,
+        or None: for `__call__` to do, and nothing is written then.
         """
 
         def run(
@@ -78,7 +92,8 @@ class Executor(ABC):
             rows: Rows,
             out: Sequence[Column],
         ) -> list[Column]:
-            return self(streams, rows, which, out=out, pooled=pooled)
+            rows = [[*map(as_vector, row)] for row in rows]
+            return self(streams, rows, which, out=out, pooled=pooled, tasks=tasks)
 
         return run
 
@@ -105,6 +120,11 @@ def _look(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape, and strides: those of x if it fills its memory."""
     filled = x if x.is_contiguous() else torch.empty_like(x, device="meta")
     return tuple(x.shape), filled.stride()
+
+
+def as_vector(value: Any) -> Any:
+    """What `Executor.__call__` takes for a scalar that is each task's own."""
+    return value.values if isinstance(value, PerTask) else value
 
 
 def read_number(value: Any) -> Any:

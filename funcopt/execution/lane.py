@@ -13,6 +13,7 @@ from funcopt.execution.executor import (
     Column,
     Direct,
     Executor,
+    PerTask,
     Rows,
     maker,
     read_number,
@@ -100,7 +101,8 @@ class Plain(Lane):
     """For steps of which no derivative is asked: by one executor.
 
     Several rows of scalars are those that ``which`` gives each leaf; or one for each.
-    ``elements`` are the hyperparameters that have a value for each of a leaf's.
+    ``elements`` are the hyperparameters that have a value for each of a leaf's; of
+    ``tasks`` some have one for each task.
     """
 
     def __init__(
@@ -111,11 +113,12 @@ class Plain(Lane):
         rule: Rule,
         which: Sequence[int] | None = None,
         elements: Sequence[Tensor] = (),
+        tasks: int = 0,
     ) -> None:
         super().__init__(rule, kinds)
         self._alike.put(elements, True)
-        self._executor = executor
-        self._shared = executor.direct(params, [0] * len(params))
+        self._executor, self._tasks = executor, tasks
+        self._shared = executor.direct(params, [0] * len(params), tasks=tasks)
         self._make = maker(params)
         self._which = which or range(len(params))
         self._own: Direct | None = None  # where not all leaves share their scalars
@@ -128,6 +131,8 @@ class Plain(Lane):
             if any(type(x) is not Tensor or x.requires_grad for x in given):
                 return None
             rows = [[*map(read_number, row)] for row in rows]
+        if self._tasks != _tasks_of(rows):
+            return None
         addresses = [address for column in streams for address in map(_address, column)]
         out = old = streams[1 : 1 + self._written]
         if donate and not self.may_write(streams, addresses):
@@ -137,7 +142,8 @@ class Plain(Lane):
         direct = self._shared
         if len(rows) > 1:
             if self._own is None:
-                self._own = self._executor.direct(streams[1], self._which)
+                direct = self._executor.direct
+                self._own = direct(streams[1], self._which, tasks=self._tasks)
             direct = self._own
         columns = direct(streams, addresses, rows, out)
         if columns is not None and donate:
@@ -209,6 +215,11 @@ class Recorded(Lane):
             return None
         call = Call(form, (numbers,))
         return form.gather(fused_autograd.record(call, [*chain(*streams), *given]))
+
+
+def _tasks_of(rows: Rows) -> int:
+    each = (len(x.values) for row in rows for x in row if type(x) is PerTask)
+    return next(each, 0)
 
 
 _address = Tensor.data_ptr

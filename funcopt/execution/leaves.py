@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from funcopt.execution.executor import Column
+from funcopt.execution.executor import Column, PerTask, as_vector
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.types import Tensor
 
@@ -36,6 +36,12 @@ class Leaves:
         """The hyperparameters of leaves that do not share theirs, by their ``id``."""
         return dict(zip(map(id, self.hyper), self.hyper))
 
+    @property
+    def tasks(self) -> int:
+        """How many tasks the leading axis holds, if a scalar is each one's own; or 0."""
+        values = chain.from_iterable(v.values() for v in self.distinct_hyper.values())
+        return next((len(x.values) for x in values if isinstance(x, PerTask)), 0)
+
     def streams(self, kinds: Kinds) -> list[Column]:
         """The streams that the rule's program takes."""
         hyper = [
@@ -54,7 +60,7 @@ class Leaves:
             key = (id(values), *(id(x) if isinstance(x, Tensor) else x for x in own))
             if key not in index:
                 index[key] = len(rows)
-                rows.append((*own, *(values[name] for name in names)))
+                rows.append((*own, *(as_vector(values[name]) for name in names)))
             which.append(index[key])
         return rows, which
 

@@ -12,6 +12,7 @@ from funcopt import tree
 from funcopt.errors import FuncoptError
 from funcopt.execution import levels
 from funcopt.execution.batched import Tasks
+from funcopt.execution.executor import PerTask
 from funcopt.types import State, Tensor, Tree
 
 
@@ -27,8 +28,8 @@ def step(
     """One step of each task, by an ``update`` of lists of stacked leaves.
 
     ``vectors`` are what the state holds for all leaves at once. None where a task has
-    hyperparameters or numbers of its own; or if something does not fit, which is to be
-    said in the words of one task.
+    numbers of its own there, or hyperparameters that are more than a number; or if
+    something does not fit, which is to be said in the words of one task.
     """
     tasks = Tasks()
     columns = [[*map(tasks.off, column)] for column in (grads, params, *slots.values())]
@@ -42,22 +43,29 @@ def step(
             return None
         counts = shared["step"].tolist()
     hyper = values(structure, params, [count + 1 for count in counts])
-    given = {id(row): row for row in hyper}.values()
-    if any(_is_own(tasks, x) for row in given for x in row.values()):
-        return None
+    rows = {id(row): row for row in hyper}
+    own = any(_is_own(tasks, x) for row in rows.values() for x in row.values())
+    if own:
+        if len(vectors) > 1:  # those would come to be each task's own
+            return None
+        with tasks.together():
+            rows = {key: _per_task(tasks, row) for key, row in rows.items()}
+        hyper = [rows[id(row)] for row in hyper]
+        if None in hyper:
+            return None
     with tasks.together():
-        g, p, *held = [_stacked(column, tasks.size) for column in columns]
+        g, p, *held = [_stacked(column, tasks.size, own) for column in columns]
         state: State = {**shared, **dict(zip(slots, held))}
         try:
             p, state = update(g, state, p, lambda *_: hyper)
         except FuncoptError:
             return None
-        own = {
+        batched = {
             name: state[name].expand(tasks.size, -1).clone()
             for name, x in vectors.items()
             if _is_own(tasks, x)
         }
-    for name, x in own.items():
+    for name, x in batched.items():
         state[name] = tasks.on(x)
     for name in slots:
         state[name] = tree.unflatten(structure, [*map(tasks.on, state[name])])
@@ -66,6 +74,19 @@ def step(
 
 def _is_own(tasks: Tasks, x: Any) -> bool:
     return isinstance(x, Tensor) and tasks.off(x)[1] is not None
+
+
+def _per_task(tasks: Tasks, row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The row with vectors for the tasks' own numbers, if these can be read."""
+    found: dict[str, Any] = {}
+    for name, x in row.items():
+        value, axis = tasks.off(x) if isinstance(x, Tensor) else (x, None)
+        if axis is not None:
+            if value.ndim > 1 or levels.is_tracked(value) or not levels.readable(value):
+                return None
+            value = PerTask(value)
+        found[name] = value
+    return found
 
 
 def _shared(vector: Tensor, axis: int | None) -> Tensor | None:
@@ -78,9 +99,13 @@ def _shared(vector: Tensor, axis: int | None) -> Tensor | None:
     return table[0] if bool((table == table[0]).all()) else None
 
 
-def _stacked(column: Sequence[tuple[Tensor, int | None]], size: int) -> list[Tensor]:
+def _stacked(
+    column: Sequence[tuple[Tensor, int | None]], size: int, own: bool
+) -> list[Tensor]:
     """With the tasks in front; as often as there are tasks, if they share it."""
-    return [
+    stacked = [
         x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0) if axis else x
         for x, axis in column
     ]
+    # What has numbers of its own is to be one piece of memory.
+    return [x.contiguous() for x in stacked] if own else stacked

@@ -5,7 +5,7 @@ import os
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
-from itertools import chain
+from itertools import chain, repeat
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,14 @@ from typing import Any
 import torch
 
 from funcopt.execution import scalars
-from funcopt.execution.executor import BuildError, Column, Direct, Rows, empty_like
+from funcopt.execution.executor import (
+    BuildError,
+    Column,
+    Direct,
+    PerTask,
+    Rows,
+    empty_like,
+)
 from funcopt.execution.native import self_check, source
 from funcopt.execution.native.build import library
 from funcopt.execution.program import Program
@@ -56,22 +63,29 @@ class Native(Sweeping):
                 for each in built:
                     each.discard()
 
-    def direct(self, like: Column, which: Sequence[int], pooled: bool = False) -> Direct:
+    def direct(
+        self,
+        like: Column,
+        which: Sequence[int],
+        pooled: bool = False,
+        tasks: int = 0,
+    ) -> Direct:
         program = self.program
         at = [k for k, each in enumerate(program.passes) if each.outputs or each.sums]
         if not at or not all(program.passes[k].streams for k in at):
-            return super().direct(like, which, pooled)
+            return super().direct(like, which, pooled, tasks)
         # Everything that does not change is worked out here, once.
         scalars_out = [v for v in program.outputs if not program.is_stream(v)]
         count, owners, sums, launches = len(like), which, [], []
         for k in at:
-            launches.append(self._launch(k, like, owners, tuple(sums), pooled))
+            launches.append(self._launch(k, like, owners, tuple(sums), pooled, tasks))
             sums += program.passes[k].sums
             owners = range(count) if sums and not pooled else which
         *first, last = launches
         reads, writes = (getattr(program.passes[at[-1]], x) for x in ("sums", "outputs"))
-        if (pooled and first) or (reads and writes and not pooled):
-            return super().direct(like, which, pooled)
+        of_tasks = tasks and (sums or scalars_out)  # vectors would come out
+        if of_tasks or (pooled and first) or (reads and writes and not pooled):
+            return super().direct(like, which, pooled, tasks)
         after = scalars.on_numbers(program, scalars_out, sums)
         order = [program.is_stream(v) for v in program.outputs]
 
@@ -108,6 +122,7 @@ class Native(Sweeping):
         which: Sequence[int],
         known: Sequence[int],
         pooled: bool,
+        tasks: int,
     ) -> Callable[..., Rows]:
         """Sweep ``k`` on leaves like these, whose rows hold the sums that are ``known``.
 
@@ -116,14 +131,15 @@ class Native(Sweeping):
         """
         program, sweep = self.program, self.program.passes[k]
         before = scalars.on_numbers(program, self._parameters[k], known)
-        count, sizes = len(like), array("q", map(Tensor.numel, like))
-        owners, total, sums_out = array("q", which), sum(sizes), len(sweep.sums)
+        count, total = len(like), sum(map(Tensor.numel, like))
+        sizes = array("q", [x.numel() // max(tasks, 1) for x in like])
+        owners, sums_out = array("q", which), len(sweep.sums)
         of_row = [[i for i in range(count) if which[i] == row] for row in {*which}]
         stream = {value: k * count for k, value in enumerate(self._streams)}
         read = [slice(stream[v], stream[v] + count) for v in self._read[k]]
         reads_all = self._read[k] == self._streams
         large = total * len(sweep.outputs) * self.stored.itemsize >= _PAST_CACHE
-        fixed = count, 1, sizes.buffer_info()[0], owners.buffer_info()[0]
+        fixed = count, max(tasks, 1), sizes.buffer_info()[0], owners.buffer_info()[0]
         kernel, parallel = self._kernels[k], total >= _PARALLEL
 
         def launch(
@@ -133,6 +149,8 @@ class Native(Sweeping):
             donated: bool = False,
             alive: Any = (sizes, owners),  # as long as their addresses are in use
         ) -> Rows:
+            if tasks:
+                rows = [each for row in rows for each in _of_tasks(row, tasks)]
             table = array("d", [x for row in rows for x in before(*row)])
             pointers = (
                 addresses if reads_all else [x for part in read for x in addresses[part]]
@@ -203,6 +221,14 @@ class Native(Sweeping):
 def _total(sums: array, leaves: Sequence[int]) -> float:
     """In the order that `Sweeping` adds them in."""
     return reduce(add, map(sums.__getitem__, leaves), 0.0)
+
+
+def _of_tasks(row: Sequence[Any], tasks: int) -> list[tuple[float, ...]]:
+    """A row for each task, with its own numbers in it."""
+    spread = [
+        x.values.tolist() if isinstance(x, PerTask) else repeat(x, tasks) for x in row
+    ]
+    return [*zip(*spread)]
 
 
 def _table(rows: Sequence[Sequence[Any]], tasks: int) -> array:
