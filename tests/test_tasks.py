@@ -140,12 +140,15 @@ def test_their_own_numbers_on_other_axes_and_shared_leaves(together: list[bool])
     for given, axes in ((g, 0), (back, last)):
         step = vmap(lambda g, x: opt.update(g, state, p, lr=x), (axes, 0))
         assert_same(step(given, RATES), expected)
+    start = tree.map(lambda x: x[0], g)  # of a sweep: only the rate differs
+    sweep = lambda x: opt.update(start, state, p, lr=x)  # noqa: E731
+    assert_same(vmap(sweep)(RATES), one_by_one(sweep, RATES))
     turned = torch.rand(5, 4, TASKS)  # all tensors of the step have these strides
     first = lambda p, x: opt.update(p, opt.init(p), p, lr=x)[0]  # noqa: E731
     found = vmap(first, (-1, 0))(turned, RATES)
     expected = one_by_one(first, turned.movedim(-1, 0).contiguous(), RATES)
     assert_same(found, expected)
-    assert together == [True] * 3
+    assert together == [True] * 4
 
 
 def _untraced(g: Tensor, p: Tensor, *, step: Any, lr: Any) -> tuple[Tensor]:

@@ -33,8 +33,6 @@ def step(
     """
     tasks = Tasks()
     columns = [[*map(tasks.off, column)] for column in (grads, params, *slots.values())]
-    if all(axis is None for column in columns for _, axis in column):
-        return None
     with tasks.together():
         shared: dict[str, Any] = {
             name: _shared(*tasks.off(x)) for name, x in vectors.items()
@@ -45,6 +43,8 @@ def step(
     hyper = values(structure, params, [count + 1 for count in counts])
     rows = {id(row): row for row in hyper}
     own = any(_is_own(tasks, x) for row in rows.values() for x in row.values())
+    if not own and all(axis is None for column in columns for _, axis in column):
+        return None  # it is one step
     if own:
         if len(vectors) > 1:  # those would come to be each task's own
             return None
