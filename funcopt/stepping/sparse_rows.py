@@ -47,7 +47,8 @@ def check(
     hyper: Sequence[Mapping[str, Any]],
 ) -> list[Any]:
     """The gradients coalesced; raises unless they fit their parameters."""
-    for values in {id(values): values for values in hyper}.values():
+    rows = {id(values): values for g, values in zip(grads, hyper) if are_among([g])}
+    for values in rows.values():
         for name, value in values.items():
             if isinstance(value, Tensor) and value.ndim:
                 raise HyperparameterError(

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
 
-from funcopt.errors import ExecutionError
+from funcopt.errors import ExecutionError, LeafError, StructureError
 from funcopt.execution import layout, levels
 from funcopt.normal import normal_like
 from funcopt.optimizer import Optimizer
@@ -75,6 +75,7 @@ def gather(
 ) -> list[Batch]:
     """What of the groups has gradients, by what chooses the rule."""
     found: dict[Any, Batch] = {}
+    order: list[Batch] = []
     for group in groups:
         key = known.key(group)
         if key not in found:
@@ -84,14 +85,17 @@ def gather(
         for p in group["params"]:
             if p.grad is None:
                 continue
-            _check(p, p.grad, batch.spec, name)
+            _check(p, p.grad, state.get(p) or {}, group, batch.spec, name)
             batch.params.append(p)
             batch.grads.append(p.grad)
             batch.groups.append(group)
             batch.rows.append(row)
-            # torch.optim has no entry where there is nothing to be kept
-            keeps = layout.counts or batch.spec.slots
-            batch.states.append(state[p] if keeps else {})
+            order.append(batch)
+    for batch in order:  # entries are made, in order, when all is known to be right
+        p = batch.params[len(batch.states)]
+        # torch.optim has none where there is nothing to be kept
+        keeps = layout.counts or batch.spec.slots
+        batch.states.append(state[p] if keeps else {})
     return [batch for batch in found.values() if batch.params]
 
 
@@ -102,16 +106,36 @@ def stepper_of(opt: Optimizer) -> Stepper:
     return stepper
 
 
-def _check(p: Tensor, g: Tensor, spec: Spec, name: str) -> None:
+def _check(
+    p: Tensor, g: Tensor, state: Group, group: Group, spec: Spec, name: str
+) -> None:
+    """What torch.optim refuses by a RuntimeError, as soon as it comes to it."""
     sparse = g.layout is not torch.strided
     if sparse and not spec.sparse:
         raise ExecutionError(f"{name} does not support sparse gradients")
+    if sparse and group.get("weight_decay", 0) != 0:
+        raise ExecutionError(
+            f"{name}: weight_decay option is not compatible with sparse gradients, which "
+            "are of some numbers of a parameter where it moves all"
+        )
     if not sparse and spec.sparse == "only":
         raise ExecutionError(
             f"{name} does not support dense gradients, please consider Adam instead"
         )
     if p.is_complex() and not spec.elementwise:
         raise ExecutionError(f"{name} does not support complex parameters")
+    if g.shape != p.shape:
+        raise ExecutionError(
+            f"{name}: a gradient has shape {tuple(g.shape)}, and its parameter "
+            f"{tuple(p.shape)}"
+        )
+    held = (x for x in state.values() if isinstance(x, Tensor))
+    if not torch.is_inference_mode_enabled():
+        if any(x.is_inference() for x in (p, *held)):
+            raise ExecutionError(
+                f"{name}: a parameter of shape {tuple(p.shape)} or its state was made in "
+                "inference mode, and is not to be written to outside of it: clone it here"
+            )
 
 
 def step(
@@ -133,8 +157,9 @@ def _step(
 ) -> None:
     spec, stepper = batch.spec, batch.stepper
     steps = [batch.layout.steps(s, spec) for s in batch.states]
-    for state, p, group in zip(batch.states, batch.params, batch.groups):
-        batch.layout.complete(state, p, group, spec)
+    with torch.inference_mode(False):  # whose tensors no step outside of it may write
+        for state, p, group in zip(batch.states, batch.params, batch.groups):
+            batch.layout.complete(state, p, group, spec)
     grads, own, columns = batch.grads, batch.params, batch.columns()
     split = shards.are_among(own)
     if split:
@@ -144,37 +169,58 @@ def _step(
         grads = shards.here(grads, own)
         columns |= {slot: shards.here(columns[slot], own) for slot in stepper.trees}
         own = shards.here(own, own)
-    trees = [columns[slot] for slot in stepper.trees]
-    sparse = any(g.is_sparse for g in grads)
+    names = stepper.trees
+    leaves = [grads, own, *(columns[slot] for slot in names)]
+    grads, params, *trees = given = of_one_dtype(leaves)
+    dense = [g for g in grads if not g.is_sparse]
     # Views of one tensor may lie between each other: each is then written by itself.
     donate = (
-        not differentiable
+        given is leaves
+        and not differentiable
         and not split
-        and not (not sparse and layout.overlap([grads, own, *trees]))
+        and not layout.overlap([dense, params, *trees])
+        and not layout.folded([params, *trees])
     )
-    donate = donate and not layout.folded([own, *trees])
     state = {"step": torch.tensor(steps)} | {
-        slot: _vector(column, differentiable) if stepper.scalar[slot] else column
-        for slot, column in columns.items()
+        slot: _vector(columns[slot], differentiable)
+        for slot in columns
+        if stepper.scalar[slot]
     }
     values = _values(batch, own, data)
-    params, new = stepper.step(grads, state, own, values, donate)
+    try:
+        new_params, new = stepper.step(
+            grads, state | dict(zip(names, trees)), params, values, donate
+        )
+    except (LeafError, StructureError) as error:  # of what torch raises a RuntimeError
+        raise ExecutionError(f"{batch.name}: {error}") from error
     if not donate:
-        for p, value in zip(own, params):
+        for p, value in zip(own, new_params):
             shards.write_over(p, value)
-    for slot in columns:
+    for slot, column in columns.items():
         for i, state in enumerate(batch.states):
             if stepper.scalar[slot]:
                 state[slot].copy_(shards.whole(new[slot][i]))
             elif differentiable and slot in state:
-                state[slot] = new[slot][i]
+                state[slot] = new[slot][i].to(column[i].dtype)
             elif not donate and slot in state:
-                shards.write_over(columns[slot][i], new[slot][i])
+                shards.write_over(column[i], new[slot][i])
     for state in batch.states:
         if batch.layout.counts == "int":
             state["step"] += 1
         elif batch.layout.counts:
             state["step"].add_(1)
+
+
+def of_one_dtype(columns: list[list[Tensor]]) -> list[list[Tensor]]:
+    """The columns; of a leaf that is of several dtypes, casts to the widest of them.
+
+    As after ``model.to(dtype)`` between two steps: torch.optim's operations promote.
+    """
+    kinds = [{x.dtype for x in leaf} for leaf in zip(*columns)]
+    if all(len(found) == 1 for found in kinds):
+        return columns
+    wide = [reduce(torch.promote_types, found) for found in kinds]
+    return [[x.to(dtype) for x, dtype in zip(column, wide)] for column in columns]
 
 
 def _vector(column: Sequence[Any], differentiable: bool) -> Tensor:

@@ -106,8 +106,9 @@ def _matched(saved: Groups, groups: Groups, owner: str) -> list[dict[str, Any]]:
 
 def copied(value: Any) -> Any:
     """In tensors of its own: two optimizers are not to step one state."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
+    if isinstance(value, Tensor):  # SGD's of torch is sparse as the first gradient was
+        value = value.detach()
+        return value.clone() if value.layout is torch.strided else value.to_dense()
     if isinstance(value, dict):
         return {key: copied(entry) for key, entry in value.items()}
     return [*map(copied, value)] if isinstance(value, list) else value

@@ -43,9 +43,14 @@ class Flags:
         flags = (
             (name, tuple(v) if isinstance(v := group[name], list) else v)
             for name in self.static
-            if name in group
+            if name in group and name not in self._mute(group)
         )
         return *flags, *((name, bool(group[name] != 0) / 2) for name in self.vanishing)
+
+    def _mute(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Flags that say nothing with these numbers, and a factory would refuse."""
+        gone = any(group[name] == 0 for name in self.vanishing)
+        return ("nesterov",) if gone else ()
 
     def optimizer(self, key: tuple[Any, ...]) -> Optimizer:
         """What steps the groups of this key; its numbers are the factory's own."""

@@ -10,6 +10,7 @@ from funcopt.errors import StructureError
 from funcopt.optimizer import Optimizer
 from funcopt.spec import Spec
 from funcopt.stepping import complex_leaves
+from funcopt.torch_optim import checkpoint
 from funcopt.torch_optim.flags import Flags
 from funcopt.torch_optim.layout import Layout
 from funcopt.transforms.partition import partition
@@ -190,7 +191,7 @@ def _state(
             elif value is None:
                 column.append(complex_leaves.slot(first, p.detach()))
             else:
-                column.append(_copy(value))
+                column.append(checkpoint.copied(value))
         state[slot] = (
             tree.unflatten(structure, column)
             if callable(first)

@@ -13,7 +13,7 @@ from funcopt.execution.guard import Known
 from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
 from funcopt.torch_optim import flags
-from funcopt.torch_optim.batch import Batch, Group, step
+from funcopt.torch_optim.batch import Batch, Group, of_one_dtype, step
 from funcopt.torch_optim.flags import Flags
 from funcopt.types import Tensor
 
@@ -51,12 +51,12 @@ class _Way:
     def __init__(self, batch: Batch, lane: Lane, known: Flags) -> None:
         self.batch, self._lane = batch, lane
         columns, rule = batch.columns(), batch.stepper.rule
-        owner = leaves_of(batch).rows(lane.kinds)[1]
+        self._owner = owner = leaves_of(batch).rows(lane.kinds)[1]
         self._firsts = [owner.index(row) for row in range(max(owner) + 1)]
-        self._owners = [self._firsts[row] for row in owner]
         self._rows = [
             _Row(batch, batch.groups[i], known, lane.kinds) for i in self._firsts
         ]
+        self._given: list[Any] = []  #: what they were last
         self._names = rule.scalars(lane.kinds)
         self.fixed = [batch.params, *(columns[slot] for slot in batch.stepper.trees)]
         # Numbers are views of one vector each: one operation steps all.
@@ -67,7 +67,7 @@ class _Way:
 
     def rows(self) -> list[list[Any]] | None:
         """The scalars; None where they, or what they belong to, are others."""
-        groups = [row.get() for row in self._rows]
+        self._given = groups = [row.get() for row in self._rows]
         if None in groups:
             return None
         count = len(self.batch.params)
@@ -78,7 +78,7 @@ class _Way:
             numbers.append([int(t) + 1 for t in self._steps.tolist()])
         for column in numbers:
             if column.count(column[0]) != count and column != [
-                column[first] for first in self._owners
+                column[self._firsts[row]] for row in self._owner
             ]:
                 return None
         return [
@@ -91,7 +91,9 @@ class _Way:
         """One update."""
         columns = self._lane.step([grads, *self.fixed], rows, donate=True)
         if columns is None:
-            step(replace(self.batch, grads=grads), {}, differentiable=False)
+            given = [self._given[row] for row in self._owner]
+            batch = replace(self.batch, grads=grads, rows=given)
+            step(batch, {}, differentiable=False)
             return
         if self._steps is not None:
             self._steps.add_(1)
@@ -157,9 +159,10 @@ def _held(state: dict[Tensor, Any]) -> list[Any]:
 
 def _joined(batch: Batch, key: str) -> Tensor:
     """A vector of what are 0-d tensors, which are its entries from now on."""
-    vector = torch.stack([state[key] for state in batch.states])
-    for state, entry in zip(batch.states, vector.unbind()):
-        state[key] = entry
+    with torch.inference_mode(False):  # whose tensors no step outside of it may write
+        vector = torch.stack([state[key] for state in batch.states])
+        for state, entry in zip(batch.states, vector.unbind()):
+            state[key] = entry
     return vector
 
 
@@ -200,10 +203,16 @@ def _simple(batch: Batch) -> bool:
         return False
     if len({*map(id, batch.params)}) < len(batch.params):
         return False
+    columns = batch.columns()
+    leaves = [batch.grads, batch.params, *(columns[slot] for slot in batch.stepper.trees)]
+    if of_one_dtype(leaves) is not leaves:
+        return False
     numbers = [k for k, scalar in batch.stepper.scalar.items() if scalar]
     numbers += ["step"] if batch.layout.counts else []
-    forms = {
-        (type(s[k]), s[k].dtype, s[k].device.type) for s in batch.states for k in numbers
-    }
-    kinds = {(t, d) for t, _, d in forms}
-    return kinds <= {(Tensor, "cpu")}
+    return all(_joinable([state[k] for state in batch.states]) for k in numbers)
+
+
+def _joinable(column: Sequence[Tensor]) -> bool:
+    """Whether the numbers can be the entries of a vector, and stay what they are."""
+    forms = {(type(x), x.dtype, x.device.type) for x in column}
+    return len(forms) == 1 and all((t, d) == (Tensor, "cpu") for t, _, d in forms)
