@@ -20,7 +20,7 @@ Trees: TypeAlias = Mapping[str, Tree]
 Function: TypeAlias = Callable[[Trees], Trees]
 Pullback: TypeAlias = Callable[[Trees], dict[str, Tree]]
 
-_NOTHING = torch.zeros(())
+_NOTHING = torch.zeros((), device="cpu")
 
 
 def is_smooth(leaf: Any) -> bool:

@@ -1,6 +1,6 @@
 """Nothing given is changed, and nothing returned shares memory with what was given."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -71,6 +71,40 @@ def test_init_and_update(case: Case, dtype: torch.dtype, requires_grad: bool):
         assert_no_sharing(*result, grads, state, params, hyper)
         params, state = result
     seen.assert_untouched()
+
+
+@pytest.fixture
+def odd_defaults() -> Iterator[Callable[[], None]]:
+    """What gives torch defaults that no tensor of the test has."""
+
+    def set_them() -> None:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+
+    yield set_them
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("execution", [None, "reference"])
+@pytest.mark.parametrize("case", ENDS, ids=str)
+def test_the_defaults_of_torch_have_no_part(
+    case: Case, execution: str | None, odd_defaults: Callable[[], None]
+):
+    opt, params, hyper = case.optimizer(), case.mixed(), case.tensors()
+    grads = [random_like(params, seed=i) for i in range(3)]
+
+    def end() -> list[Tensor]:
+        p, state = params, opt.init(params)
+        for g in grads:
+            p, state = opt.update(g, state, p, execution=execution, **hyper)
+        return tensors(p, state, opt.eval_params(state, p))
+
+    expected = end()
+    odd_defaults()
+    for x, y in zip(end(), expected, strict=True):
+        assert x.device == y.device and x.dtype is y.dtype and torch.equal(x, y)
 
 
 @pytest.mark.costly

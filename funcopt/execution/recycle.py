@@ -129,7 +129,7 @@ def _nobody() -> tuple[set[int], ...]:
     """What `_holders` says of tensors that only a list holds; () if it cannot."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return ()  # counts are no truth there
-    tensors = [torch.empty(1)]
+    tensors = [torch.empty(1, device="cpu")]
     storages = [tensors[0].untyped_storage()]
     try:
         return _holders(tensors, storages, [storages[0]._cdata])

@@ -100,9 +100,9 @@ def _number(program: Program, value: int, name: str) -> str:
 
 
 def _as_tensor(value: Any) -> Tensor:
-    return (
-        value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-    )
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -99,7 +99,7 @@ def forward(
                 {"eta": every},
             )
         values: list[Tensor] = []
-        grads = torch.zeros(())
+        grads = torch.zeros((), device="cpu")
         for k in range(start, start + count):
 
             def step(given: Trees, k: int = k) -> Trees:
@@ -149,7 +149,9 @@ def _block(rows: Tensor, like: Tensor) -> Tensor:
 def _contracted(slopes: Tree, tangents: Tree) -> Tensor:
     """How a value moves along each tangent."""
     parts = zip(_there(slopes), _there(tangents))
-    return sum((_rows(z) @ g.flatten() for g, z in parts), start=torch.zeros(()))
+    return sum(
+        (_rows(z) @ g.flatten() for g, z in parts), start=torch.zeros((), device="cpu")
+    )
 
 
 def _rows(tangents: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def _at(schedule: Schedule, count: Any) -> Any:
     """
     value = schedule(count)
     if isinstance(value, Real) and value == 0:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     return value
 
 

@@ -66,7 +66,7 @@ class Measure:
 def _total(sums: Sequence[Any]) -> Tensor:
     """A 0-d float64 tensor, that the totals of a step are never taken for constants."""
     if all(isinstance(x, float) for x in sums):
-        return torch.tensor(sum(sums), dtype=torch.float64)
+        return torch.tensor(sum(sums), dtype=torch.float64, device="cpu")
     device = next(x.device for x in sums if isinstance(x, Tensor))
     scalars = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in sums]
     return torch.stack(scalars).sum()

@@ -12,9 +12,13 @@ from funcopt.types import Tensor
 
 def filled(leaves: Sequence[Any], value: float, dtype: torch.dtype) -> Tensor:
     """A vector with ``value`` for each leaf."""
+    return torch.full((len(leaves),), value, dtype=dtype, device=device_of(leaves))
+
+
+def device_of(leaves: Sequence[Any]) -> torch.device:
+    """Where the vectors of such leaves are."""
     devices = {p.device for p in leaves if p is not None}
-    device = devices.pop() if len(devices) == 1 else torch.device("cpu")
-    return torch.full((len(leaves),), value, dtype=dtype, device=device)
+    return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
 
 def of_column(

@@ -181,7 +181,7 @@ def _step(
         and not layout.overlap([dense, params, *trees])
         and not layout.folded([params, *trees])
     )
-    state = {"step": torch.tensor(steps)} | {
+    state = {"step": torch.tensor(steps, device="cpu")} | {
         slot: _vector(columns[slot], differentiable)
         for slot in columns
         if stepper.scalar[slot]
@@ -226,7 +226,8 @@ def of_one_dtype(columns: list[list[Tensor]]) -> list[list[Tensor]]:
 def _vector(column: Sequence[Any], differentiable: bool) -> Tensor:
     if differentiable and any(map(levels.is_tracked, column)):
         return torch.stack([x.to(torch.float64) for x in column])
-    return torch.tensor([float(x) for x in column], dtype=torch.float64)
+    numbers = [float(x) for x in column]
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def _values(

@@ -76,7 +76,7 @@ def row(spec: Spec, group: Mapping[str, Any]) -> dict[str, Any]:
                 found[part] = number(v)
     # A rate that begins or ends at 0 is no other formula, with a kernel of its own.
     if isinstance(found.get("lr"), float) and found["lr"] == 0:
-        found["lr"] = torch.zeros((), dtype=torch.float64)
+        found["lr"] = torch.zeros((), dtype=torch.float64, device="cpu")
     return found
 
 

@@ -9,7 +9,7 @@ from funcopt import tree
 from funcopt.errors import StructureError
 from funcopt.optimizer import Optimizer
 from funcopt.spec import Spec
-from funcopt.stepping import complex_leaves
+from funcopt.stepping import complex_leaves, vectors
 from funcopt.torch_optim import checkpoint
 from funcopt.torch_optim.flags import Flags
 from funcopt.torch_optim.layout import Layout
@@ -179,7 +179,8 @@ def _state(
     mine = [p if of[id(group)] == label else None for group, p in place]
     found = [{} if p is None else states.get(p) or {} for p in mine]
     steps = [layout.steps(entry, spec) for entry in found]
-    state: State = {"step": torch.tensor(steps)}
+    device = vectors.device_of(params)
+    state: State = {"step": torch.tensor(steps, device=device)}
     for slot, first in spec.slots.items():
         column = []
         for p, entry, step in zip(mine, found, steps):
@@ -195,6 +196,6 @@ def _state(
         state[slot] = (
             tree.unflatten(structure, column)
             if callable(first)
-            else torch.tensor(column, dtype=torch.float64)
+            else torch.tensor(column, dtype=torch.float64, device=device)
         )
     return state

@@ -40,7 +40,7 @@ class Layout:
                 if value.numel() or not p.numel():  # else it has no use for the slot
                     state[slot] = value
             elif self.own:
-                state[slot] = torch.tensor(first, dtype=torch.float64)
+                state[slot] = torch.tensor(first, dtype=torch.float64, device="cpu")
             else:
                 state[slot] = _number(first, p, group)
 

@@ -256,7 +256,7 @@ def _columns(sums: array, count: int, tasks: int) -> list[list[Any]]:
         return []
     if not tasks:
         return [sums[k::count].tolist() for k in range(count)]
-    table = torch.tensor(sums, dtype=torch.float64).view(-1, tasks, count)
+    table = torch.tensor(sums, dtype=torch.float64, device="cpu").view(-1, tasks, count)
     return [list(table[..., k].unbind()) for k in range(count)]
 
 

@@ -22,20 +22,22 @@ def compare(executor: Executor) -> None:
         BuildError: they disagree.
     """
     program, stored = executor.program, executor.stored
-    numbers = torch.Generator().manual_seed(0)
+    numbers = torch.Generator("cpu").manual_seed(0)
 
     def some(size: int) -> Tensor:
-        return 0.25 + 0.5 * torch.rand(size, generator=numbers, dtype=torch.float64)
+        given = {"generator": numbers, "dtype": torch.float64, "device": "cpu"}
+        return 0.25 + 0.5 * torch.rand(size, **given)
 
     row = some(len(program.inputs) - sum(program.inputs)).tolist()
     leaves = [[some(size).to(stored) for size in _SIZES] for s in program.inputs if s]
     found = executor(leaves, [row], [0] * len(_SIZES))
     for i in range(len(_SIZES)):
-        scalars = iter(torch.tensor(row, dtype=torch.float64).unbind())
+        row_of_tensors = torch.tensor(row, dtype=torch.float64, device="cpu")
+        scalars = iter(row_of_tensors.unbind())
         streams = iter([column[i].to(program.dtype) for column in leaves])
         inputs = [next(streams if stream else scalars) for stream in program.inputs]
         for column, expected in zip(found, program.function(*inputs)):
-            value = torch.as_tensor(column[i], dtype=torch.float64)
+            value = torch.as_tensor(column[i], dtype=torch.float64, device="cpu")
             expected = expected.detach().to(stored if expected.ndim else torch.float64)
             size = expected.double().abs().max().item() if expected.numel() else 0.0
             tolerance = _TOLERANCE[stored] * (1 + size)
