@@ -179,7 +179,7 @@ def _state(
     mine = [p if of[id(group)] == label else None for group, p in place]
     found = [{} if p is None else states.get(p) or {} for p in mine]
     steps = [layout.steps(entry, spec) for entry in found]
-    device = vectors.device_of(params)
+    device = vectors.device_of(mine)
     state: State = {"step": torch.tensor(steps, device=device)}
     for slot, first in spec.slots.items():
         column = []
