@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import funcopt as fo
-from funcopt import torch_optim
+from funcopt import torch_optim, tree
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch warns of what is done here
 
@@ -272,7 +272,7 @@ def check_program(program: Program) -> None:
         assert_like(*found, where=change)
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
 @given(programs(["AdamW"]))
 def test_some_loops_end_where_torchs_do(program: Program):
     check_program(program)
@@ -444,6 +444,60 @@ def test_rates_of_tensors_that_share_memory_may_change(name: str):
             opt.step()
         found.append(params)
     assert_like(*found)
+
+
+def test_groups_that_differ_in_formula_go_over_and_back():
+    """Momentum beside none, and an epsilon of the dtype's beside a number."""
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("RMSprop", {"momentum": 0.9}, {"momentum": 0.0}),
+        ("SGD", {"momentum": 0.9, "nesterov": True}, {"momentum": 0.0}),
+        ("Adafactor", {"eps": (None, 1e-3)}, {"eps": (1e-20, 1e-2)}),
+    ]
+    for name, first, second in cases:
+        random = Random(1)
+        params = [Parameter(normal((3, 4), torch.float64, random)) for _ in range(2)]
+        groups = [{"params": params[:1], **first}, {"params": params[1:], **second}]
+        running = getattr(torch.optim, name)(groups, **first)
+        step(running, random)
+        opt, values, state = fo.from_torch(running)
+        grads = tree.map(torch.ones_like, values)
+        own = [Parameter(p.detach().clone()) for p in params]
+        groups = [{"params": own[:1], **first}, {"params": own[1:], **second}]
+        ours = getattr(torch_optim, name)(groups, **first)
+        ours.load(*opt.update(grads, state, values))
+        for p in params:
+            p.grad = torch.ones_like(p)
+        running.step()
+        for optimizer in (running, ours):
+            step(optimizer, Random(2))
+        assert_like((own, ours.state_dict()), (params, running.state_dict()))
+
+
+def test_a_sparse_gradient_that_two_parameters_share():
+    found = []
+    for library in LIBRARIES:
+        params = [Parameter(torch.ones(4, 3)) for _ in range(2)]
+        opt = library.Adagrad(params, lr=0.1)
+        g = sparse(torch.ones(4, 3))
+        for _ in range(2):
+            for p in params:
+                p.grad = g
+            opt.step()
+        found.append(params)
+    assert_like(*found)
+
+
+@pytest.mark.parametrize(
+    "name", ["ScheduleFreeSGD", pytest.param("Prodigy", marks=pytest.mark.slow)]
+)
+def test_numbers_of_a_checkpoint_are_not_rounded_as_parameters_are(name: str):
+    random = Random(1)
+    params = [Parameter(normal((3,), torch.bfloat16, random)) for _ in range(2)]
+    one, other = (getattr(torch_optim, name)(params) for _ in range(2))
+    for _ in range(3):
+        step(one, random)
+    other.load_state_dict(one.state_dict())
+    assert_like(other.state_dict(), one.state_dict())
 
 
 # What is refused ----------------------------------------------------------------------

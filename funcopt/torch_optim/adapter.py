@@ -32,7 +32,7 @@ class Adapter(Optimizer):
     """
 
     flags: ClassVar[Flags]  #: the keyword arguments of the factory behind the class
-    layout: ClassVar[Layout]
+    layout: ClassVar[Layout] = Layout()
 
     _repeat: Repeat | None = None
 
@@ -80,12 +80,20 @@ class Adapter(Optimizer):
         Raises:
             CheckpointError: it is another optimizer's, or of other parameters.
         """
-        hook: Any = type(self)._fitted
-        handle = self.register_load_state_dict_pre_hook(hook)
+        found: list[dict[str, Any]] = []
+
+        def fit(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            found.append(self._fitted(state_dict))
+            return found[0]
+
+        handle = self.register_load_state_dict_pre_hook(fit)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        if self.layout.own:  # torch has cast all to what the parameters are
+            groups, state = self.param_groups, self.state
+            checkpoint.restore_numbers(found[0], groups, state, self.flags)
 
     def _fitted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         name = type(self).__name__

@@ -172,13 +172,13 @@ def _step(
     names = stepper.trees
     leaves = [grads, own, *(columns[slot] for slot in names)]
     grads, params, *trees = given = of_one_dtype(leaves)
-    dense = [g for g in grads if not g.is_sparse]
+    numbers = [g._values() if g.is_sparse else g for g in grads]
     # Views of one tensor may lie between each other: each is then written by itself.
     donate = (
         given is leaves
         and not differentiable
         and not split
-        and not layout.overlap([dense, params, *trees])
+        and not layout.overlap([numbers, params, *trees])
         and not layout.folded([params, *trees])
     )
     state = {"step": torch.tensor(steps, device="cpu")} | {

@@ -114,6 +114,25 @@ def copied(value: Any) -> Any:
     return [*map(copied, value)] if isinstance(value, list) else value
 
 
+def restore_numbers(
+    state_dict: StateDict, groups: Groups, states: Mapping[Tensor, Any], flags: Flags
+) -> None:
+    """Slots that are one number in the float64 that they are counted in, on the host.
+
+    A sum of many steps would soon stand still in a parameter's bfloat16.
+    """
+    for saved, group in zip(state_dict["param_groups"], groups):
+        spec = flags.optimizer(flags.key(group)).spec
+        assert spec is not None
+        numbers = [slot for slot, first in spec.slots.items() if not callable(first)]
+        for key, p in zip(saved["params"], group["params"]):
+            entry = state_dict["state"].get(key) or {}
+            for slot in numbers:
+                if slot in entry:
+                    value = torch.as_tensor(entry[slot])
+                    states[p][slot] = value.to("cpu", torch.float64)
+
+
 def _check_numbers(
     found: Mapping[str, Any], flags: Flags, group: Mapping[str, Any], owner: str
 ) -> None:

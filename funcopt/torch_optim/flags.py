@@ -36,6 +36,9 @@ class Flags:
         self.numbers = tuple(made.hyper)
         self.matrices = bool(made.spec and made.spec.matrices)  #: the leaves it takes
         self.static = tuple(name for name in names if name not in made.hyper)
+        hyper = made.spec.hyper if made.spec else {}
+        #: tuples with a place for None, which is another formula
+        self.optional = tuple(name for name in hyper if hyper[name].optional)
         self._made = lru_cache(maxsize=64)(self._make)
 
     def key(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -45,7 +48,13 @@ class Flags:
             for name in self.static
             if name in group and name not in self._mute(group)
         )
-        return *flags, *((name, bool(group[name] != 0) / 2) for name in self.vanishing)
+        there = (
+            (name, tuple(None if v is None else 1.0 for v in group[name]))
+            for name in self.optional
+            if name in group
+        )
+        gone = ((name, bool(group[name] != 0) / 2) for name in self.vanishing)
+        return *flags, *there, *gone
 
     def _mute(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Flags that say nothing with these numbers, and a factory would refuse."""

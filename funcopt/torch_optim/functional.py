@@ -143,10 +143,14 @@ def _spec(opt: Optimizer) -> Spec:
 
 
 def _optimizer(key: tuple[Any, ...], groups: Groups, flags: Flags) -> Optimizer:
-    """What steps the groups of this key, with the numbers of all groups."""
-    static = {name: value for name, value in key if name not in flags.vanishing}
+    """What steps the groups of this key, with the numbers of each."""
+    static = {name: value for name, value in key if name not in flags.numbers}
+    mine = [flags.key(group) == key for group in groups]
+    # Others' are not asked for, and might be of another formula: a momentum beside 0.
+    first = groups[mine.index(True)]
+    given = [group if own else first for group, own in zip(groups, mine)]
     numbers = {
-        name: _spread([group[name] for group in groups])
+        name: _spread([group[name] for group in given])
         for name in flags.numbers
         if name in groups[0]
     }
