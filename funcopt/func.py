@@ -1,16 +1,70 @@
-"""Norm layers whose derivatives are right in every order of vmap and grad."""
+"""What torch.func lacks: a vmap of trees with gaps, right derivatives of norm layers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from funcopt.types import Tensor
+from funcopt.listed import Listed
+from funcopt.types import Tensor, Tree
 
-__all__ = ["exact_norms"]
+__all__ = ["exact_norms", "vmap"]
+
+
+def vmap(
+    function: Callable[..., Tree],
+    in_dims: int | Sequence[int | None] = 0,
+    *,
+    randomness: Literal["error", "different", "same"] = "error",
+    chunk_size: int | None = None,
+) -> Callable[..., Tree]:
+    """``torch.func.vmap`` for trees in which some leaves are ``None``.
+
+    torch's takes no ``None`` for an argument's leaf, nor for a result's. The states of
+    `partition` and `freeze` have such, and so may gradients.
+
+    Args:
+        function: of trees of tensors, to a tree of tensors.
+        in_dims: the axis to take off every tensor, 0 unless given: one for all
+            arguments, or one for each, None for an argument that all have in common.
+        randomness: as of ``torch.func.vmap``.
+        chunk_size: how many entries to do at once; None for all.
+
+    Returns:
+        ``function`` of batches of trees; what it returns has the batch as axis 0, and
+        ``None`` where ``function`` gives ``None``.
+
+    Raises:
+        Whatever ``torch.func.vmap`` does.
+
+    Source:
+        funcopt.
+
+    Example:
+        >>> import torch, funcopt as fo
+        >>> opt = fo.freeze(fo.sgd(lr=1.0, momentum=0.9), {"body": True, "head": False})
+        >>> params = {"body": torch.zeros(3), "head": torch.zeros(3)}     # three nets
+        >>> state = fo.func.vmap(opt.init)(params)
+        >>> state["momentum_buffer"]
+        {'body': None, 'head': tensor([0., 0., 0.])}
+        >>> grads = {"body": None, "head": torch.ones(3)}
+        >>> params, state = fo.func.vmap(opt.update)(grads, state, params)
+        >>> params["head"], state["step"].shape
+        (tensor([-1., -1., -1.]), torch.Size([3, 2]))
+    """
+
+    def batched(*trees: Tree) -> Tree:
+        listed = Listed(function, *trees)
+        dims = in_dims if isinstance(in_dims, int) else tuple(in_dims)
+        out = torch.func.vmap(listed, dims, randomness=randomness, chunk_size=chunk_size)(
+            *listed.inputs
+        )
+        return listed.rebuild(out)
+
+    return batched
 
 
 @contextmanager

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, final
 
-from funcopt import select
+import torch
+
+from funcopt import tree
 from funcopt.errors import (
     HyperparameterError,
     HyperparameterTypeError,
@@ -59,7 +61,7 @@ class Hyper:
         """
         if isinstance(value, Tensor) or isinstance(value, float) and self._allows(value):
             return value
-        for atom in select.values(value):
+        for atom in tree.leaves(value):
             if isinstance(atom, (Tensor, Schedule)):
                 continue
             if isinstance(atom, Real) and not isinstance(atom, bool):
@@ -68,7 +70,7 @@ class Hyper:
                     raise HyperparameterError(
                         f"{name} must be in [{self.low:g}, {upper}, got {atom}"
                     )
-            elif callable(atom):
+            elif callable(atom) and not isinstance(atom, torch.nn.Module):
                 raise HyperparameterTypeError(
                     f"{name} got a bare callable {atom!r}; wrap it: "
                     "fo.Schedule(function_of_step)"
@@ -76,7 +78,7 @@ class Hyper:
             else:
                 raise HyperparameterTypeError(
                     f"{name} takes floats, 0-d tensors, trees of them that are a prefix "
-                    f"of params, fo.by_name or fo.Schedule, not {atom!r}"
+                    f"of params, fo.by_name or fo.Schedule, not {_described(atom)}"
                 )
         return value
 
@@ -84,6 +86,16 @@ class Hyper:
         if self.most is not None:
             return self.low <= number <= self.most
         return self.low <= number < self.below
+
+
+def _described(atom: Any) -> str:
+    """What is no value of a hyperparameter; and what to do, where it is a usual one."""
+    kind = type(atom).__name__
+    if kind == "PerStep":
+        return f"{atom!r}; fo.per_step goes into fo.unroll(..., hyper={{...}})"
+    if kind == "generator" or isinstance(atom, torch.nn.Module):
+        return f"a {kind}; parameters are given to opt.init and opt.update"
+    return repr(atom)
 
 
 def unknown(name: str, known: Mapping[str, Any], owner: str) -> Exception:

@@ -1,6 +1,6 @@
 """One value per leaf, from a prefix tree or from globs over the leaves' names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,6 +22,11 @@ class ByName:
 
     def per_leaf(self, structure: tree.Structure, what: str) -> list[Any]:
         """The value of the first pattern that fits each leaf, else the default."""
+        for value in (*self.patterns.values(), self.default):
+            if _children(value) is not None:
+                raise HyperparameterError(
+                    f"{what}: by_name takes one value for each glob, not {value!r}"
+                )
         names, globs = tree.paths(structure), tuple(self.patterns)
         choice = _first_fit(globs, names)
         for glob in globs:
@@ -56,15 +61,16 @@ def by_name(patterns: Mapping[str, Any], *, default: Any) -> ByName:
 
     Args:
         patterns: glob (``*``, ``?``, ``[...]``; case counts) → value. A value is a
-            float, a 0-d tensor or a `Schedule`; for `partition` a label; for `freeze` a
-            bool.
+            float, a tensor, a `Schedule`, in `unroll` a `per_step`; for `partition` a
+            label; for `freeze` a bool.
         default: value of the leaves that no pattern fits.
 
     Returns:
-        A selector, to be given wherever a hyperparameter is taken.
+        A selector, to be given wherever a hyperparameter is taken, also for a branch of
+        a tree of them; the names are then those within the branch.
 
     Raises:
-        HyperparameterError: at use, when a pattern fits no leaf at all.
+        HyperparameterError: at use, when a pattern fits no leaf at all, or has a tree.
 
     Source:
         The globs are those of Python's ``fnmatch``.
@@ -80,30 +86,22 @@ def by_name(patterns: Mapping[str, Any], *, default: Any) -> ByName:
     return ByName(patterns, default)
 
 
-def values(value: Any) -> list[Any]:
-    """The values that a selector or a tree holds."""
-    if isinstance(value, ByName):
-        return [*value.patterns.values(), value.default]
-    return tree.leaves(value)
-
-
-def map_values(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same selector or tree with ``function`` on every value."""
-    if isinstance(value, ByName):
-        patterns = {glob: function(v) for glob, v in value.patterns.items()}
-        return ByName(patterns, function(value.default))
-    return tree.map(function, value)
+# A selector is a tree of its values: all that is done to the tensors of a tree of
+# hyperparameters (batched, differentiated, taken step by step) is done to those in it.
+tree.register(
+    ByName,
+    lambda given: ([*given.patterns.values(), given.default], tuple(given.patterns)),
+    lambda globs, found: ByName(dict(zip(globs, found := [*found])), found[-1]),
+)
 
 
 def copied(value: Any) -> Any:
     """The same selector or tree in containers of its own, which nobody else changes."""
-    return map_values(lambda x: x, value)
+    return tree.map(lambda x: x, value)
 
 
 def per_leaf(value: Any, structure: tree.Structure, what: str) -> list[Any]:
-    """``value`` spread over the leaves: a selector, or a tree that is a prefix."""
-    if isinstance(value, ByName):
-        return value.per_leaf(structure, what)
+    """``value`` spread over the leaves: a tree that is a prefix, or has selectors."""
     if isinstance(value, float):  # the usual case needs no walk
         return [value] * structure.num_leaves
     spread: list[Any] = []
@@ -115,6 +113,9 @@ def _spread(
     value: Any, structure: tree.Structure, what: str, at: str, out: list[Any]
 ) -> None:
     """Walk values and params together, so that a misfit is named on both sides."""
+    if isinstance(value, ByName):
+        out.extend(value.per_leaf(structure, f"{what} at '{at}'" if at else what))
+        return
     children = _children(value)
     if children is None:
         out.extend([value] * structure.num_leaves)

@@ -7,7 +7,7 @@ against 5.7, one of known structure in 0.6 against 4.0, and rebuilds it in 0.6 a
 tensor, and so keeps two trees aligned when one of them has gaps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import optree
@@ -16,11 +16,12 @@ from funcopt.errors import StructureError
 from funcopt.types import Tensor, Tree
 
 Structure: TypeAlias = optree.PyTreeSpec
+_OURS = "funcopt"  # where `register` puts a type: other users of optree see none of it
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Structure]:
     """The leaves in a fixed order (dict keys sorted), and what rebuilds the tree."""
-    return optree.tree_flatten(tree, none_is_leaf=True)
+    return optree.tree_flatten(tree, none_is_leaf=True, namespace=_OURS)
 
 
 def unflatten(structure: Structure, leaves: Sequence[Any]) -> Tree:
@@ -30,7 +31,16 @@ def unflatten(structure: Structure, leaves: Sequence[Any]) -> Tree:
 
 def leaves(tree: Tree) -> list[Any]:
     """The leaves of ``tree``, ``None`` among them."""
-    return optree.tree_leaves(tree, none_is_leaf=True)
+    return optree.tree_leaves(tree, none_is_leaf=True, namespace=_OURS)
+
+
+def register(
+    kind: type,
+    parts: Callable[[Any], tuple[Iterable[Any], Any]],
+    rebuild: Callable[[Any, Iterable[Any]], Any],
+) -> None:
+    """Make ``kind`` a container: ``parts(value)`` are its children and its key."""
+    optree.register_pytree_node(kind, parts, rebuild, namespace=_OURS)
 
 
 def map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:

@@ -233,6 +233,12 @@ CASES = [
             "'layer.bias', 'layer.weight', 'scale'",
         ),
         (
+            "a tree for a glob",
+            lambda x: step(x, lr=fo.by_name({"layer.*": [0.1]}, default=0.1)),
+            "lr",
+            "[0.1]",
+        ),
+        (
             "glob that fits nothing, from the factory",
             lambda x: step(x, fo.sgd(lr=fo.by_name({"Scale": 0.0}, default=0.1))),
             "lr",
@@ -390,6 +396,17 @@ CASES = [
         fo.HyperparameterTypeError,
         TypeError,
         ("bare callable", lambda x: fo.sgd(lr=lambda t: 0.1), "lr", "fo.Schedule"),
+        (
+            "parameters for a rate",
+            lambda x: fo.sgd(nn.Identity()),
+            "opt.init",
+            "Identity",
+        ),
+        (
+            "a generator for a rate",
+            lambda x: fo.sgd(nn.Identity().parameters()),
+            "opt.init",
+        ),
         ("bare callable in update", lambda x: step(x, lr=lambda t: 0.1), "fo.Schedule"),
         (
             "bare callable in a tree",
@@ -432,7 +449,11 @@ CASES = [
         ("complex", lambda x: fo.sgd(lr=1j), "lr", "1j"),
         ("None", lambda x: fo.sgd(lr=None), "lr", "None"),
         ("None in a tree", lambda x: step(x, lr={"layer": None, "scale": 1.0}), "None"),
-        ("per_step in update", lambda x: step(x, lr=fo.per_step(torch.ones(3))), "lr"),
+        (
+            "per_step in update",
+            lambda x: step(x, lr=fo.per_step(torch.ones(3))),
+            "unroll",
+        ),
         (
             "per_step in the factory",
             lambda x: fo.sgd(lr=fo.per_step(torch.ones(3))),

@@ -20,7 +20,7 @@ FLOORS = {
     "funcopt.tree": 1,
     "funcopt.checks": 2,
     "funcopt.normal": 2,
-    "funcopt.func": 2,
+    "funcopt.func": 4.1,
     "funcopt.conditions": 4,
     "funcopt.listed": 4,
     "funcopt.derivatives": 2,

@@ -18,6 +18,34 @@ from funcopt import func, tree
 Params = dict[str, Tensor]
 Norm = Callable[[Tensor, Params], Tensor]
 
+# Trees with gaps ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_vmap_of_states_with_gaps(chunk_size: int | None):
+    """Steps of a partition, for each of three sets of parameters and rates."""
+    opt = fo.partition({"w": fo.muon(), "b": fo.adam()}, {"w": "w", "b": "b"})
+    made = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=made).double()  # noqa: E731
+    params = {"w": draw(3, 4, 2), "b": draw(3, 2)}
+    grads = {"w": draw(4, 2), "b": None}
+    rates = torch.tensor([0.1, 0.2, 0.3])
+
+    def step(p: Any, state: Any, g: Any, lr: Tensor) -> Any:
+        return opt.update(g, state, p, lr=lr)
+
+    state = func.vmap(opt.init, chunk_size=chunk_size)(params)
+    many = func.vmap(step, (0, 0, None, 0), chunk_size=chunk_size)
+    whole = many(params, state, grads, rates)
+    for i in range(3):
+        own = tree.map(lambda p, i=i: p[i], params)
+        alone = step(own, opt.init(own), grads, rates[i])
+        torch.testing.assert_close(
+            tree.leaves(tree.map(lambda x, i=i: x[i], whole)), tree.leaves(alone)
+        )
+    assert whole[1]["b"]["exp_avg"]["w"] is None
+
+
 # The values -----------------------------------------------------------------------------
 
 Call = Callable[[Tensor, Any], Tensor]  # of data [6, 3, 4], and what there is beside

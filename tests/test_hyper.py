@@ -88,6 +88,10 @@ FORMS: dict[str, tuple[Any, Sequence[Any]]] = {
         fo.by_name({"body.b*": 0.5, "body*": 1.0, "*": 0.125}, default=9.0),
         [0.5, 1.0, 0.125, 0.125],
     ),
+    "by_name within a branch": (
+        {"body": fo.by_name({"bias": 0.5}, default=0.25), "head": 0.125},
+        [0.5, 0.25, 0.125, 0.125],
+    ),
     "by_name of tensors": (
         fo.by_name({"head.?": f64(0.5)}, default=torch.tensor(0.25)),
         [0.25, 0.25, 0.5, 0.5],

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jvp, vmap
 
 import funcopt as fo
-from funcopt import tree
+from funcopt import select, tree
 
 STEPS = 3
 
@@ -295,11 +296,14 @@ PER_STEP_RATES = {
         "hidden": {"weight": rates(STEPS, 2, 4), "bias": rates(STEPS, 4)},
         "out": {"weight": rates(STEPS, 4, 1), "bias": rates(STEPS, 1)},
     },
+    "by_name": fo.by_name({"*.bias": rates(STEPS, seed=57)}, default=rates(STEPS)),
 }
 
 
 def spread(values: Any) -> list[Tensor]:
     """Each leaf's values, in the order of the leaves: bias before weight."""
+    if isinstance(values, select.ByName):
+        return [*values.patterns.values(), values.default] * 2
     return [
         branch[leaf] if isinstance(branch, dict) else branch
         for name in ("hidden", "out")
@@ -341,6 +345,59 @@ def test_per_step_rates_of_every_form(form: str, how: str):
     lr = PER_STEP_RATES[form]
     assert_close(library(lr), hand(lr))
     assert_close(gradient(library, lr, how), gradient(hand, lr))
+
+
+@pytest.mark.parametrize("how", [{}, {"remat": "sqrt"}, {"grad_mode": "mixed"}], ids=str)
+def test_what_a_selector_holds_is_learned(how: Any):
+    """Marked or not: its tensors are as those of a tree, of a step made again, too."""
+    at = everything("sgd")
+    given = (at["params"], at["batch"])
+    marked = rates(STEPS)
+
+    def outer(values: Any, *, by_name: bool) -> Tensor:
+        lr, decay = fo.per_step(values["lr"]), values["decay"]
+        names, more = {"out": lr, "hidden": marked[0]}, {"out": 0.0, "hidden": decay}
+        if by_name:
+            names = fo.by_name({"out.*": lr}, default=marked[0])
+            more = fo.by_name({"out.*": 0.0}, default=decay)
+        hyper = {"lr": names, "weight_decay": more}
+        run = fo.unroll(
+            fo.sgd(),
+            support_loss,
+            *given,
+            steps=STEPS,
+            meta=at["meta"],
+            hyper=hyper,
+            **how,
+        )
+        return score(run.params, run.losses)
+
+    values = {"lr": rates(STEPS, seed=58), "decay": marked[1]}
+    found, wanted = (grad(partial(outer, by_name=b))(values) for b in (True, False))
+    assert tree.map(torch.equal, found, wanted) == {"lr": True, "decay": True}
+    assert all(g.abs().min() > 0 for g in found.values())
+
+
+def test_a_run_may_leave_every_transform():
+    """torch.func takes no None: neither from vmap, nor as aux."""
+    starts, targets = random(4, 3, seed=1), random(3, seed=2)
+
+    def run(p: Tensor) -> fo.Unrolled:
+        return fo.unroll(fo.adam(lr=0.1), squared_distance, p, targets, steps=2)
+
+    def outer(p: Tensor) -> tuple[Tensor, fo.Unrolled]:
+        made = run(p)
+        return made.losses.sum(), made
+
+    whole = vmap(run)(starts)
+    assert isinstance(whole, fo.Unrolled) and whole.aux == whole.buffers == ()
+    _, aside = torch.func.grad(outer, has_aux=True)(starts[1])
+    assert torch.equal(aside.params, whole.params[1])
+    again = fo.unroll(
+        fo.adam(lr=0.1), squared_distance, aside.params, targets, steps=1,
+        state=aside.state, buffers=aside.buffers,
+    )  # fmt: skip
+    assert not torch.equal(again.params, aside.params)
 
 
 @pytest.mark.parametrize("form", ["both in one", "each its own", "one of the two"])
@@ -429,7 +486,7 @@ def test_aux_is_stacked_tree_by_tree():
 
     run = fo.unroll(fo.sgd(lr=0.1), loss, p, batches=targets, has_aux=True)
     plain = fo.unroll(fo.sgd(lr=0.1), squared_distance, p, batches=targets)
-    assert torch.equal(run.params, plain.params) and plain.aux is None
+    assert torch.equal(run.params, plain.params) and plain.aux == ()
     assert torch.equal(run.losses, (run.aux["error"] ** 2).sum(1))
     assert run.losses.shape == (4,)  # each before its update: the first is the start's
     assert torch.equal(run.losses[0], squared_distance(p, targets[0]))
@@ -447,7 +504,7 @@ def test_no_steps_change_nothing():
     p = {"w": random(3, seed=1), "gap": None}
     run = fo.unroll(fo.adam(), lambda p, b: p["w"].sum(), p, steps=0)
     assert torch.equal(run.params["w"], p["w"]) and run.params["gap"] is None
-    assert run.losses.shape == (0,) and run.aux is None
+    assert run.losses.shape == (0,) and run.aux == ()
     assert run.state["step"].tolist() == [0, 0]
     through = grad(
         lambda w: (

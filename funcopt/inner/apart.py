@@ -64,10 +64,12 @@ class Apart:
             lost = True
         if lost:
             raise GradientLostError(
-                "the inner loss, or the optimizer, closes over a tensor that requires "
-                "grad, or that a transform outside follows or batches; with a backward "
-                "of its own (grad_mode='mixed', remat) unroll would lose its gradient. "
-                "Pass it as meta=, batch= or hyper=, or pass fo.detach(...) of it"
+                "the inner loss, the optimizer or a schedule closes over a tensor that "
+                "requires grad, or that a transform outside follows or batches; with a "
+                "backward of its own (grad_mode='mixed', remat) unroll would lose its "
+                "gradient. Pass it as meta=, batch= or hyper= (a schedule by its values: "
+                "fo.per_step(torch.stack([schedule(k) for k in range(steps)]))), or pass "
+                "fo.detach(...) of it"
             )
         return [*results]
 

@@ -20,8 +20,13 @@ class Unrolled(NamedTuple):
     params: Tree  #: parameters after the last step
     state: State  #: the optimizer's state after the last step
     losses: Tensor  #: [steps], each step's loss before its update
-    aux: Tree  #: each step's auxiliary output, stacked along a leading [steps]
-    buffers: Tree  #: buffers after the last step
+    aux: Tree  #: each step's auxiliary output, stacked along a leading [steps], or ()
+    buffers: Tree  #: buffers after the last step, or ()
+
+
+def is_absent(part: Tree) -> bool:
+    """Whether it is the ``()`` or ``None`` of no aux, and of no buffers."""
+    return part is None or isinstance(part, tuple) and not part
 
 
 #: what a step gives to the next

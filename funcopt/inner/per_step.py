@@ -25,8 +25,9 @@ def per_step(values: Tree) -> PerStep:
     """Mark a hyperparameter of `unroll` as one value for each step (LSLR).
 
     Args:
-        values: a tensor, or a tree of tensors that is a prefix of params, each of shape
-            [steps, ...]: entry k is the value in step k, 0-d or broadcasting to a leaf.
+        values: a tensor, or a tree of tensors that is a prefix of params, or `by_name`,
+            each of shape [steps, ...]: entry k is the value in step k, 0-d or
+            broadcasting to a leaf.
 
     Returns:
         The marked tree, for ``unroll(..., hyper={name: per_step(values)})``.

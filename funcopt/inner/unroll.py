@@ -6,7 +6,7 @@ from funcopt import tree
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.inner import apart
 from funcopt.inner import remat as sweep
-from funcopt.inner.loop import Loop, Unrolled
+from funcopt.inner.loop import Loop, Unrolled, is_absent
 from funcopt.inner.per_step import HyperBySteps
 from funcopt.inner.step import GradMode, Step
 from funcopt.optimizer import Optimizer
@@ -81,7 +81,8 @@ def unroll(
         has_aux: ``loss_fn`` returns ``(loss, aux)``; aux is a tree of tensors.
 
     Returns:
-        `Unrolled`: ``params, state, losses [K], aux [K, ...], buffers``.
+        `Unrolled`: ``params, state, losses [K], aux [K, ...], buffers``; the last two
+        are ``()`` where there are none, for ``torch.func`` takes no None from a function.
 
     Raises:
         StructureError: batch and batches both given, leading axes that differ from each
@@ -117,6 +118,7 @@ def unroll(
         tensor(1.5000)
     """
     steps = _number_of_steps(batch, batches, steps)
+    buffers = None if is_absent(buffers) else buffers  # of a run before
     if window is not None and not (isinstance(window, int) and window >= 1):
         raise HyperparameterError(f"window must be a whole number ≥ 1, got {window}")
     loop = Loop(
@@ -131,9 +133,10 @@ def unroll(
     data = batch if batches is None else batches
     shared = {"batch": data, "hyper": loop.hyper.values, "meta": meta}
     segment = _segment(remat, steps, grad_mode)
-    if segment and steps and apart.is_possible():
-        return sweep.run(loop, carry, shared, segment)
-    return loop.run(carry, shared)
+    again = segment and steps and apart.is_possible()
+    run = sweep.run(loop, carry, shared, segment) if again else loop.run(carry, shared)
+    absent = {name: () for name in ("aux", "buffers") if is_absent(getattr(run, name))}
+    return run._replace(**absent)
 
 
 def _segment(remat: str | int | None, steps: int, grad_mode: str) -> int:

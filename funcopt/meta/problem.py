@@ -10,7 +10,7 @@ import torch
 from funcopt import tree
 from funcopt.derivatives import Trees, vjp
 from funcopt.errors import HyperparameterError, MetaParameterError, StructureError
-from funcopt.inner.loop import CARRY
+from funcopt.inner.loop import CARRY, is_absent
 from funcopt.inner.loss import InnerLoss
 from funcopt.inner.per_step import PerStep
 from funcopt.optimizer import Optimizer, check_optimizer
@@ -156,7 +156,8 @@ def go_on(problem: Problem, eta: Tree, carry: Carry | None) -> Carry:
 
 def standing(carry: Trees) -> dict[str, Tree]:
     """What the next step takes of a carry."""
-    return {name: carry.get(name) for name in CARRY}
+    at = {name: carry.get(name) for name in CARRY}
+    return at | {"buffers": None} if is_absent(at["buffers"]) else at
 
 
 def window_of(problem: Problem, start: int, window: int | None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from funcopt import select
+from funcopt import tree
 from funcopt.errors import HyperparameterError
 from funcopt.execution import donation
 from funcopt.hyper import Hyper
@@ -245,12 +245,12 @@ def is_zero(value: Number) -> bool:
 
 def zero_everywhere(value: HyperValue) -> bool:
     """Whether it is the number 0, also as a tree with 0 for every group."""
-    return all(isinstance(v, Real) and v == 0 for v in select.values(value))
+    return all(isinstance(v, Real) and v == 0 for v in tree.leaves(value))
 
 
 def filled(name: str, value: float) -> SlotStart:
     """A slot that starts as one number ≥ 0, the argument ``name``, for all parameters."""
-    first = {*select.values(value)}  # of every group
+    first = {*tree.leaves(value)}  # of every group
     if len(first) != 1 or not isinstance(start := first.pop(), Real):
         raise HyperparameterError(
             f"{name} must be one number for all parameters, got {value!r}; use "

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from funcopt import select
+from funcopt import tree
 from funcopt.errors import HyperparameterError
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
@@ -109,7 +109,7 @@ def rprop(
 def _check_etas(etas: Any) -> None:
     """Refuse a number that would let the wrong one of the two make steps longer."""
     for value, (low, high) in zip(etas, ((0.0, 1.0), (1.0, inf))):
-        for eta in select.values(value):
+        for eta in tree.leaves(value):
             if isinstance(eta, Real) and not low < float(eta) < high:
                 raise HyperparameterError(
                     f"etas must be (etaminus, etaplus), 0 < etaminus < 1 < etaplus; got "

@@ -136,7 +136,7 @@ def _identity(value: Any) -> Any:
 
 
 def _is_constant(value: HyperValue) -> bool:
-    return value is not None and all(isinstance(v, Real) for v in select.values(value))
+    return value is not None and all(isinstance(v, Real) for v in tree.leaves(value))
 
 
 def _column(
@@ -151,7 +151,7 @@ def _column(
     def scalar(number: Any) -> Any:
         return number if isinstance(number, Schedule) else _scalar(number, name)
 
-    value = select.map_values(scalar, value)  # before the leaves share it: one cast
+    value = tree.map(scalar, value)  # before the leaves share it: one cast
     column: list[Any] = []
     known: dict[tuple[int, int], Any] = {}  # of a schedule and count: leaves share it
     for i, atom in enumerate(select.per_leaf(value, structure, name)):

@@ -7,6 +7,7 @@ import torch
 
 from funcopt import select, tree
 from funcopt.errors import HyperparameterError, StructureError
+from funcopt.inner.loop import is_absent
 from funcopt.inner.unroll import Unrolled
 from funcopt.types import LossFunction, Tensor, Tree
 
@@ -45,7 +46,7 @@ def learned(
 
 def judged(loss_fn: LossFunction, params: Tree, query: Tree, buffers: Tree) -> Any:
     """The loss, or (loss, aux), of what was learned on data of its own."""
-    more = {} if buffers is None else {"buffers": tree.map(_copy, buffers)}
+    more = {} if is_absent(buffers) else {"buffers": tree.map(_copy, buffers)}
     return loss_fn(params, query, **more)
 
 
