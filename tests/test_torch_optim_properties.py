@@ -473,6 +473,27 @@ def test_groups_that_differ_in_formula_go_over_and_back():
         assert_like((own, ours.state_dict()), (params, running.state_dict()))
 
 
+@pytest.mark.parametrize("kind", ["a vector", "shared"])
+def test_steps_that_a_user_has_made(kind: str):
+    """Of one element, or counted on by processes together, as Hogwild training has it."""
+    made = []
+    for library in LIBRARIES:
+        random = Random(1)
+        params = [Parameter(normal((3,), torch.float64, random)) for _ in range(2)]
+        opt = library.Adam(params, lr=0.1)
+        for p in params:
+            count = torch.zeros(1) if kind == "a vector" else torch.zeros(())
+            count = count.share_memory_() if kind == "shared" else count
+            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            opt.state[p] = {"step": count, **moments}
+        held = opt.state[params[0]]["step"]
+        for _ in range(3):
+            step(opt, random)
+        assert opt.state[params[0]]["step"] is held and held == 3
+        made.append((opt, params, random))
+    assert_both_alike(made)
+
+
 def test_a_sparse_gradient_that_two_parameters_share():
     found = []
     for library in LIBRARIES:

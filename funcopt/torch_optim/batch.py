@@ -216,10 +216,10 @@ def of_one_dtype(columns: list[list[Tensor]]) -> list[list[Tensor]]:
 
     As after ``model.to(dtype)`` between two steps: torch.optim's operations promote.
     """
-    kinds = [{x.dtype for x in leaf} for leaf in zip(*columns)]
-    if all(len(found) == 1 for found in kinds):
+    dtypes = [[x.dtype for x in column] for column in columns]
+    if all(kinds == dtypes[0] for kinds in dtypes):
         return columns
-    wide = [reduce(torch.promote_types, found) for found in kinds]
+    wide = [reduce(torch.promote_types, kinds) for kinds in zip(*dtypes)]
     return [[x.to(dtype) for x, dtype in zip(column, wide)] for column in columns]
 
 

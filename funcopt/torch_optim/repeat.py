@@ -214,5 +214,6 @@ def _simple(batch: Batch) -> bool:
 
 def _joinable(column: Sequence[Tensor]) -> bool:
     """Whether the numbers can be the entries of a vector, and stay what they are."""
-    forms = {(type(x), x.dtype, x.device.type) for x in column}
-    return len(forms) == 1 and all((t, d) == (Tensor, "cpu") for t, _, d in forms)
+    if any(type(x) is not Tensor or x.ndim or x.is_shared() for x in column):
+        return False  # is_shared: with another process, which counts on
+    return {(x.dtype, x.device.type) for x in column} == {(column[0].dtype, "cpu")}
