@@ -42,7 +42,8 @@ class Optimizer:
 
     Args:
         init: the first function.
-        update: the second function.
+        update: the second function. One of your own also takes the keywords ``donate``
+            and ``execution``, which it may ignore: `partition` and the like hand them on.
         name: what the optimizer is called in messages.
         hyper: what ``update`` takes as keywords, with the values they have: the
             hyperparameters; and ``loss_fn``, None, where it wants a function of params

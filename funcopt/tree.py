@@ -121,8 +121,10 @@ def leading_axis(values: Tree, what: str) -> int:
             raise StructureError(f"{what}['{name}'] must be a tensor with a leading axis")
         lengths.setdefault(leaf.shape[0], name)
     given = ", ".join(f"'{name}' has {n}" for n, name in lengths.items())
+    way = f"; a list is a tree: stack its entries to be {what}"
     raise StructureError(
         f"the leading axes of {what} must be equal, but {given or 'it is empty'}"
+        + (way if isinstance(values, list) else "")
     )
 
 
@@ -146,6 +148,8 @@ def difference(expected: Structure, found: Structure) -> str:
         words.append(f"missing {some(missing)}")
     if extra:
         words.append(f"not in params {some(extra)}")
+    if any(path.startswith(f"{branch}.") for path in missing for branch in extra):
+        words.append("a branch takes a value, or None, for each of its leaves")
     return "; ".join(words)
 
 

@@ -407,6 +407,13 @@ CASES = [
             lambda x: fo.sgd(nn.Identity().parameters()),
             "opt.init",
         ),
+        (
+            "the parameters for a rate",
+            lambda x: fo.adamw(x.params).init(x.params),
+            "adamw's lr",
+            "opt.init",
+        ),
+        ("hyper that is a number", lambda x: unroll(x, hyper=0.1), "{'lr': 0.1}"),
         ("bare callable in update", lambda x: step(x, lr=lambda t: 0.1), "fo.Schedule"),
         (
             "bare callable in a tree",
@@ -658,6 +665,17 @@ CASES = [
             lambda x: unroll(x, lambda p, _: (loss(p, _), p)),
             "0-d",
             "has_aux",
+        ),
+        (
+            "a list of uneven batches",
+            lambda x: unroll(x, batches=[torch.ones(2), torch.ones(3)]),
+            "stack",
+        ),
+        (
+            "None for a branch of gradients",
+            lambda x: ADAM.update({**x.grads, "layer": None}, x.state, x.params),
+            "'layer.bias'",
+            "None, for each of its leaves",
         ),
         ("aux announced, not given", lambda x: unroll(x, has_aux=True), "has_aux"),
         (

@@ -1,9 +1,14 @@
 """Unroll: the inner loop of meta-learning, differentiable in everything it is given."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from funcopt import tree
-from funcopt.errors import HyperparameterError, StructureError
+from funcopt.errors import (
+    HyperparameterError,
+    HyperparameterTypeError,
+    StructureError,
+)
 from funcopt.inner import apart
 from funcopt.inner import remat as sweep
 from funcopt.inner.loop import Loop, Unrolled, is_absent
@@ -89,6 +94,7 @@ def unroll(
             other or from ``steps``, a loss that is not 0-d.
         HyperparameterError: ``steps``, ``window``, ``grad_mode`` or ``remat`` out of
             range.
+        HyperparameterTypeError: a ``hyper`` that is no mapping.
         GradientLostError: in "first_order" mode, when the loss follows a gradient to
             ``meta``, to ``batch`` or to a closed-over tensor: it would be lost without a
             word. In "mixed" mode and with ``remat``, when the loss closes over what
@@ -121,6 +127,10 @@ def unroll(
     buffers = None if is_absent(buffers) else buffers  # of a run before
     if window is not None and not (isinstance(window, int) and window >= 1):
         raise HyperparameterError(f"window must be a whole number ≥ 1, got {window}")
+    if hyper is not None and not isinstance(hyper, Mapping):
+        raise HyperparameterTypeError(
+            f"hyper is a dict of names and values, as {{'lr': 0.1}}, not {hyper!r}"
+        )
     loop = Loop(
         Step(opt, loss_fn, has_aux, grad_mode),
         steps,

@@ -49,7 +49,8 @@ def sgld(
             data with T = 1/N.
         weight_decay: the precision of a normal prior around 0, ≥ 0, in the units of f.
         noise: standard normals, a tree like the parameters that each ``update`` is given
-            (`normal_like` draws it), unless set here.
+            (`normal_like` draws it), unless set here. `unroll` takes those of K steps,
+            each [K, ...]: ``hyper={"noise": per_step(noise)}``.
         maximize: f is what ascends: the density goes to exp(f/T).
 
     Returns:

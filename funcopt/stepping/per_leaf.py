@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from numbers import Real
+from operator import is_
 from typing import Any
 
 import torch
@@ -36,6 +37,17 @@ class Hypers:
         self._constant = {k for k, v in self.arguments.items() if _is_constant(v)}
         self._constants = lru_cache(maxsize=32)(self._spread_constants)
         self._varying = self.arguments.keys() - self._constant
+
+    def check_start(self, params: Sequence[Any]) -> None:
+        """Raises if a value is the very tree of parameters: ``fo.adamw(params)``."""
+        for name in self._varying:
+            given = tree.leaves(self.arguments[name])
+            if given and len(given) == len(params) and all(map(is_, given, params)):
+                raise HyperparameterTypeError(
+                    f"{self.owner}'s {name} is the parameters themselves; they are given "
+                    f"to opt.init and opt.update, as in fo.{self.owner}(lr=0.1)"
+                    ".init(params)"
+                )
 
     def check_given(self, overrides: HyperMapping) -> None:
         """Raises unless ``overrides`` has what every update has to be given."""

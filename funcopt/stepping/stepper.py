@@ -86,6 +86,7 @@ class Stepper:
         """The state before the first step; see `Optimizer`."""
         leaves, structure = tree.flatten(params)
         check_params(leaves, structure)
+        self.hypers.check_start(leaves)
         if not self.spec.elementwise:
             check_real(leaves, structure, self.spec.name)
         if self.spec.matrices:
