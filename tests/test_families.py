@@ -264,6 +264,22 @@ def test_any_inner_optimizer(name: str, opt: fo.Optimizer):
     torch.testing.assert_close(along, slope, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_gap_in_the_network_stays_one(name: str):
+    start = params()
+    found = []
+    for given in (start, {**start, "gap": None}):
+        theta = family(name).init(given)
+        value, grads = fo.meta.value_and_grad(family(name).task_loss)(
+            theta, tasks_of_test
+        )
+        adapted = fo.meta.adapt(family(name), theta, one(tasks_of_test, 0)[0]).params
+        found.append((value, grads.get("params", grads), adapted))
+    (value, grads, adapted), gapped = found
+    assert gapped[1].pop("gap") is None and gapped[2].pop("gap") is None
+    close(gapped, (value, grads, adapted))
+
+
 def test_equal_rates_make_maml_of_those_who_learn_them():
     start = params()
     wanted = fo.meta.value_and_grad(family("maml").task_loss)(start, tasks_of_test)

@@ -250,6 +250,23 @@ def test_what_is_kept_for_one_structure_is_not_used_for_another():
             opt.update(unfit, opt.init(unfit), unfit)
 
 
+@pytest.mark.parametrize("number", [float, torch.tensor], ids=["floats", "tensors"])
+def test_a_tree_of_values_has_the_gaps_of_params(number: Any):
+    params = {"a": torch.ones(2), "gap": None, "b": [None, torch.ones(1)]}
+    rates = {"a": number(0.5), "gap": None, "b": [None, number(0.25)]}
+    opt, many = fo.sgd(lr=rates), tree.map(lambda p: 0.5 * torch.ones_like(p), params)
+    for given, last in [({}, 0.75), ({"lr": rates}, 0.75), ({"lr": many}, 0.5)]:
+        new = opt.update(params, opt.init(params), params, **given)[0]
+        assert new["gap"] is None and new["b"][0] is None
+        assert new["a"].tolist() == [0.5, 0.5] and new["b"][1].item() == last
+    grads = {**params, "a": None}  # nothing else is let through
+    for bad in ({**rates, "a": None}, {**rates, "b": None}):
+        with pytest.raises(fo.HyperparameterTypeError, match=r"lr is None at '[ab]"):
+            opt.update(grads, opt.init(params), params, lr=bad)
+    with pytest.raises(fo.HyperparameterTypeError, match="not None"):
+        fo.sgd(lr=None)  # pyright: ignore[reportArgumentType]
+
+
 def test_more_structures_than_are_kept():
     opt = fo.sgd(lr=[0.5, 0.25])
     for _ in range(2):

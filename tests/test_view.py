@@ -172,6 +172,28 @@ def test_the_update_alone(case: Case):
             assert all(not x.any() for x in present(mixed[name]))
 
 
+@pytest.mark.parametrize(
+    "opt", [fo.adabelief(eps=0.1), fo.adopt(eps=0.1), fo.adam(eps=0.1)], ids=repr
+)
+def test_a_pullback_without_gradients_of_its_own(opt: fo.Optimizer):
+    """It runs when the level of what was saved for it is gone, and here by a kernel."""
+    params, grads = ({"w": random(3, 2, seed=s), "b": random(2, seed=s)} for s in (1, 2))
+    cotangents = {"params": tree.map(torch.sin, params)}
+    state = opt.init(params)
+    for _ in range(2):
+        params, state = opt.update(tree.map(torch.cos, params), state, params)
+
+    def pulled() -> Any:
+        back = fo.meta.update_vjp(opt, grads, state, params)[1]
+        return [back(cotangents)["grads"] for _ in range(2)]
+
+    wanted = pulled()
+    with torch.no_grad():
+        found = pulled()
+    for back in found:
+        assert_close(back, wanted[0])
+
+
 def grad_of_loss(of_loss: dict[str, Any]) -> Any:
     chosen = {"params": of_loss["params"]}
     layout = Layout(chosen)

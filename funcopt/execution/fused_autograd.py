@@ -57,6 +57,14 @@ def _followed(tensors: Sequence[Tensor]) -> bool:
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def _pulled(
+    ctx: Any, saved: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    call = ctx.call.vjp(ctx.needs_input_grad[1:])
+    found = run(call, (*saved, *cotangents))
+    return None, *call.form.spread((*found, None))
+
+
 class _Recorded(torch.autograd.Function):
     """For plain autograd: without ``setup_context`` a call is three times as cheap."""
 
@@ -68,10 +76,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        call = ctx.call.vjp(wanted)
-        found = run(call, (*ctx.saved_tensors, *cotangents))
-        return None, *call.form.spread((*found, None))
+        return _pulled(ctx, ctx.saved_tensors, cotangents)
 
 
 class _Transformed(torch.autograd.Function):
@@ -87,7 +92,10 @@ class _Transformed(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
-    backward = _Recorded.backward
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        # A pullback of torch.func.vjp runs when its level is gone.
+        return _pulled(ctx, [*map(levels.alive, ctx.saved_tensors)], cotangents)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:

@@ -99,10 +99,53 @@ def differentiated_outside_vmap(tensors: Iterable[Any]) -> bool:
     return any(isinstance(t, Tensor) and _bottom(t).requires_grad for t in tensors)
 
 
+def orders_outside(tensors: Iterable[Any]) -> int:
+    """How many derivatives are asked for of what is now computed from ``tensors``.
+
+    Autograd, which follows one of the tensors below every level, counts as one.
+    """
+    if torch.compiler.is_compiling():
+        return 0
+    stack = _functorch.get_interpreter_stack() or ()
+    transforms = sum(level.key() != _functorch.TransformType.Vmap for level in stack)
+    if not torch.is_grad_enabled():
+        return transforms
+    by_autograd = (isinstance(t, Tensor) and _bottom(t).requires_grad for t in tensors)
+    return transforms + any(by_autograd)
+
+
 def _bottom(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+def of_each_task(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs, those with a derivative batched by every vmap that batches something.
+
+    For the forward of an autograd.Function with ``generate_vmap_rule``. Of an output that
+    all tasks share the cotangent is that of all of them, and torch's rule would count
+    what it is to a shared input once for each task.
+    """
+    counts = [_vmaps(x) for x in (*outputs, *inputs)]
+    most = max(counts, default=0)
+    if not most or min(counts) == most:
+        return [*outputs]
+    zeros = (x.detach().new_zeros((), dtype=torch.bool) for x in (*outputs, *inputs))
+    zero = sum(zeros, start=torch.zeros(()))
+    return [
+        x + zero.to(x) if n < most and (x.is_floating_point() or x.is_complex()) else x
+        for x, n in zip(outputs, counts)
+    ]
+
+
+def _vmaps(tensor: Tensor) -> int:
+    """How many vmaps batch it."""
+    count = 0
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        count += _functorch.is_batchedtensor(tensor)
+        tensor = _functorch.get_unwrapped(tensor)
+    return count
 
 
 def recorded(tensors: Sequence[Tensor]) -> bool:

@@ -113,7 +113,7 @@ class ApartFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(call.apart.run(call.forward, tensors))
+        return tuple(levels.of_each_task(call.apart.run(call.forward, tensors), tensors))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:

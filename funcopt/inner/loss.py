@@ -34,19 +34,7 @@ class InnerLoss:
         self, params: Tree, batch: Tree, meta: Tree, buffers: Tree
     ) -> tuple[Tensor, Tree, Tree]:
         """The loss, aux, and the buffers after."""
-        extra = () if meta is None else (meta,)
-        keywords, followed = {}, False
-        if buffers is not None:
-            # Adding a zero made of the data copies the buffers, and batches the copy in
-            # every vmap that batches the data: batch norm writes into it in place.
-            zero = _zero_of(tree.leaves((params, batch, extra)))
-            buffers = tree.map(lambda b: b + zero.to(b.dtype), buffers)
-            keywords["buffers"] = buffers
-            followed = any(
-                levels.is_tracked(b) for b in tree.leaves(buffers) if b is not None
-            )
-        with ConstantStatistics() if followed else nullcontext():
-            out = self.loss_fn(params, batch, *extra, **keywords)
+        out, buffers = called(self.loss_fn, params, batch, meta, buffers)
         return *loss_and_aux(out, self.has_aux, self.name), buffers
 
     def grad(
@@ -54,12 +42,29 @@ class InnerLoss:
     ) -> tuple[Tree, tuple[Tensor, Tree, Tree]]:
         """∇L by the parameters, and beside it what a call gives."""
         listed = Listed(lambda at: self(at, batch, meta, buffers), params)
-        given = (x for each in (params, batch, meta) for x in tree.leaves(each))
-        # Of norm layers torch has the derivative of this gradient wrong there.
+        given = [x for each in (params, batch, meta) for x in tree.leaves(each)]
+        # Of norm layers torch has this gradient's derivative wrong there, and its second.
         outside = levels.differentiated_outside_vmap(given)
-        with exact_norms() if outside else nullcontext():
+        exact = outside or levels.orders_outside(given) > 1
+        with exact_norms() if exact else nullcontext():
             grads, out = listed.grad(*listed.inputs)
         return listed.like_first(grads), listed.rebuild(out)
+
+
+def called(
+    loss_fn: LossFunction, params: Tree, batch: Tree, meta: Tree, buffers: Tree
+) -> tuple[Any, Tree]:
+    """What ``loss_fn`` gives, and the copy of the buffers that it may have written in."""
+    extra = () if meta is None else (meta,)
+    if buffers is None:
+        return loss_fn(params, batch, *extra), None
+    # Adding a zero made of the data copies the buffers, and batches the copy in every
+    # vmap that batches the data: batch norm writes into it in place.
+    zero = _zero_of(tree.leaves((params, batch, extra)))
+    buffers = tree.map(lambda b: b + zero.to(b.dtype), buffers)
+    followed = any(levels.is_tracked(b) for b in tree.leaves(buffers) if b is not None)
+    with ConstantStatistics() if followed else nullcontext():
+        return loss_fn(params, batch, *extra, buffers=buffers), buffers
 
 
 def loss_and_aux(out: Any, has_aux: bool, name: str) -> tuple[Tensor, Tree]:

@@ -108,7 +108,7 @@ class _Call:
         shared = [i for i in range(self.carried, self.count) if wanted[i]]
         sums: dict[int, Tensor | None] = dict.fromkeys(shared)
         entries: dict[int, list[Tensor | None]] = {i: [] for i in shared}
-        again: list[Tensor] = []
+        again: dict[int, Tensor] = {}
         by_forward = self.loop.step.mixed and mixed.by_forward(inputs)
         pull = self._pull_mixed if by_forward else self._pull
         for i in reversed(range(len(states))):
@@ -117,7 +117,9 @@ class _Call:
                 at = self.loop.given(carries.pop(), given, k)
                 back = [] if self.loop.is_cut(k) else [*range(self.carried)]
                 back = [j for j in back if k or wanted[j]] + shared
-                found = pull(at, [*ahead, *of_steps[k]], back, draws.pop(), again)
+                made: list[Tensor] = []  # the loss, unless nothing is asked of the step
+                found = pull(at, [*ahead, *of_steps[k]], back, draws.pop(), made)
+                again.update((k, loss) for loss in made)
                 by_place = dict(zip(back, found))
                 ahead = [by_place.get(j) for j in range(self.carried)]
                 for j in shared:
@@ -218,15 +220,16 @@ class _Call:
             )
         return derivatives.added(first[: len(back)], second)
 
-    def _check(self, losses: Tensor, again: list[Tensor]) -> None:
-        """The losses made again must be the losses.
+    def _check(self, losses: Tensor, again: Mapping[int, Tensor]) -> None:
+        """The losses of the steps that were made again must be the losses.
 
         Raises:
             ExecutionError: they are not, and so the gradients would be of another loop.
         """
         if not again:
             return
-        difference = (torch.stack(again[::-1]) - losses.detach()).abs()
+        made = torch.stack([*again.values()])
+        difference = (made - losses.detach()[[*again]]).abs()
         scale = torch.finfo(losses.dtype).eps ** 0.5 * losses.detach().abs().amax()
         wrong = levels.seen(difference > 10 * scale)
         if wrong is not None and bool(wrong.any()):

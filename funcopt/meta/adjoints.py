@@ -7,6 +7,7 @@ import torch
 
 from funcopt.derivatives import Layout
 from funcopt.errors import HyperparameterError, UnknownHyperparameterError
+from funcopt.execution import levels
 from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import HyperValue, State, Tensor, Tree
 
@@ -87,7 +88,7 @@ class _Guard(torch.autograd.Function):
 
     @staticmethod
     def forward(most: float, probe: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in values)
+        return tuple(levels.of_each_task([x.view_as(x) for x in values], [probe]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

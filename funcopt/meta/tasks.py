@@ -1,6 +1,7 @@
 """The mean of a task loss over a batch of tasks, and its gradient."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from operator import itemgetter
 from typing import Any, Literal
@@ -10,6 +11,8 @@ import torch
 from funcopt import tree
 from funcopt.checks import check_floats, check_no_graph
 from funcopt.errors import HyperparameterError, StructureError
+from funcopt.execution import levels
+from funcopt.func import exact_norms
 from funcopt.inner.loss import loss_and_aux
 from funcopt.listed import Listed
 from funcopt.meta.compiled import Compiled
@@ -142,11 +145,15 @@ def value_and_grad(
         seed = torch.get_rng_state() if randomness == "same" else None
         added: Tree = None
         auxes: list[Tree] = []
+        # A derivative of the meta-gradient is one that torch has wrong of norm layers.
+        given = [*tree.leaves(theta), *tree.leaves(task_batch)]
+        exact = exact_norms if levels.orders_outside(given) else nullcontext
         for start in range(0, count, size):
             if seed is not None:
                 torch.set_rng_state(seed)
-            some = slice(start, start + size)
-            loss, grads, aux = sums[path](theta, tree.map(itemgetter(some), task_batch))
+            some = tree.map(itemgetter(slice(start, start + size)), task_batch)
+            with exact():
+                loss, grads, aux = sums[path](theta, some)
             parts = {"loss": loss, "theta": grads}
             added = tree.map(torch.add, added, parts) if start else parts
             auxes.append(aux)

@@ -166,7 +166,14 @@ def _column(
     value = tree.map(scalar, value)  # before the leaves share it: one cast
     column: list[Any] = []
     known: dict[tuple[int, int], Any] = {}  # of a schedule and count: leaves share it
-    for i, atom in enumerate(select.per_leaf(value, structure, name)):
+    spread = select.per_leaf(value, structure, name)
+    for i, (atom, p) in enumerate(zip(spread, params)):
+        if atom is None and p is not None:
+            raise HyperparameterTypeError(
+                f"{name} is None at '{tree.paths(structure)[i]}', where params has a "
+                "leaf; only where params has None a tree of values may have it"
+            )
+    for i, atom in enumerate(spread):
         p = params[i]
         if isinstance(atom, Schedule):
             key, step = id(atom), steps[i]

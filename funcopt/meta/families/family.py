@@ -8,6 +8,7 @@ import torch
 from funcopt import select, tree
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.inner.loop import is_absent
+from funcopt.inner.loss import called
 from funcopt.inner.unroll import Unrolled
 from funcopt.types import LossFunction, Tensor, Tree
 
@@ -46,12 +47,8 @@ def learned(
 
 def judged(loss_fn: LossFunction, params: Tree, query: Tree, buffers: Tree) -> Any:
     """The loss, or (loss, aux), of what was learned on data of its own."""
-    more = {} if is_absent(buffers) else {"buffers": tree.map(_copy, buffers)}
-    return loss_fn(params, query, **more)
-
-
-def _copy(buffer: Tensor) -> Tensor:
-    return buffer.clone()  # batch norm writes into it: the run's own stay
+    buffers = None if is_absent(buffers) else buffers
+    return called(loss_fn, params, query, None, buffers)[0]
 
 
 def pair(task: Tree) -> tuple[Tree, Tree]:
