@@ -272,14 +272,14 @@ def check_program(program: Program) -> None:
         assert_like(*found, where=change)
 
 
-@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3, suppress_health_check=[HealthCheck.too_slow])
 @given(programs(["AdamW"]))
 def test_some_loops_end_where_torchs_do(program: Program):
     check_program(program)
 
 
 @pytest.mark.slow
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(programs([*NUMBERS]))
 def test_loops_end_where_torchs_do(program: Program):
     check_program(program)
@@ -519,6 +519,49 @@ def test_numbers_of_a_checkpoint_are_not_rounded_as_parameters_are(name: str):
         step(one, random)
     other.load_state_dict(one.state_dict())
     assert_like(other.state_dict(), one.state_dict())
+
+
+def differentiable() -> list[Any]:
+    """The classes that take the flag, most of them for the slow run."""
+    apart = ("Adafactor", "Muon", "SparseAdam", "SGLD", "SophiaG")
+    names = [name for name in torch_optim.FACTORIES if name not in apart]
+    return [
+        pytest.param(name, marks=[] if name == "AdamW" else [pytest.mark.slow])
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("name", differentiable())
+def test_differentiable_steps_have_the_derivative_of_the_functions(name: str):
+    """Parameters are written over, and the graph needs what they were."""
+    random = Random(1)
+    start = [
+        normal(s, torch.float64, random).requires_grad_() for s in ((3, 4), (), (2,))
+    ]
+    rate = torch.tensor(0.1, requires_grad=True)
+
+    def slopes(params: list[Tensor]) -> Any:
+        held = [p.clone() for p in params]
+        loss = torch.stack([torch.exp(p / 3).sum() for p in held]).sum() ** 2
+        return [*torch.autograd.grad(loss, held, create_graph=True)]
+
+    ends = []
+    for stateful in (True, False):
+        params = [p.clone() for p in start]
+        groups: Any = [{"params": params, "lr": rate}]
+        opt = getattr(torch_optim, name)(groups, differentiable=True)
+        function, _, state = opt.functional()
+        for _ in range(3):
+            grads = slopes(params)
+            if not stateful:
+                (params,), state = function.update([grads], state, [params], lr=rate)
+                continue
+            for p, g in zip(params, grads):
+                p.grad = g
+            opt.step()
+        ends.append(torch.stack([torch.sin(p).sum() for p in params]).sum())
+    found, expected = (torch.autograd.grad(end, [*start, rate]) for end in ends)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 # What is refused ----------------------------------------------------------------------

@@ -172,6 +172,8 @@ def _step(
     names = stepper.trees
     leaves = [grads, own, *(columns[slot] for slot in names)]
     grads, params, *trees = given = of_one_dtype(leaves)
+    if differentiable:  # whose graph may hold the old parameters: these are written over
+        params = [p.clone() for p in params]
     numbers = [g._values() if g.is_sparse else g for g in grads]
     # Views of one tensor may lie between each other: each is then written by itself.
     donate = (
