@@ -38,7 +38,8 @@ class Listed:
         where nothing that it can see is differentiated.
         """
         variables, rest = list(lists[0]), lists[1:]
-        if torch.compiler.is_compiling():
+        # Autograd records nothing in inference mode, whatever grad mode is.
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return torch.func.grad(self._first(rest), has_aux=True)(variables)
         if levels.recorded(variables):
             # Views: the derivative stops at them, also where the function closes over

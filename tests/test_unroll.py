@@ -378,6 +378,28 @@ def test_what_a_selector_holds_is_learned(how: Any):
     assert all(g.abs().min() > 0 for g in found.values())
 
 
+@pytest.mark.parametrize(
+    "how", [{}, {"remat": "step"}, {"grad_mode": "mixed"}, {"grad_mode": "first_order"}],
+    ids=str,
+)  # fmt: skip
+def test_inference_mode_trains_as_no_grad_does(how: Any):
+    """There autograd records nothing, and torch.func still does."""
+    p, target, lr = random(3, seed=1), random(3, seed=2), torch.tensor(0.1).double()
+
+    def run(lr: Tensor) -> Tensor:
+        made = fo.unroll(
+            fo.adam(), squared_distance, p, target, steps=3, hyper={"lr": lr}, **how
+        )
+        return made.losses.sum() + made.params.sum()
+
+    with torch.no_grad():
+        wanted = run(lr), grad(run)(lr)
+    with torch.inference_mode():
+        found = run(lr), grad(run)(lr)
+    assert_close(found, wanted)
+    assert float(wanted[1]) != 0
+
+
 def test_a_run_may_leave_every_transform():
     """torch.func takes no None: neither from vmap, nor as aux."""
     starts, targets = random(4, 3, seed=1), random(3, seed=2)
