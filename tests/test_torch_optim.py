@@ -500,6 +500,12 @@ BAD: list[tuple[Any, type[Exception], str]] = [
         "different number of parameter groups|another optimizer",
     ),
     (lambda: named("abcd").load_state_dict(named("ab").state_dict()), ValueError, "'c'"),
+    (lambda: torch_optim.AdamW([P]).step(hessian=[P]), TypeError, "AdamW.step has no"),
+    (
+        lambda: torch_optim.SophiaG([P]).step(hessian=[P, P]),
+        ValueError,
+        "hessian for each of its 1 parameters, and was given 2",
+    ),
     (stepping(sparse), RuntimeError, "does not support sparse gradients"),
     (stepping(sparse, "Lion"), RuntimeError, "Lion does not support sparse"),
     (stepping(torch.ones(2, 2), "SparseAdam"), RuntimeError, "consider Adam instead"),

@@ -13,7 +13,8 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from funcopt.errors import ExecutionError
+from funcopt.errors import ExecutionError, HyperparameterError
+from funcopt.hyper import unknown
 from funcopt.torch_optim import batch, checkpoint
 from funcopt.torch_optim import functional as functions
 from funcopt.torch_optim.flags import Flags
@@ -167,13 +168,25 @@ class Adapter(Optimizer):
         self._repeat = None
         differentiable = self.defaults.get("differentiable", False)
         name = type(self).__name__
-        params = [id(p) for group in groups for p in group["params"]]
-        given = {key: dict(zip(params, column)) for key, column in data.items()}
+        given = {key: self._by_parameter(key, column) for key, column in data.items()}
         batches = batch.gather(groups, state, self.flags, self.layout, name)
         for each in batches:
             batch.step(each, given, differentiable)
         if not data and not differentiable:
             self._repeat = repeat(groups, state, batches, self.flags)
+
+    def _by_parameter(self, key: str, column: Any) -> dict[int, Any]:
+        """A number of this step: by each parameter's ``id``, the value given for it."""
+        name = type(self).__name__
+        params = [p for group in self.param_groups for p in group["params"]]
+        if key not in self.flags.data:
+            raise unknown(key, dict.fromkeys(self.flags.data), f"{name}.step")
+        if len(column) != len(params):
+            raise HyperparameterError(
+                f"{name}.step takes a value of {key} for each of its {len(params)} "
+                f"parameters, and was given {len(column)}"
+            )
+        return dict(zip(map(id, params), column))
 
     def _overflowed(self) -> bool:
         """Undo a GradScaler's scale where it leaves that to the step; or skip it."""

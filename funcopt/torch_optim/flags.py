@@ -37,6 +37,8 @@ class Flags:
         self.matrices = bool(made.spec and made.spec.matrices)  #: the leaves it takes
         self.static = tuple(name for name in names if name not in made.hyper)
         hyper = made.spec.hyper if made.spec else {}
+        #: what may be given to a step, a value for each parameter
+        self.data = tuple(name for name in hyper if not hyper[name].parts)
         #: tuples with a place for None, which is another formula
         self.optional = tuple(name for name in hyper if hyper[name].optional)
         self._made = lru_cache(maxsize=64)(self._make)
