@@ -171,6 +171,11 @@ def a_parameter_moves_to_another_group(loop: Loop, random: Random) -> None:
         first["params"].append(second["params"].pop())
 
 
+def groups_made_anew(loop: Loop, random: Random) -> None:
+    loop.opt.param_groups = [dict(group) for group in loop.opt.param_groups]
+    other_numbers(loop, random)
+
+
 def saved_and_loaded(loop: Loop, random: Random) -> None:
     torch.save(loop.opt.state_dict(), file := io.BytesIO())
     file.seek(0)
@@ -238,6 +243,7 @@ CHANGES: dict[str, Callable[[Loop, Random], None]] = {
         a_closure,
         another_group,
         a_parameter_moves_to_another_group,
+        groups_made_anew,
         saved_and_loaded,
         copied,
         pickled,
@@ -471,6 +477,16 @@ def test_groups_that_differ_in_formula_go_over_and_back():
         for optimizer in (running, ours):
             step(optimizer, Random(2))
         assert_like((own, ours.state_dict()), (params, running.state_dict()))
+
+
+def test_groups_that_are_made_anew_are_read():
+    """As wrappers do that share theirs with the optimizer inside."""
+    made = pairs("AdamW", lr=0.1)
+    for opt, _, random in made:
+        opt.param_groups = [dict(opt.param_groups[0])]
+        opt.param_groups[0]["lr"] = 0.01
+        step(opt, random)
+    assert_both_alike(made)
 
 
 @pytest.mark.parametrize("kind", ["a vector", "shared"])

@@ -207,10 +207,8 @@ def _step(
             elif not donate and slot in state:
                 shards.write_over(column[i], new[slot][i])
     for state in batch.states:
-        if batch.layout.counts == "int":
-            state["step"] += 1
-        elif batch.layout.counts:
-            state["step"].add_(1)
+        if batch.layout.counts:
+            state["step"] += 1  # in place, where it is a tensor
 
 
 def of_one_dtype(columns: list[list[Tensor]]) -> list[list[Tensor]]:

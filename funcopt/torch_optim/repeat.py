@@ -114,6 +114,7 @@ class Repeat:
         self, groups: Sequence[Group], state: dict[Tensor, Any], ways: Sequence[_Way]
     ) -> None:
         self._ways = ways
+        self._groups = [*groups]  # of which the rows are read
         self._live = [way.batch.params for way in ways]
         live = {id(p) for params in self._live for p in params}
         self._params = [p for group in groups for p in group["params"]]
@@ -132,6 +133,8 @@ class Repeat:
         if (
             state is not self._state
             or not choice.is_free()
+            or len(groups) != len(self._groups)
+            or not all(map(is_, groups, self._groups))
             or len(held) != len(self._held)
             or len(params) != len(self._params)
             or not all(map(is_, held, self._held))
