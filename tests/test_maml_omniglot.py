@@ -246,7 +246,9 @@ def test_fully_connected_net_and_more_shots(run):
     assert "linear1.weight" in progress("o").theta
 
 
-@pytest.mark.parametrize("name", ["maml", "reptile"])
+@pytest.mark.parametrize(
+    "name", ["maml", pytest.param("reptile", marks=pytest.mark.slow)]
+)
 def test_blots_are_learned(name: str, run):
     wide = ("--filters", 16, "--iterations", 80, "--eval-tasks", 50)
     run("--method", name, *wide, "--out", "o")

@@ -147,7 +147,10 @@ def test_predictions_are_those_of_each_number_of_steps(name: str) -> None:
 # Training ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", methods.TITLES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x != "maml")) for x in methods.TITLES],
+)
 def test_training_moves_everything_and_lowers_the_error(name: str) -> None:
     method = methods.Method(name, 0.01, methods.STEPS[name])
     start = training.train(method, 5, 0, training.Budget(iterations=1))
@@ -215,6 +218,7 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "sinusoid.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_and_another_differs(tmp_path: Path) -> None:
     few = ["--methods", "metasgd", "lslr:2", "--shots", "10"]
     one, same = (run(tmp_path / name, *few) for name in "ab")

@@ -159,7 +159,7 @@ def test_a_grad_scaler_skips_what_overflows(name: str, fused: bool):
 
 @pytest.mark.filterwarnings("ignore")  # of Dynamo's own
 @pytest.mark.parametrize(
-    "name", ["AdamW", "SGD", pytest.param("Muon", marks=pytest.mark.slow)]
+    "name", ["AdamW", *(pytest.param(x, marks=pytest.mark.slow) for x in ("SGD", "Muon"))]
 )
 def test_a_compiled_training_step(name: str):
     both = []

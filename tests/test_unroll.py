@@ -224,6 +224,7 @@ def test_reverse_is_unrolling_by_hand_in_everything(name: str, how: str):
     assert_close(gradient(by_library(name), at, how), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
 @pytest.mark.parametrize("hyper", [{}, {"lr": torch.tensor(0.1)}], ids=["none", "lr"])
 def test_dynamo_compiles_an_unroll_as_one_graph(hyper: Any):
