@@ -413,6 +413,15 @@ CASES = [
             "adamw's lr",
             "opt.init",
         ),
+        (
+            "a number for all of hyper",
+            lambda x: fo.meta.reverse(
+                fo.meta.Problem(SGD, loss, loss, steps=2, params=x.params),
+                {"hyper": torch.tensor(0.1)},
+            ),
+            "eta['hyper']",
+            "Tensor",
+        ),
         ("hyper that is a number", lambda x: unroll(x, hyper=0.1), "{'lr': 0.1}"),
         ("bare callable in update", lambda x: step(x, lr=lambda t: 0.1), "fo.Schedule"),
         (
@@ -633,6 +642,16 @@ CASES = [
             "'x' has 2",
             "'y' has 3",
         ),
+        (
+            "a carry of no estimate",
+            lambda x: fo.meta.reverse(
+                fo.meta.Problem(SGD, loss, loss, steps=2, params=x.params),
+                {"hyper": {"lr": torch.tensor(0.1)}},
+                carry={"params": x.params},
+            ),
+            "estimate.carry",
+            "dict",
+        ),
         ("batches of nothing", lambda x: unroll(x, batches=()), "batches", "empty"),
         ("0-d batches", lambda x: unroll(x, batches=[torch.ones(())]), "batches['0']"),
         ("batches of numbers", lambda x: unroll(x, batches=[1, 2]), "batches['0']"),
@@ -695,6 +714,12 @@ CASES = [
         TypeError,
         ("float leaf", lambda x: init_with(x, 1.0), "params['layer.weight']", "float"),
         ("string leaf", lambda x: init_with(x, "w"), "params['layer.weight']", "str"),
+        (
+            "module for buffers",
+            lambda x: unroll(x, buffers=nn.Identity()),
+            "named_buffers",
+            "Identity",
+        ),
         (
             "module for params",
             lambda x: SGD.init(nn.Identity()),

@@ -506,6 +506,21 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
         fo.HyperparameterError,
         r"the glob 'tail\*' fits none of the parameters",
     ),
+    "what was adapted for a glob": (
+        lambda: family("anil", adapted=["head"]).adapt(params(), 0),
+        fo.HyperparameterTypeError,
+        r"adapted is a glob, as 'head\*', not \['head'\]",
+    ),
+    "parameters for theta": (
+        lambda: family("metasgd").adapt(params(), one(tasks_of_test, 0)[0]),
+        fo.StructureError,
+        r"family.init\(params\) makes it; this is .*'head.weight'",
+    ),
+    "a tensor for theta": (
+        lambda: family("lslr").params(torch.ones(2)),
+        fo.StructureError,
+        "makes it; this is Tensor",
+    ),
     "no pull": (
         lambda: family("imaml", strength=0.0),
         fo.HyperparameterError,

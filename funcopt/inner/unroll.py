@@ -7,6 +7,7 @@ from funcopt import tree
 from funcopt.errors import (
     HyperparameterError,
     HyperparameterTypeError,
+    LeafError,
     StructureError,
 )
 from funcopt.inner import apart
@@ -15,7 +16,7 @@ from funcopt.inner.loop import Loop, Unrolled, is_absent
 from funcopt.inner.per_step import HyperBySteps
 from funcopt.inner.step import GradMode, Step
 from funcopt.optimizer import Optimizer
-from funcopt.types import HyperMapping, LossFunction, State, Tree
+from funcopt.types import HyperMapping, LossFunction, State, Tensor, Tree
 
 
 def unroll(
@@ -95,6 +96,7 @@ def unroll(
         HyperparameterError: ``steps``, ``window``, ``grad_mode`` or ``remat`` out of
             range.
         HyperparameterTypeError: a ``hyper`` that is no mapping.
+        LeafError: a buffer that is no tensor.
         GradientLostError: in "first_order" mode, when the loss follows a gradient to
             ``meta``, to ``batch`` or to a closed-over tensor: it would be lost without a
             word. In "mixed" mode and with ``remat``, when the loss closes over what
@@ -125,6 +127,11 @@ def unroll(
     """
     steps = _number_of_steps(batch, batches, steps)
     buffers = None if is_absent(buffers) else buffers  # of a run before
+    if not all(x is None or isinstance(x, Tensor) for x in tree.leaves(buffers)):
+        raise LeafError(
+            "buffers is a tree of tensors, as dict(module.named_buffers()), not "
+            f"this {type(buffers).__name__}"
+        )
     if window is not None and not (isinstance(window, int) and window >= 1):
         raise HyperparameterError(f"window must be a whole number ≥ 1, got {window}")
     if hyper is not None and not isinstance(hyper, Mapping):

@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 import torch
 
 from funcopt import select, tree
-from funcopt.errors import HyperparameterError, StructureError
+from funcopt.errors import (
+    HyperparameterError,
+    HyperparameterTypeError,
+    StructureError,
+)
 from funcopt.inner.loop import is_absent
 from funcopt.inner.loss import called
 from funcopt.inner.unroll import Unrolled
@@ -65,6 +69,8 @@ def pair(task: Tree) -> tuple[Tree, Tree]:
 
 def split(params: Tree, part: str) -> tuple[Tree, Tree]:
     """The leaves whose path the glob fits, and the others; ``None`` for what is not."""
+    if not isinstance(part, str):
+        raise HyperparameterTypeError(f"adapted is a glob, as 'head*', not {part!r}")
     leaves, structure = tree.flatten(params)
     chosen = select.by_name({part: True}, default=False)
     inside = select.per_leaf(chosen, structure, "adapted")

@@ -17,7 +17,7 @@ from funcopt.meta.families.family import (
     learned,
     pair,
 )
-from funcopt.meta.families.metasgd import network
+from funcopt.meta.families.metasgd import network, parts
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, Tensor, Tree
 
@@ -77,10 +77,11 @@ def lslr(
         }
 
     def adapt(theta: Tree, support: Tree, steps: int = steps) -> Unrolled:
-        rates = theta["lr"] if steps == learned_steps else _prolonged(theta["lr"], steps)
+        params, rates = parts(theta)
+        rates = rates if steps == learned_steps else _prolonged(rates, steps)
         hyper = {"lr": per_step(rates)}
         return unroll(
-            inner, loss_fn, theta["params"], support, steps=steps, hyper=hyper, **options
+            inner, loss_fn, params, support, steps=steps, hyper=hyper, **options
         )
 
     def task_loss(theta: Tree, task: Tree, weights: Tensor | None = None) -> Any:
@@ -92,9 +93,9 @@ def lslr(
             )
         support, query = pair(task)
         outs, on = [], dict(options)
-        params, window = theta["params"], options.get("window")
+        (params, every), window = parts(theta), options.get("window")
         for k in range(steps):
-            rates = {"lr": tree.map(itemgetter(k), theta["lr"])}
+            rates = {"lr": tree.map(itemgetter(k), every)}
             run = unroll(inner, loss_fn, params, support, steps=1, hyper=rates, **on)
             carry = run.params, run.state, run.buffers
             cut = window and (k + 1) % window == 0

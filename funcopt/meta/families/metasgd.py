@@ -1,8 +1,10 @@
 """Meta-SGD: learn, beside the start, a rate for every weight."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from funcopt import tree
+from funcopt.errors import StructureError
 from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.meta.families.family import Family, filled, first_rates, learned
 from funcopt.optimizer import Optimizer
@@ -58,14 +60,24 @@ def metasgd(
         }
 
     def adapt(theta: Tree, support: Tree, steps: int = steps) -> Unrolled:
-        hyper = {"lr": theta["lr"]}
+        params, rates = parts(theta)
         return unroll(
-            inner, loss_fn, theta["params"], support, steps=steps, hyper=hyper, **options
+            inner, loss_fn, params, support, steps=steps, hyper={"lr": rates}, **options
         )
 
     return learned(adapt, loss_fn, init, network)
 
 
+def parts(theta: Tree) -> tuple[Tree, Tree]:
+    """The parameters, and the rates that are learned beside them."""
+    if not isinstance(theta, Mapping) or theta.keys() != {"params", "lr"}:
+        raise StructureError(
+            "theta holds 'params' and 'lr', as family.init(params) makes it; this is "
+            + (f"{sorted(theta)}" if isinstance(theta, Mapping) else type(theta).__name__)
+        )
+    return theta["params"], theta["lr"]
+
+
 def network(theta: Tree) -> Tree:
-    """The parameters, where rates are learned beside them."""
-    return theta["params"]
+    """The parameters of the unadapted network."""
+    return parts(theta)[0]
