@@ -1,5 +1,6 @@
 """Every test run draws the same numbers, and builds its kernels anew."""
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -41,6 +42,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         between = isinstance(case, Case) and case not in quick
         if between or (callspec and "foreach" in callspec.params.values()):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests are no garbage: not to be looked through at each collection."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or JAX would report all that is left as leaks
 
 
 @pytest.fixture(autouse=True)
