@@ -59,6 +59,15 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def float64_scalars() -> Iterator[None]:
+    """torch keeps the scalars of its state in the default dtype."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(default)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this run's own, which its workers share: nothing old is found in it."""

@@ -108,15 +108,6 @@ def assert_like(found: Any, expected: Any, where: str = "state_dict") -> None:
         assert found == expected, where
 
 
-@pytest.fixture
-def float64_scalars():
-    """torch keeps the scalars of its state in the default dtype."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(default)
-
-
 @each
 def test_numbers_state_and_groups(name: str, kwargs: Any, float64_scalars: None):
     ours, theirs = make(torch_optim, name, **kwargs), make(torch.optim, name, **kwargs)

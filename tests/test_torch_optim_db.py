@@ -1,7 +1,6 @@
 """torch's own database of optimizers, run against the classes of funcopt.torch_optim."""
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -100,15 +99,6 @@ def train(info: Any, opt: Any, params: Params, differentiable: bool) -> list[Ten
                 p.grad = g if (i, step) != (1, 2) else None  # one is left out once
         opt.step()
     return [p.detach() for p in params]
-
-
-@pytest.fixture
-def float64_scalars() -> Iterator[None]:
-    """torch keeps the scalars of its state in the default dtype."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(default)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")

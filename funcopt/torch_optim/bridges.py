@@ -141,9 +141,10 @@ def to_torch(
             )
     columns = functional.slot_columns(state, spec, structure)
     place = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for i, p in enumerate(held):
+    for i, (path, p) in enumerate(zip(tree.paths(structure), held)):
         if p is not None:
             values = {slot: column[i] for slot, column in columns.items()}
+            functional.check_fits(path, p, p, spec, values)
             group, states = place[id(p)], optimizer.state
             functional.write(states, p, group, spec, cls.layout, values)
     return optimizer, tree.unflatten(structure, held)

@@ -1,6 +1,6 @@
 """A checkpoint on its way in: matched by names, looked at, and copied."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -165,12 +165,7 @@ def _check_state(
         )
     for slot, first in spec.slots.items():
         value = state.get(slot)
-        if not callable(first):
-            shape = torch.Size([])
-        else:
-            shape = _form(first)(_real(p))[0]
-            if p.is_complex():
-                shape = shape[:-1]
+        shape = shape_of(first, p) if callable(first) else torch.Size([])
         if value is None:
             if layout.counts and (shape.numel() or not p.numel()):
                 raise CheckpointError(
@@ -182,6 +177,12 @@ def _check_state(
                 f"'{slot}' {where} has shape {tuple(value.shape)}, and for a parameter "
                 f"of shape {tuple(p.shape)} it must be {tuple(shape)}"
             )
+
+
+def shape_of(first: Callable[[Tensor], Tensor], p: Tensor) -> torch.Size:
+    """Of a slot that starts as ``first(p)``."""
+    shape = _form(first)(_real(p))[0]
+    return shape[:-1] if p.is_complex() else shape
 
 
 _form = lru_cache(maxsize=None)(FormOf)

@@ -59,13 +59,38 @@ def restore(
     columns: dict[Any, dict[str, list[Any]]] = {}
     for label, key in enumerate(kinds):
         spec = _spec(flags.optimizer(key))
-        columns[key] = slot_columns(each[str(label)], spec, structure)
+        columns[key] = slot_columns(each.get(str(label), {}), spec, structure)
+    rows = []
+    for i, (group, p) in enumerate(_places(groups)):
+        key = flags.key(group)
+        spec, found = _spec(flags.optimizer(key)), columns[key]
+        values = {slot: column[i] for slot, column in found.items()}
+        check_fits(tree.paths(structure)[i], new[i], p, spec, values)
+        rows.append((group, p, new[i], spec, values))
     with torch.no_grad():
-        for i, (group, p) in enumerate(_places(groups)):
-            key = flags.key(group)
-            values = {slot: column[i] for slot, column in columns[key].items()}
-            p.copy_(new[i])
-            write(states, p, group, _spec(flags.optimizer(key)), layout, values)
+        for group, p, value, spec, values in rows:
+            p.copy_(value)
+            write(states, p, group, spec, layout, values)
+
+
+def check_fits(
+    path: str, value: Any, p: Tensor, spec: Spec, values: Mapping[str, Any]
+) -> None:
+    """Whether this can be written over a parameter and its state."""
+    given = {"params": (value, p.shape)}
+    for slot, first in spec.slots.items():
+        if callable(first):
+            given[f"state['{slot}']"] = values[slot], checkpoint.shape_of(first, p)
+    for what, (found, shape) in given.items():
+        if not isinstance(found, Tensor):
+            raise StructureError(
+                f"{what} at '{path}' is {type(found).__name__}, not a tensor"
+            )
+        if found.shape != shape:
+            raise StructureError(
+                f"{what} at '{path}' has shape {tuple(found.shape)}, and for a parameter "
+                f"of shape {tuple(p.shape)} it must be {tuple(shape)}"
+            )
 
 
 def slot_columns(
@@ -77,6 +102,13 @@ def slot_columns(
             f"the state holds {tree.some([*state])}, and {spec.name} keeps "
             f"{tree.some(['step', *spec.slots])}: it is another optimizer's"
         )
+    for slot in ("step", *spec.slots):
+        vector = slot == "step" or not callable(spec.slots[slot])
+        if vector and len(state[slot]) != structure.num_leaves:
+            raise StructureError(
+                f"state['{slot}'] has {len(state[slot])} numbers, and there are "
+                f"{structure.num_leaves} parameters"
+            )
     return {
         slot: tree.flatten_like(structure, value, f"state['{slot}']")
         if slot != "step" and callable(spec.slots[slot])
