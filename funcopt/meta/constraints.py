@@ -8,7 +8,12 @@ from typing import Any, final
 import torch
 
 from funcopt import select, tree
-from funcopt.errors import HyperparameterError
+from funcopt.errors import (
+    HyperparameterError,
+    HyperparameterTypeError,
+    LeafError,
+    StructureError,
+)
 from funcopt.execution import levels
 from funcopt.types import Tensor, Tree
 
@@ -78,10 +83,9 @@ def exp() -> Constraint:
         (tensor(-2.3026), tensor(0.1000))
     """
 
-    def forward(x: Tensor) -> Tensor:
-        return x.clamp(max=floor(log(torch.finfo(x.dtype).max))).exp()
-
-    return Constraint("exp", forward, lambda y: _inside("exp", y, y > 0).log())
+    return _of_tensors(
+        "exp", lambda x: _below(x).exp(), lambda y: _inside("exp", y, y > 0).log()
+    )
 
 
 def softplus() -> Constraint:
@@ -118,7 +122,7 @@ def softplus() -> Constraint:
         small = torch.where(above, -x, x).exp().log1p()
         return torch.where(above, x, 0.0) + small
 
-    return Constraint("softplus", forward, back)
+    return _of_tensors("softplus", forward, back)
 
 
 def sigmoid() -> Constraint:
@@ -154,7 +158,7 @@ def one_minus_exp() -> Constraint:
     0.9, 0.99, 0.999. Above x = 0 there is y < 0: `sigmoid` keeps out of it.
 
     Returns:
-        A constraint.
+        A constraint; where y would overflow (x ≥ 89 in float32) it is constant.
 
     Raises:
         HyperparameterError: by ``inverse``, for a number that is not below 1.
@@ -170,9 +174,9 @@ def one_minus_exp() -> Constraint:
         >>> x, beta(x)
         (tensor([-2.3026, -6.9078]), tensor([0.9000, 0.9990]))
     """
-    return Constraint(
+    return _of_tensors(
         "one_minus_exp",
-        lambda x: -torch.expm1(x),
+        lambda x: -torch.expm1(_below(x)),
         lambda y: torch.log1p(-_inside("one_minus_exp", y, y < 1)),
     )
 
@@ -219,7 +223,7 @@ def box(low: float, high: float) -> Constraint:
         up, down = (high - low) * x.sigmoid(), (high - low) * (-x).sigmoid()
         return torch.where(x < 0, low + up, high - down)
 
-    return Constraint(name, forward, back)
+    return _of_tensors(name, forward, back)
 
 
 def simplex() -> Constraint:
@@ -234,6 +238,7 @@ def simplex() -> Constraint:
         A constraint, of tensors with one axis at least.
 
     Raises:
+        StructureError: a 0-d tensor, of which softmax makes 1.
         HyperparameterError: by ``inverse``, for a number that is not positive.
 
     Source:
@@ -252,7 +257,12 @@ def simplex() -> Constraint:
         x = _inside("simplex", y, y > 0).log()
         return x - x.mean(-1, keepdim=True)
 
-    return Constraint("simplex", lambda x: x.softmax(-1), back)
+    def forward(x: Tensor) -> Tensor:
+        if not x.ndim:
+            raise StructureError("simplex takes tensors with an axis, got a 0-d one")
+        return x.softmax(-1)
+
+    return _of_tensors("simplex", forward, back)
 
 
 def constrained(constraints: Any) -> Constraint:
@@ -267,6 +277,7 @@ def constrained(constraints: Any) -> Constraint:
         tensors, as ``Problem(constrain=)`` wants it.
 
     Raises:
+        HyperparameterTypeError: for what is no constraint.
         StructureError: by the result, for a tree that ``constraints`` is no prefix of.
         HyperparameterError: by ``inverse``, for a value that is not allowed.
 
@@ -285,6 +296,11 @@ def constrained(constraints: Any) -> Constraint:
         {'lr': tensor(0.1000), 'momentum': tensor(0.9000)}
     """
     constraints = select.copied(constraints)
+    for each in tree.leaves(constraints):
+        if each is not None and not isinstance(each, Constraint):
+            raise HyperparameterTypeError(
+                f"constrained takes a tree of constraints, such as exp(), not {each!r}"
+            )
 
     def spread(values: Tree, inverse: bool) -> Tree:
         leaves, structure = tree.flatten(values)
@@ -304,6 +320,23 @@ def constrained(constraints: Any) -> Constraint:
         lambda x: spread(x, inverse=False),
         lambda y: spread(y, inverse=True),
     )
+
+
+def _of_tensors(
+    name: str, forward: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+) -> Constraint:
+    def checked(x: Any) -> Tensor:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise LeafError(f"{name} takes floating-point tensors, not {kind}")
+        return x
+
+    return Constraint(name, lambda x: forward(checked(x)), lambda y: back(checked(y)))
+
+
+def _below(x: Tensor) -> Tensor:
+    """What has an exponential: derivatives are to be finite at any number."""
+    return x.clamp(max=floor(log(torch.finfo(x.dtype).max)))
 
 
 def _inside(name: str, y: Tensor, allowed: Tensor) -> Tensor:
