@@ -390,7 +390,11 @@ CASES = [
         TypeError,  # Python's own, for a keyword that the factory does not have
         TypeError,
         ("unknown name in the factory", lambda x: fo.sgd(rate=0.1), "rate"),  # pyright: ignore[reportCallIssue]
-        ("step count that is no int", lambda x: unroll(x, steps=1.5), "float"),
+    ),
+    *refuses(
+        fo.HyperparameterError,
+        ValueError,
+        ("step count that is no int", lambda x: unroll(x, steps=1.5), "steps", "1.5"),
     ),
     *refuses(
         fo.HyperparameterTypeError,
@@ -976,6 +980,11 @@ CASES = [
             "(4,)",
         ),
         ("loss that is a number", lambda x: over_tasks(x, lambda t, _: 1.0), "float"),
+        (
+            "loss without a derivative",
+            lambda x: over_tasks(x, lambda t, _: torch.tensor(1)),
+            "task_loss must return a real number, got torch.int64",
+        ),
         (
             "aux that nobody asked for",
             lambda x: over_tasks(x, lambda t, _: (t["scale"].sum(), t["scale"])),

@@ -505,6 +505,24 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], type[Exception], list[st
         ["per_step", "4 steps"],
     ),
     (
+        lambda: replace(problem(), inner_loss=None),  # pyright: ignore
+        fo.HyperparameterTypeError,
+        TypeError,
+        ["inner_loss", "None"],
+    ),
+    (
+        lambda: fo.meta.advance(problem(), LR, 1.5),  # pyright: ignore
+        fo.HyperparameterError,
+        ValueError,
+        ["steps", "1.5"],
+    ),
+    (
+        lambda: fo.meta.es(problem(), LR, generator=seeded(), sigma="wide"),  # pyright: ignore
+        fo.HyperparameterError,
+        ValueError,
+        ["sigma", "'wide'"],
+    ),
+    (
         lambda: fo.meta.reverse(problem(), {"hyper": {}}),
         fo.StructureError,
         ValueError,

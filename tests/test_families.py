@@ -280,6 +280,30 @@ def test_a_gap_in_the_network_stays_one(name: str):
     close(gapped, (value, grads, adapted))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_was_not_followed_comes_without_a_graph(name: str):
+    """Or every outer step would hold on to the one before."""
+    found = fo.meta.value_and_grad(family(name).task_loss, tasks="loop")(
+        theta_of(name), tasks_of_test
+    )
+    assert not any(x.requires_grad for x in tree.leaves(found))
+
+
+def test_all_of_a_lone_leaf_may_be_the_head():
+    def square(p: Tensor, target: Tensor) -> Tensor:
+        return (p - target).square().sum()
+
+    task, theta = (torch.ones(2), torch.zeros(2)), torch.tensor([0.5, 2.0])
+    whole, maml = (
+        getattr(fo.meta, name)(square, fo.sgd(lr=0.1), steps=2, **more)
+        for name, more in (("anil", {"adapted": "*"}), ("maml", {}))
+    )
+    close(
+        torch.func.grad(whole.task_loss)(theta, task),
+        torch.func.grad(maml.task_loss)(theta, task),
+    )
+
+
 def test_equal_rates_make_maml_of_those_who_learn_them():
     start = params()
     wanted = fo.meta.value_and_grad(family("maml").task_loss)(start, tasks_of_test)
@@ -487,14 +511,31 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
     "no step to have a rate": (
         lambda: family("lslr", steps=0),
         fo.HyperparameterError,
-        "a rate for each step; steps=0",
+        "steps must be at least 1, a whole number, got 0",
+    ),
+    "half a step": (
+        lambda: family("lslr").adapt(
+            theta_of("lslr"), one(tasks_of_test, 0)[0], steps=1.5
+        ),
+        fo.HyperparameterError,
+        "a whole number, got 1.5",
+    ),
+    "a list of weights": (
+        lambda: family("lslr").task_loss(theta_of("lslr"), one(tasks_of_test, 0), [1.0]),
+        fo.StructureError,
+        r"weights must be a tensor \[3\], one for each step, got \[1.0\]",
+    ),
+    "aux that is not given": (
+        lambda: family("imaml", has_aux=True).task_loss(params(), one(tasks_of_test, 0)),
+        fo.StructureError,
+        r"loss_fn must return \(loss, aux\)",
     ),
     "weights of another number of steps": (
         lambda: family("lslr").task_loss(
             theta_of("lslr"), one(tasks_of_test, 0), torch.ones(2)
         ),
         fo.StructureError,
-        r"weights must be \[3\], one for each step, got \[2\]",
+        r"weights must be a tensor \[3\], one for each step, got \[2\]",
     ),
     "a rate that is a schedule": (
         lambda: family("metasgd", fo.sgd(lr=fo.Schedule(float))).init(params()),
@@ -529,7 +570,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
     "annealing before it begins": (
         lambda: fo.meta.step_weights(3, -0.1),
         fo.HyperparameterError,
-        "progress at least 0, got 3, -0.1",
+        "progress must be at least 0, got -0.1",
     ),
     "fewer steps than none": (
         lambda: fo.meta.adapt(

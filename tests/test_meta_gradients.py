@@ -246,6 +246,24 @@ def test_task_and_aux_trees_may_have_gaps(tasks: Any):
     assert distance((loss, grads), plain) < 1e-12
 
 
+@pytest.mark.parametrize("way", [{}, {"remat": "step"}], ids=str)
+def test_what_was_not_followed_comes_without_a_graph(way: dict[str, Any]):
+    """Also where the loss's weights are learned, and what is trained is a constant."""
+    case = problem("mlp")
+
+    def task_loss(weight: Tensor, task: Any) -> Tensor:
+        def weighted(p: Any, batch: Any, weight: Tensor) -> Tensor:
+            return weight * case.loss(p, batch)
+
+        given = {"steps": 2, "meta": weight, **way}
+        run = fo.unroll(fo.sgd(lr=0.1), weighted, case.params, task["support"], **given)
+        return case.loss(run.params, task["query"])
+
+    mean = fo.meta.value_and_grad(task_loss, tasks="loop")
+    value, slope = mean(torch.tensor(0.7).double(), case.tasks)
+    assert slope.abs() > 1e-4 and not value.requires_grad and not slope.requires_grad
+
+
 # What is learned -----------------------------------------------------------------------
 
 PARAMS = ("0.weight", "0.bias", "2.weight", "2.bias")  # of the MLP

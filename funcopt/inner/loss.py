@@ -41,7 +41,8 @@ class InnerLoss:
         self, params: Tree, batch: Tree, meta: Tree, buffers: Tree
     ) -> tuple[Tree, tuple[Tensor, Tree, Tree]]:
         """∇L by the parameters, and beside it what a call gives."""
-        listed = Listed(lambda at: self(at, batch, meta, buffers), params)
+        # All of them: whether one is followed decides how the gradient is made.
+        listed = Listed(self, params, batch, meta, buffers)
         given = [x for each in (params, batch, meta) for x in tree.leaves(each)]
         # Of norm layers torch has this gradient's derivative wrong there, and its second.
         outside = levels.differentiated_outside_vmap(given)
@@ -79,6 +80,8 @@ def loss_and_aux(out: Any, has_aux: bool, name: str) -> tuple[Tensor, Tree]:
             f"{name} must return a 0-d tensor, got {_kind(loss)}; take the "
             "mean, and set has_aux=True if it returns (loss, aux)"
         )
+    if not loss.is_floating_point():
+        raise StructureError(f"{name} must return a real number, got {loss.dtype}")
     leaves, structure = tree.flatten(aux)
     for i, leaf in enumerate(leaves):
         if leaf is not None and not isinstance(leaf, Tensor):

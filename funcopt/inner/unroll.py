@@ -174,12 +174,19 @@ def _segment(remat: str | int | None, steps: int, grad_mode: str) -> int:
     return 1 if remat == "step" else max(1, round(steps**0.5))
 
 
+def check_steps(steps: int, least: int = 0) -> None:
+    """Raise for what is no number of steps."""
+    if not isinstance(steps, int) or steps < least:
+        raise HyperparameterError(
+            f"steps must be at least {least}, a whole number, got {steps!r}"
+        )
+
+
 def _number_of_steps(batch: Tree, batches: Tree, steps: int | None) -> int:
     if batches is None:
         if steps is None:
             raise StructureError("say how many steps: give steps=, or batches=")
-        if steps < 0:
-            raise HyperparameterError(f"steps must be at least 0, got {steps}")
+        check_steps(steps)
         return steps
     if batch is not None:
         raise StructureError("give batch (every step's) or batches (one each), not both")

@@ -118,11 +118,6 @@ def check_eta(name: str, problem: Problem, eta: Tree, carry: Carry | None = None
             "eta['hyper'] is a dict of names and values, as {'lr': torch.tensor(0.1)}, "
             f"not {type(eta['hyper']).__name__}"
         )
-    if carry is not None and not (isinstance(carry, Mapping) and "step" in carry):
-        raise StructureError(
-            f"{name} goes on from a carry, as estimate.carry or fo.meta.advance(...) is "
-            f"one, not from this {type(carry).__name__}"
-        )
     check_floats(eta, "eta")
     check_no_level(name, [eta, carry, *data_of(problem)])
     seen = keys_seen(name)

@@ -1,6 +1,6 @@
 """A bilevel problem as a value, and what of it each step takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal, TypeAlias, final
@@ -9,10 +9,16 @@ import torch
 
 from funcopt import tree
 from funcopt.derivatives import Trees, vjp
-from funcopt.errors import HyperparameterError, MetaParameterError, StructureError
+from funcopt.errors import (
+    HyperparameterError,
+    HyperparameterTypeError,
+    MetaParameterError,
+    StructureError,
+)
 from funcopt.inner.loop import CARRY, is_absent
 from funcopt.inner.loss import InnerLoss
 from funcopt.inner.per_step import PerStep
+from funcopt.inner.unroll import check_steps
 from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import LossFunction, State, Tensor, Tree
 
@@ -63,6 +69,7 @@ class Problem:
 
     Raises:
         HyperparameterError: ``steps`` or ``objective`` out of range.
+        HyperparameterTypeError: a loss or ``constrain`` that is no function.
         StructureError: batch and batches both given, batches of another length.
         MetaParameterError: by an estimator, where ``constrain`` changes eta's keys.
 
@@ -96,10 +103,11 @@ class Problem:
 
     def __post_init__(self) -> None:
         check_optimizer(self.opt, "Problem")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise HyperparameterError(
-                f"steps must be a whole number ≥ 1, got {self.steps!r}"
-            )
+        check_steps(self.steps, 1)
+        for name in ("inner_loss", "outer_loss", "constrain"):
+            function = getattr(self, name)
+            if not callable(function) and (name == "inner_loss" or function is not None):
+                raise HyperparameterTypeError(f"{name} is a function, not {function!r}")
         if self.objective not in ("last", "mean", "sum"):
             raise HyperparameterError(
                 f"objective is 'last', 'mean' or 'sum', not {self.objective!r}"
@@ -125,7 +133,14 @@ def data_of(problem: Problem) -> list[Tree]:
 
 def stands_at(problem: Problem, carry: Carry | None) -> int:
     """The step at which to go on; a carry at the end starts anew, as none does."""
-    return 0 if carry is None else carry["step"] % problem.steps
+    if carry is None:
+        return 0
+    if not isinstance(carry, Mapping) or not {"params", "state", "step"} <= carry.keys():
+        raise StructureError(
+            "one goes on from a carry, as estimate.carry or fo.meta.advance(...) is "
+            f"one, with 'params', 'state' and 'step', not from this {type(carry).__name__}"
+        )
+    return carry["step"] % problem.steps
 
 
 def ready(problem: Problem, eta: Tree) -> Tree:

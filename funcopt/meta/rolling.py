@@ -154,10 +154,10 @@ def advance(
         (tensor(1.), 3)
     """
     start = stands_at(problem, carry)
-    if not 0 <= steps <= problem.steps - start:
+    if not isinstance(steps, int) or not 0 <= steps <= problem.steps - start:
         raise HyperparameterError(
             f"steps must be in [0, {problem.steps - start}], as {start} of "
-            f"{problem.steps} are made; got {steps}"
+            f"{problem.steps} are made; got {steps!r}"
         )
     with torch.no_grad():
         eta = ready(problem, tree.detach(eta))

@@ -44,7 +44,8 @@ class Swarm:
         structure = tree.flatten(eta)[1]
         widths = select.per_leaf(sigma, structure, "sigma")
         for width in widths:
-            if not isinstance(width, Tensor) and not 0 < width < float("inf"):
+            positive = isinstance(width, float | int) and 0 < width < float("inf")
+            if not isinstance(width, Tensor) and not positive:
                 raise HyperparameterError(f"sigma must be positive, got {width!r}")
         self.sigma = tree.unflatten(structure, widths)
 

@@ -107,8 +107,8 @@ def value_and_grad(
         raise HyperparameterError(
             f"randomness is 'error', 'different' or 'same', not {randomness!r}"
         )
-    if chunk_size is not None and chunk_size < 1:
-        raise HyperparameterError(f"chunk_size must be at least 1, got {chunk_size}")
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+        raise HyperparameterError(f"chunk_size must be at least 1, got {chunk_size!r}")
 
     def value_and_aux(theta: Tree, task: Tree) -> tuple[Tensor, Tree]:
         return loss_and_aux(task_loss(theta, task), has_aux, "task_loss")

@@ -58,7 +58,7 @@ def anil(
     def adapt(theta: Tree, support: Tree, steps: int = steps) -> Unrolled:
         head, body = split(theta, adapted)
 
-        def loss(head: Tree, batch: Tree, body: Tree, **buffers: Tree) -> Any:
+        def loss(head: Tree, batch: Tree, body: Tree = body, **buffers: Tree) -> Any:
             return loss_fn(merged(head, body), batch, **buffers)
 
         run = unroll(inner, loss, head, support, steps=steps, meta=body, **options)

@@ -6,6 +6,7 @@ import torch
 
 from funcopt import tree
 from funcopt.errors import GradientLostError, HyperparameterError
+from funcopt.inner.loss import loss_and_aux
 from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.meta.families.family import Family, itself, judged, pair
 from funcopt.meta.fixed_point import implicit
@@ -74,10 +75,10 @@ def imaml(
         raise HyperparameterError(f"strength must be positive, got {strength}")
 
     def near(params: Tree, batch: Tree, theta: Tree, **more: Tree) -> Any:
-        out = loss_fn(params, batch, **more)
+        loss, aux = loss_and_aux(loss_fn(params, batch, **more), has_aux, "loss_fn")
         ways = tree.leaves(tree.map(lambda p, q: (p - q).square().sum(), params, theta))
         pull = strength / 2 * torch.stack([x for x in ways if x is not None]).sum()
-        return (out[0] + pull, out[1]) if has_aux else out + pull
+        return (loss + pull, aux) if has_aux else loss + pull
 
     def adapt(theta: Tree, support: Tree, steps: int = steps) -> Unrolled:
         how: Any = {"steps": steps, "buffers": buffers, "has_aux": has_aux}
@@ -92,7 +93,7 @@ def imaml(
         problem = Problem(
             inner,
             lambda *given, **more: only_loss(near(*given, **more)),
-            lambda params, batch, meta, **more: only_loss(loss_fn(params, batch, **more)),
+            lambda params, batch, _, **more: only_loss(loss_fn(params, batch, **more)),
             steps=steps,
             params=start,
             buffers=buffers,

@@ -8,7 +8,7 @@ import torch
 from funcopt import tree
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.inner.per_step import per_step
-from funcopt.inner.unroll import Unrolled, unroll
+from funcopt.inner.unroll import Unrolled, check_steps, unroll
 from funcopt.meta.families.family import (
     Family,
     filled,
@@ -66,8 +66,7 @@ def lslr(
         >>> fo.meta.value_and_grad(family.task_loss)(theta, tasks)[1]
         {'params': tensor([-0.2500]), 'lr': tensor([-2.5000, -2.5000])}
     """
-    if steps < 1:
-        raise HyperparameterError(f"lslr has a rate for each step; steps={steps}")
+    check_steps(steps, 1)
 
     def init(params: Tree) -> Tree:
         rates = first_rates(inner.hyper.get("lr"), params)
@@ -77,6 +76,7 @@ def lslr(
         }
 
     def adapt(theta: Tree, support: Tree, steps: int = steps) -> Unrolled:
+        check_steps(steps)
         params, rates = parts(theta)
         rates = rates if steps == learned_steps else _prolonged(rates, steps)
         hyper = {"lr": per_step(rates)}
@@ -87,9 +87,10 @@ def lslr(
     def task_loss(theta: Tree, task: Tree, weights: Tensor | None = None) -> Any:
         if weights is None:
             return last_step.task_loss(theta, task)
-        if tuple(weights.shape) != (steps,):
+        shape = [*weights.shape] if isinstance(weights, Tensor) else repr(weights)
+        if shape != [steps]:
             raise StructureError(
-                f"weights must be [{steps}], one for each step, got {[*weights.shape]}"
+                f"weights must be a tensor [{steps}], one for each step, got {shape}"
             )
         support, query = pair(task)
         outs, on = [], dict(options)
@@ -136,10 +137,9 @@ def step_weights(steps: int, progress: float) -> Tensor:
         >>> fo.meta.step_weights(2, 0.0), fo.meta.step_weights(2, 0.5)
         (tensor([0.5000, 0.5000]), tensor([0.2500, 0.7500]))
     """
-    if steps < 1 or progress < 0:
-        raise HyperparameterError(
-            f"steps must be at least 1 and progress at least 0, got {steps}, {progress}"
-        )
+    check_steps(steps, 1)
+    if not progress >= 0:
+        raise HyperparameterError(f"progress must be at least 0, got {progress}")
     early = (1 - min(progress, 1.0)) / steps
     return torch.tensor([early] * (steps - 1) + [1 - (steps - 1) * early])
 
