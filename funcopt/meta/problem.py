@@ -137,8 +137,8 @@ def stands_at(problem: Problem, carry: Carry | None) -> int:
         return 0
     if not isinstance(carry, Mapping) or not {"params", "state", "step"} <= carry.keys():
         raise StructureError(
-            "one goes on from a carry, as estimate.carry or fo.meta.advance(...) is "
-            f"one, with 'params', 'state' and 'step', not from this {type(carry).__name__}"
+            "one goes on from a carry, as estimate.carry or fo.meta.advance(...) is one, "
+            f"with 'params', 'state' and 'step', not from this {type(carry).__name__}"
         )
     return carry["step"] % problem.steps
 
