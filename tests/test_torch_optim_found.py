@@ -170,6 +170,22 @@ def test_rates_of_tensors_that_share_memory_may_change(name: str):
     assert_like(*found)
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_parameters_in_one_memory_are_stepped_one_by_one(name: str):
+    """As weights that are tied by their data, or windows of one tensor."""
+    found = []
+    for library in LIBRARIES:
+        tied = Parameter(torch.ones(3))
+        base = torch.ones(5)
+        windows = [base[:4].requires_grad_(), base[1:].requires_grad_()]
+        params: list[Any] = [tied, Parameter(tied.data), *windows]
+        opt = getattr(library, name)(params, lr=0.1)
+        for _ in range(3):
+            step(opt, Random(2))
+        found.append((params, opt.state_dict()))
+    assert_like(*found)
+
+
 def test_groups_that_differ_in_formula_go_over_and_back():
     """Momentum beside none, and an epsilon of the dtype's beside a number."""
     cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

@@ -1,6 +1,6 @@
 """A step looked at from scratch: groups that one rule steps, as one update of lists."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any
@@ -145,11 +145,29 @@ def step(
 
     ``data`` are numbers of this step alone: by name, what each parameter's ``id`` gives.
     """
+    for which in _passes(batch):
+        _step(batch.pick(which), data, differentiable)
+
+
+def _passes(batch: Batch) -> Iterator[list[int]]:
+    """What is stepped together, one after the other.
+
+    A parameter that a group names twice is stepped twice; what shares memory, as weights
+    tied by their ``data``, one by one, so that each goes on from what the last has made.
+    """
     which = [*range(len(batch.params))]
-    while which:  # a parameter that a group names twice is stepped twice
+    together = batch.spec.totals or shards.are_among(batch.params)
+    if not together and layout.overlap([_numbers(batch.grads), batch.params]):
+        yield from ([i] for i in which)
+        return
+    while which:
         first = {id(batch.params[i]): i for i in reversed(which)}
-        _step(batch.pick(sorted(first.values())), data, differentiable)
+        yield sorted(first.values())
         which = [i for i in which if first[id(batch.params[i])] != i]
+
+
+def _numbers(grads: Sequence[Tensor]) -> list[Tensor]:
+    return [g._values() if g.is_sparse else g for g in grads]
 
 
 def _step(
@@ -174,13 +192,12 @@ def _step(
     grads, params, *trees = given = of_one_dtype(leaves)
     if differentiable:  # whose graph may hold the old parameters: these are written over
         params = [p.clone() for p in params]
-    numbers = [g._values() if g.is_sparse else g for g in grads]
     # Views of one tensor may lie between each other: each is then written by itself.
     donate = (
         given is leaves
         and not differentiable
         and not split
-        and not layout.overlap([numbers, params, *trees])
+        and not layout.overlap([_numbers(grads), params, *trees])
         and not layout.folded([params, *trees])
     )
     state = {"step": torch.tensor(steps, device="cpu")} | {
