@@ -229,7 +229,8 @@ class _Call:
         if not again:
             return
         made = torch.stack([*again.values()])
-        difference = (made - losses.detach()[[*again]]).abs()
+        then = losses.detach()  # by whole numbers: a DTensor takes no list of them
+        difference = (made - torch.stack([then[k] for k in again])).abs()
         scale = torch.finfo(losses.dtype).eps ** 0.5 * losses.detach().abs().amax()
         wrong = levels.seen(difference > 10 * scale)
         if wrong is not None and bool(wrong.any()):
