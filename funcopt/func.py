@@ -87,7 +87,8 @@ def exact_norms() -> Iterator[None]:
     rounding. Running statistics are updated in place, by torch's own kernel, with its
     rules and errors. What torch refuses it still does. Enter the block outside of
     ``grad`` and ``vmap``, or inside. `unroll` enters it by itself for the inner gradient
-    where a derivative is asked for outside of vmap.
+    where a derivative is asked for outside of vmap, or a second one by a transform, and
+    `value_and_grad` where a derivative of its result is asked for.
 
     Returns:
         A context manager, which is a decorator, too.
