@@ -132,7 +132,7 @@ def of_each_task(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Te
     if not most or min(counts) == most:
         return [*outputs]
     zeros = (x.detach().new_zeros((), dtype=torch.bool) for x in (*outputs, *inputs))
-    zero = sum(zeros, start=torch.zeros(()))
+    zero = sum(zeros, start=torch.zeros((), device="cpu"))
     return [
         x + zero.to(x) if n < most and (x.is_floating_point() or x.is_complex()) else x
         for x, n in zip(outputs, counts)
