@@ -37,7 +37,7 @@ REPEATS = 31
 #: Of the registry: seconds for all contenders on one tree, in 5 to 15 samples.
 SECONDS = 1.2
 #: A first step that takes longer is not compared.
-PATIENCE = 2.0
+PATIENCE = 4.0
 CHECKED = 7  # steps: past the fifth, where RAdam begins to rectify
 #: Largest difference from float64, relative to the leaf's largest change in those steps;
 #: for what works in bfloat16, after two.

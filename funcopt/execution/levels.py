@@ -80,25 +80,6 @@ def followed(tensors: Iterable[Any]) -> bool:
     return any(isinstance(t, Tensor) and is_tracked(t) for t in tensors)
 
 
-def differentiated_outside_vmap(tensors: Iterable[Any]) -> bool:
-    """Whether a derivative is asked for outside of a vmap that is now running.
-
-    By a transform, or by autograd, which follows one of the tensors below every level.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    stack = _functorch.get_interpreter_stack() or ()
-    kinds = [level.key() for level in stack]
-    if _functorch.TransformType.Vmap not in kinds:
-        return False
-    inmost = len(kinds) - kinds[::-1].index(_functorch.TransformType.Vmap)
-    if set(kinds[:inmost]) - {_functorch.TransformType.Vmap}:
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(t, Tensor) and _bottom(t).requires_grad for t in tensors)
-
-
 def orders_outside(tensors: Iterable[Any]) -> int:
     """How many derivatives are asked for of what is now computed from ``tensors``.
 
@@ -108,10 +89,32 @@ def orders_outside(tensors: Iterable[Any]) -> int:
         return 0
     stack = _functorch.get_interpreter_stack() or ()
     transforms = sum(level.key() != _functorch.TransformType.Vmap for level in stack)
+    return transforms + _by_autograd(tensors)
+
+
+def norms_inexact(tensors: Iterable[Any]) -> bool:
+    """Whether a gradient taken now is one that torch has wrong of norm layers.
+
+    Where a derivative is asked for outside of a vmap that is now running; or two are.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    stack = _functorch.get_interpreter_stack() or ()
+    if not stack:
+        return False
+    vmaps = [level.key() == _functorch.TransformType.Vmap for level in stack]
+    inmost = len(vmaps) - vmaps[::-1].index(True) if any(vmaps) else 0
+    transforms = vmaps.count(False)
+    if transforms > 1 or not all(vmaps[:inmost]):
+        return True
+    return _by_autograd(tensors)
+
+
+def _by_autograd(tensors: Iterable[Any]) -> bool:
+    """Whether autograd follows one of the tensors below every level."""
     if not torch.is_grad_enabled():
-        return transforms
-    by_autograd = (isinstance(t, Tensor) and _bottom(t).requires_grad for t in tensors)
-    return transforms + any(by_autograd)
+        return False
+    return any(isinstance(t, Tensor) and _bottom(t).requires_grad for t in tensors)
 
 
 def _bottom(tensor: Tensor) -> Tensor:

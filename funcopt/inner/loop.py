@@ -61,22 +61,25 @@ class Loop:
     def run(self, carry: Trees, shared: Trees) -> Unrolled:
         """All steps, one after another."""
         record = Record()
+        tracked = any(map(_is_tracked, tree.leaves(shared)))
         for k in range(self.steps):
             if self.is_cut(k):
                 carry = tree.detach(dict(carry))
             # What all steps use, by a name of each step's own: so are the gradients of a
             # step added up before those of another, as they are with remat.
-            own = {name: tree.map(_alias, value) for name, value in shared.items()}
+            own = tree.map(_alias, shared) if tracked else shared
             carry = record.add(self.step(self.given(carry, own, k)))
         return Unrolled(
             carry["params"], carry["state"], *record.stacked(), carry["buffers"]
         )
 
 
+def _is_tracked(x: Any) -> bool:
+    return isinstance(x, Tensor) and not torch.compiler.is_compiling() and is_tracked(x)
+
+
 def _alias(x: Any) -> Any:
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or not is_tracked(x):
-        return x
-    return x.view_as(x)
+    return x.view_as(x) if _is_tracked(x) else x
 
 
 class Record:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -43,11 +44,8 @@ class InnerLoss:
         """∇L by the parameters, and beside it what a call gives."""
         # All of them: whether one is followed decides how the gradient is made.
         listed = Listed(self, params, batch, meta, buffers)
-        given = [x for each in (params, batch, meta) for x in tree.leaves(each)]
-        # Of norm layers torch has this gradient's derivative wrong there, and its second.
-        outside = levels.differentiated_outside_vmap(given)
-        exact = outside or levels.orders_outside(given) > 1
-        with exact_norms() if exact else nullcontext():
+        given = chain.from_iterable(listed.inputs[:-1])  # buffers have no derivative
+        with exact_norms() if levels.norms_inexact(given) else nullcontext():
             grads, out = listed.grad(*listed.inputs)
         return listed.like_first(grads), listed.rebuild(out)
 
