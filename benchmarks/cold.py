@@ -62,9 +62,10 @@ def in_a_process(cache: str) -> dict[str, float]:
 
 def first_steps() -> dict[str, float]:
     """Milliseconds of each rule's first step, AdamW first."""
-    from workloads import sizes
     import torch
+
     from contestants.rules import RULES
+    from workloads import sizes
 
     shapes = sizes.TREES["small MLP"]
     params, grads = sizes.tensors(shapes, seed=1), sizes.tensors(shapes, seed=2)
