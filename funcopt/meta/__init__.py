@@ -12,10 +12,10 @@ from funcopt.meta.backward import (
     reverse,
     truncated,
 )
+from funcopt.meta.constrained import constrained
 from funcopt.meta.constraints import (
     Constraint,
     box,
-    constrained,
     exp,
     one_minus_exp,
     sigmoid,
