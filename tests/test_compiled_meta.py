@@ -172,6 +172,74 @@ def test_closed_over_tensors_are_read_at_each_call(traced: Any):
     assert len(traced) == 1
 
 
+def test_closed_over_numbers_are_written_as_often_as_without_a_trace(traced: Any):
+    count = torch.tensor(0.0)
+
+    def task_loss(t: Tensor, x: Tensor) -> Tensor:
+        count.add_(1)
+        return (t * x).sum() * count
+
+    meta = fo.meta.value_and_grad(task_loss, tasks="loop", compile=True)
+    assert meta(torch.ones(()), torch.ones(4))[0] == 2.5 and count == 4
+
+
+def test_closed_over_tensors_that_are_cast_are_compiled_for_anew(traced: Any):
+    module = torch.nn.Linear(2, 1, bias=False).requires_grad_(False)
+    eager, meta = (
+        fo.meta.value_and_grad(
+            lambda t, x: (t * x * module.weight).sum(), tasks="vmap", compile=compile
+        )
+        for compile in (False, True)
+    )
+    given = torch.ones(2), f64(3, 2, seed=1)
+    for _ in range(2):  # single, then double
+        for _ in range(2):
+            assert_close(meta(*given), eager(*given), rtol=0, atol=0)
+        module.double()
+    assert len(traced) == 2
+
+
+def test_autocast_is_part_of_what_is_compiled(traced: Any):
+    def task_loss(t: Tensor, x: Tensor) -> Tensor:
+        return (x @ t).square().sum()
+
+    eager, meta = (
+        fo.meta.value_and_grad(task_loss, tasks="vmap", compile=compile)
+        for compile in (False, True)
+    )
+    given = f64(2, 2, seed=1).float(), f64(3, 4, 2, seed=2).float()
+    for dtype in (None, torch.bfloat16, None):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            found, expected = meta(*given), eager(*given)
+        assert found[0].dtype == expected[0].dtype == (dtype or torch.float32)
+        assert_close(found, expected, rtol=0, atol=0)
+    assert len(traced) == 2
+
+
+def test_kernels_are_given_numbers_as_they_are_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A kernel knows nothing of the bits of a lazy minus or conjugate."""
+
+    def plain(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        def run(*given: Tensor) -> Any:
+            assert not any(x.is_neg() or x.is_conj() for x in given)
+            return graph(*given)
+
+        return run
+
+    monkeypatch.setattr(compiled, "_kernels", plain)
+    z = torch.complex(f64(4, 3, seed=1), f64(4, 3, seed=2))
+    held = z[0].conj().imag
+    meta = fo.meta.value_and_grad(
+        lambda t, x: (t * x.imag * held).sum(), tasks="vmap", compile=True
+    )
+    assert held.is_neg()
+    for sign, tasks in ((-1, z), (1, z.conj())):
+        _, grad = meta(torch.ones(3, dtype=torch.float64), tasks)
+        assert_close(grad, sign * (z.imag * z[0].imag).mean(0))
+
+
 def test_numbers_drawn_anew_at_each_call(traced: Any):
     def task_loss(theta: Tensor, task: Tensor) -> Tensor:
         return (theta * task * torch.rand(3)).sum()
@@ -214,6 +282,7 @@ def with_loop(task_loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 ONE, TWO = torch.tensor(1.0), torch.ones(2)
+SCALE = torch.tensor(3.0)
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a value": (
@@ -226,6 +295,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: with_loop(branches)(ONE, TWO),
         fo.CompileError,
         r"cannot be compiled: .*if t\.detach\(\) > 0",
+    ),
+    "a value that is closed over": (
+        lambda: with_loop(lambda t, x: times(t, x) * TWO[0].item())(ONE, TWO),
+        fo.CompileError,
+        r"cannot be compiled: .*TWO\[0\]\.item\(\)",
+    ),
+    "the value of a number that is closed over": (
+        lambda: with_loop(lambda t, x: times(t, x) * SCALE.item())(ONE, TWO),
+        fo.CompileError,
+        r"cannot be compiled: .*SCALE\.item\(\)",
     ),
     "an error of one's own": (
         lambda: with_loop(broken)(ONE, TWO),

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from funcopt import tree
 from funcopt.checks import check_no_graph
@@ -32,6 +34,7 @@ class Graph(NamedTuple):
     run: Callable[..., Sequence[Tensor]]
     #: what the function closes over: read at each call, so changes in place are seen
     held: list[Tensor]
+    kinds: list[Any]  #: of what is held: a module may be cast, or moved
     rebuild: Callable[[Sequence[Any]], Tree]
 
 
@@ -44,7 +47,8 @@ class Compiled:
     it: it takes longer than all the rest, and there are no guards to fail.
 
     What the function reads beside its arguments is read that once: Python's values are
-    frozen, tensors are kept by reference.
+    frozen, tensors are kept by reference. Where one of those has been cast or moved
+    since, or autocast chooses otherwise, the function is compiled anew.
 
     Raises:
         CompileError: the function asks for a tensor's value, or the compiler fails.
@@ -59,13 +63,13 @@ class Compiled:
 
     def __call__(self, *trees: Tree) -> Tree:
         split = [tree.flatten(given) for given in trees]
-        inputs = [x for leaves, _ in split for x in leaves if x is not None]
-        key = (
-            tuple(structure for _, structure in split),
-            tuple(map(_kind, (x for leaves, _ in split for x in leaves))),
-            torch.get_default_dtype(),
-        )
+        leaves = [_resolved(x) for found, _ in split for x in found]
+        inputs = [x for x in leaves if x is not None]
+        structures = tuple(structure for _, structure in split)
+        key = structures, tuple(map(_kind, leaves)), _settings(inputs)
         graph = self._graphs.get(key)
+        if graph and graph.kinds != [*map(_kind, graph.held)]:
+            graph = None
         self._check(inputs, graph.held if graph else [])
         if graph is None:
             graph = self._graph(trees, inputs)
@@ -99,14 +103,26 @@ class Compiled:
                 "keep numbers as tensors, or leave out compile=True"
             ) from error
         try:
-            run = _kernels(traced, [*inputs, *held])
+            run = _kernels(traced, [*inputs, *map(_resolved, held)])
         except Exception as error:
             raise CompileError(
                 f"torch's compiler failed on {self.name}: {_reason(error)}. On a CPU it "
                 "needs a C++ compiler (on the PATH, or named by CXX); or leave out "
                 "compile=True"
             ) from error
-        return Graph(run, held, rebuild)
+        return Graph(run, held, [*map(_kind, held)], rebuild)
+
+
+def _resolved(x: Tensor | None) -> Any:
+    """The same numbers as they are in memory, which is all that a kernel looks at."""
+    return None if x is None else x.resolve_conj().resolve_neg()
+
+
+def _settings(inputs: Sequence[Tensor]) -> Any:
+    """The settings of torch's that stand in a trace."""
+    kinds = sorted({x.device.type for x in inputs})
+    on = [torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)]
+    return torch.get_default_dtype(), *on
 
 
 def _kind(x: Tensor | None) -> Any:
@@ -125,45 +141,64 @@ def _traced(
 
     put_back = [tree.without_none(given) for given in trees]
     rebuilds: list[Callable[[Sequence[Any]], Tree]] = []
+    # A mode of our own, without symbols: to ask for a value is an error at its line.
+    without_values = FakeTensorMode(allow_non_fake_inputs=True)
+    lifting = _Lifting(without_values)
 
     def flat(*leaves: Tensor) -> list[Tensor]:
         rest = iter(leaves)
         given = [back([next(rest) for _ in present]) for present, back in put_back]
-        present, rebuild = tree.without_none(function(*given))
-        rebuilds.append(rebuild)
-        return present
+        with lifting:
+            present, rebuild = tree.without_none(function(*given))
+            rebuilds.append(rebuild)
+            return [*map(lifting.input_of, present)]
 
-    # A mode of our own, without symbols: to ask for a value is an error at its line.
-    without_values = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [without_values.from_tensor(x.detach()) for x in inputs]
     with choice.execution("reference"), without_values:
         graph = make_fx(flat)(*fakes)
-    return graph, _lifted(graph), rebuilds[-1]
+    return graph, lifting.held, rebuilds[-1]
 
 
-def _lifted(graph: torch.fx.GraphModule) -> list[Tensor]:
-    """Make inputs of the tensors that the graph took from outside its arguments.
+class _Lifting(TorchDispatchMode):
+    """Makes inputs of a graph of the tensors that come from outside its arguments.
 
-    As constants small ones would be frozen into the kernels. What was written down as a
-    literal stays one.
+    Left to itself make_fx takes them for constants: small ones would be frozen into the
+    kernels, and a number's value read, or written in, during the trace. What was written
+    down as a literal stays one.
     """
-    literal = torch.ops.aten.lift_fresh_copy.default
-    held: list[Tensor] = []
-    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1:]
-    for node in list(graph.graph.nodes):
-        if node.op != "get_attr" or any(u.target is literal for u in node.users):
-            continue
-        value = getattr(graph, node.target)
-        if not isinstance(value, Tensor):
-            continue
-        with graph.graph.inserting_after(*last):
-            lifted = graph.graph.placeholder(f"held_{len(held)}")
-        lifted.meta = node.meta
-        node.replace_all_uses_with(lifted)
-        graph.graph.erase_node(node)
-        last, held = [lifted], [*held, value]
-    graph.recompile()
-    return held
+
+    supports_higher_order_operators = True
+
+    def __init__(self, without_values: Any) -> None:
+        super().__init__()
+        self.without_values = without_values
+        self.held: list[Tensor] = []
+        self._inputs: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is not torch.ops.aten.lift_fresh.default:
+            args, kwargs = tree_map_only(Tensor, self.input_of, (args, kwargs or {}))
+        return func(*args, **kwargs or {})
+
+    def input_of(self, x: Tensor) -> Tensor:
+        from torch.fx.experimental import proxy_tensor
+
+        if type(x) not in _PLAIN:
+            return x
+        if id(x) not in self._inputs:
+            mode: Any = proxy_tensor.get_proxy_mode()
+            tracer = mode.tracer
+            *_, last = (n for n in tracer.graph.nodes if n.op == "placeholder")
+            with tracer.graph.inserting_after(last):
+                name = f"held_{len(self.held)}"
+                proxy = tracer.create_proxy("placeholder", name, (), {})
+            fake = self.without_values.from_tensor(_resolved(x.detach()))
+            proxy_tensor.track_tensor_tree(fake, proxy, constant=None, tracer=tracer)
+            self._inputs[id(x)] = fake
+            self.held.append(x)
+        return self._inputs[id(x)]
 
 
 def _kernels(
@@ -184,11 +219,12 @@ def _kernels(
 
 def _run(graph: Graph, inputs: list[Tensor]) -> Sequence[Tensor]:
     with torch.no_grad():
+        given = [*inputs, *map(_resolved, graph.held)]
         if not any(x.is_cuda for x in inputs):
-            return graph.run(*inputs, *graph.held)
+            return graph.run(*given)
         # The next replay writes over what this one gives.
         torch.compiler.cudagraph_mark_step_begin()
-        return [x.clone() for x in graph.run(*inputs, *graph.held)]
+        return [x.clone() for x in graph.run(*given)]
 
 
 def _reason(error: Exception) -> str:
