@@ -26,8 +26,10 @@ class Hyper:
     The range is [``low``, ``below``), or [``low``, ``most``] where ``most`` is given.
     ``parts`` names the rule's arguments where the public one is a tuple of values
     (``betas`` → ``beta1, beta2``); ``optional`` are the places among them where None may
-    stand, which leaves that argument to the rule's own default. ``wanted`` says what
-    every ``update`` has to be given where ``value`` is None.
+    stand, which leaves that argument to the rule's own default. ``scalar`` are the places
+    (0 where it is no tuple) for one number per leaf, not one per element: a slot or a
+    total that is made of it would have elements, too. ``wanted`` says what every
+    ``update`` has to be given where ``value`` is None.
     """
 
     value: HyperValue
@@ -37,6 +39,7 @@ class Hyper:
     parts: tuple[str, ...] = ()
     wanted: str = ""
     optional: tuple[int, ...] = ()
+    scalar: tuple[int, ...] = ()
 
     def arguments(self, name: str, value: HyperValue) -> dict[str, HyperValue]:
         """The rule's arguments that ``value`` for ``name`` sets, numbers checked."""

@@ -215,9 +215,9 @@ CASES = [
         (
             "rate for each weight, kept per leaf",
             lambda x: step(x, fo.asgd(lr={"layer": 0.1, "scale": torch.ones(4)})),
-            "asgd's 'eta'",
-            "'scale'",
+            "lr at 'scale'",
             "(4,)",
+            "one number per leaf",
         ),
         (
             "nesterov with dampening",

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from row import Case
+from table import QUICK
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -352,6 +354,45 @@ def test_a_leaf_s_own_tensor_may_be_of_more_digits():
     params = torch.ones(3)
     new = fo.sgd().update(params, fo.sgd().init(params), params, lr=ROW.double())[0]
     assert new.dtype == torch.float32 and torch.equal(new, 1 - ROW)
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_a_value_for_each_element_is_refused_or_leaves_the_state_as_it_is(case: Case):
+    """It may not make a slot with elements of one without: before any is written to."""
+    opt, values = case.optimizer(), case.floats()
+    p = torch.linspace(0.5, 1.5, 6, dtype=torch.float64).reshape(2, 3)
+    for name, value in values.items():
+        wholes = [*value] if isinstance(value, tuple) else [value]
+        for i, whole in enumerate(wholes):
+            given = [*wholes[:i], torch.full_like(p, whole), *wholes[i + 1 :]]
+            given = tuple(given) if isinstance(value, tuple) else given[0]
+            params, state = p.clone(), opt.init(p)
+            before = [x.clone() for x in tree.leaves((params, state))]
+            try:
+                for _ in range(2):
+                    opt.update(p, state, params, donate=True, execution="reference",
+                               **{**values, name: given})  # fmt: skip
+            except fo.HyperparameterError as error:
+                assert "one number per leaf" in str(error)
+                assert all(map(torch.equal, tree.leaves((params, state)), before))
+            after = tree.leaves((params, state))
+            assert [x.shape for x in after] == [x.shape for x in before]
+
+
+def test_a_total_that_is_no_sum_is_refused():
+    def rule(g: Tensor, p: Tensor, *, step: int, lr: Any, size: Tensor) -> Any:
+        return (p - lr * g / size,)
+
+    opt = fo.elementwise(
+        rule, name="divided", slots={}, hyper={"lr": Hyper(0.1)},
+        totals={"size": lambda g, p, *, step, lr: (g * g).sum() * lr})  # fmt: skip
+    p = torch.ones(4)
+    assert opt.update(p, opt.init(p), p)[0][0] == 0.75
+    for leaves in (p, [p, torch.ones(3)]):
+        for execution in (None, "reference"):
+            with pytest.raises(fo.HyperparameterError, match="'size' is one number"):
+                lr = tree.map(torch.ones_like, leaves)
+                opt.update(leaves, opt.init(leaves), leaves, lr=lr, execution=execution)
 
 
 def test_what_a_value_looks_like():

@@ -169,7 +169,7 @@ def adafactor(
         slots={"row_var": _row_var, "col_var": _col_var, "variance": _variance},
         hyper={
             "lr": Hyper(lr),
-            "beta2_decay": Hyper(beta2_decay, low=float("-inf"), most=0.0),
+            "beta2_decay": Hyper(beta2_decay, low=float("-inf"), most=0.0, scalar=(0,)),
             "eps": Hyper(eps, parts=("eps1", "eps2"), optional=(0,)),
             "d": Hyper(d, low=1.0),
             "weight_decay": Hyper(weight_decay),

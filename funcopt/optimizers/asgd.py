@@ -95,10 +95,10 @@ def asgd(
         name="asgd",
         slots={"eta": 0.0, "mu": 1.0, "ax": torch.zeros_like},
         hyper={
-            "lr": Hyper(lr),
-            "lambd": Hyper(lambd, low=-inf),
-            "alpha": Hyper(alpha, low=-inf),
-            "t0": Hyper(t0, low=-inf),
+            "lr": Hyper(lr, scalar=(0,)),
+            "lambd": Hyper(lambd, low=-inf, scalar=(0,)),
+            "alpha": Hyper(alpha, low=-inf, scalar=(0,)),
+            "t0": Hyper(t0, low=-inf, scalar=(0,)),
             "weight_decay": Hyper(weight_decay),
         },
     )

@@ -108,8 +108,8 @@ def dog(
         slots={"initial": torch.clone, "max_distance": 0.0, "sum_sq": 0.0},
         hyper={
             "lr": Hyper(lr),
-            "reps_rel": Hyper(reps_rel),
-            "eps": Hyper(eps),
+            "reps_rel": Hyper(reps_rel, scalar=(0,)),
+            "eps": Hyper(eps, scalar=(0,)),
             "weight_decay": Hyper(weight_decay),
         },
         totals={"distance_sq": distance_sq, "norm_sq": norm_sq, "grad_sq": grad_sq},

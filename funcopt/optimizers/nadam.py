@@ -110,9 +110,9 @@ def nadam(
         },
         hyper={
             "lr": Hyper(lr),
-            "betas": Hyper(betas, below=1.0, parts=("beta1", "beta2")),
+            "betas": Hyper(betas, below=1.0, parts=("beta1", "beta2"), scalar=(0,)),
             "eps": Hyper(eps),
             "weight_decay": Hyper(weight_decay),
-            "momentum_decay": Hyper(momentum_decay),
+            "momentum_decay": Hyper(momentum_decay, scalar=(0,)),
         },
     )

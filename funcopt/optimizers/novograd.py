@@ -98,7 +98,7 @@ def novograd(
         slots={"exp_avg": torch.zeros_like, "exp_avg_norm_sq": 0.0},
         hyper={
             "lr": Hyper(lr),
-            "betas": Hyper(betas, below=1.0, parts=("beta1", "beta2")),
+            "betas": Hyper(betas, below=1.0, parts=("beta1", "beta2"), scalar=(1,)),
             "eps": Hyper(eps),
             "weight_decay": Hyper(weight_decay),
         },

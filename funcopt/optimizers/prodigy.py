@@ -161,9 +161,9 @@ def prodigy(
 
     optional: dict[str, Hyper] = {}
     if beta3 is not None:
-        optional["beta3"] = Hyper(beta3, below=1.0)
+        optional["beta3"] = Hyper(beta3, below=1.0, scalar=(0,))
     if growth_rate is not None:
-        optional["growth_rate"] = Hyper(growth_rate, low=1.0)
+        optional["growth_rate"] = Hyper(growth_rate, low=1.0, scalar=(0,))
     return elementwise(
         partial(rule, **flags),
         name="prodigy",
@@ -173,18 +173,13 @@ def prodigy(
             **dict.fromkeys(("d", "d_max", "d_numerator"), 0.0),
         },
         hyper={
-            "lr": Hyper(lr),
-            "betas": Hyper(betas, below=1.0, parts=("beta1", "beta2")),
+            "lr": Hyper(lr, scalar=(0,)),
+            "betas": Hyper(betas, below=1.0, parts=("beta1", "beta2"), scalar=(0, 1)),
             "eps": Hyper(eps),
             "weight_decay": Hyper(weight_decay),
-            "d0": Hyper(d0),
-            "d_coef": Hyper(d_coef),
-            **({} if beta3 is None else {"beta3": Hyper(beta3, below=1.0)}),
-            **(
-                {}
-                if growth_rate is None
-                else {"growth_rate": Hyper(growth_rate, low=1.0)}
-            ),
+            "d0": Hyper(d0, scalar=(0,)),
+            "d_coef": Hyper(d_coef, scalar=(0,)),
+            **optional,
         },
         totals={"progress": progress, "size": size},
     )

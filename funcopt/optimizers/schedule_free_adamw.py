@@ -122,13 +122,13 @@ def schedule_free_adamw(
             "lr_max": 0.0,
         },
         hyper={
-            "lr": Hyper(lr),
+            "lr": Hyper(lr, scalar=(0,)),
             "betas": Hyper(betas, below=1.0, parts=("beta1", "beta2")),
             "eps": Hyper(eps),
             "weight_decay": Hyper(weight_decay),
-            "warmup_steps": Hyper(warmup_steps),
-            "r": Hyper(r),
-            "weight_lr_power": Hyper(weight_lr_power),
+            "warmup_steps": Hyper(warmup_steps, scalar=(0,)),
+            "r": Hyper(r, scalar=(0,)),
+            "weight_lr_power": Hyper(weight_lr_power, scalar=(0,)),
         },
         evaluated=evaluated,
     )

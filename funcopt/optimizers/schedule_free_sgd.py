@@ -100,12 +100,12 @@ def schedule_free_sgd(
         name="schedule_free_sgd",
         slots={"z": torch.clone, "weight_sum": 0.0, "lr_max": 0.0},
         hyper={
-            "lr": Hyper(lr),
+            "lr": Hyper(lr, scalar=(0,)),
             "momentum": Hyper(momentum, below=1.0),
             "weight_decay": Hyper(weight_decay),
-            "warmup_steps": Hyper(warmup_steps),
-            "r": Hyper(r),
-            "weight_lr_power": Hyper(weight_lr_power),
+            "warmup_steps": Hyper(warmup_steps, scalar=(0,)),
+            "r": Hyper(r, scalar=(0,)),
+            "weight_lr_power": Hyper(weight_lr_power, scalar=(0,)),
         },
         evaluated=evaluated,
     )

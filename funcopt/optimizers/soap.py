@@ -235,12 +235,12 @@ def soap(
     )
     hyper = {
         "lr": Hyper(lr),
-        "betas": Hyper(betas, below=1.0, parts=("beta1", "beta2")),
+        "betas": Hyper(betas, below=1.0, parts=("beta1", "beta2"), scalar=(1,)),
         "eps": Hyper(eps),
         "weight_decay": Hyper(weight_decay),
     }
     if shampoo_beta is not None:
-        hyper["shampoo_beta"] = Hyper(shampoo_beta, below=1.0)
+        hyper["shampoo_beta"] = Hyper(shampoo_beta, below=1.0, scalar=(0,))
     return per_tensor(
         partial(
             rule,

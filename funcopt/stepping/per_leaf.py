@@ -37,6 +37,12 @@ class Hypers:
         self._constant = {k for k, v in self.arguments.items() if _is_constant(v)}
         self._constants = lru_cache(maxsize=32)(self._spread_constants)
         self._varying = self.arguments.keys() - self._constant
+        #: the arguments of which a leaf has one number, and not one per element
+        self._scalar = {
+            (hyper.parts or (name,))[place]
+            for name, hyper in declared.items()
+            for place in hyper.scalar
+        }
 
     def check_start(self, params: Sequence[Any]) -> None:
         """Raises if a value is the very tree of parameters: ``fo.adamw(params)``."""
@@ -89,7 +95,9 @@ class Hypers:
                 return [{**rows[0], **shared}] * len(rows)
             return _interned([{**row, **shared} for row in rows])
         columns = {
-            name: _column(name, arguments[name], structure, params, steps)
+            name: _column(
+                name, arguments[name], structure, params, steps, name in self._scalar
+            )
             for name in arguments
             if name in varying
         }
@@ -157,6 +165,7 @@ def _column(
     structure: tree.Structure,
     params: Sequence[Any],
     steps: Sequence[Any],
+    one: bool,
 ) -> list[Any]:
     """One argument's value for each leaf, ready for arithmetic."""
 
@@ -184,12 +193,16 @@ def _column(
             else:
                 atom = known[key, step] = _scalar(_at(atom, step - 1), name)
         if p is not None and _is_leaf_shaped(atom):
-            if not _fits(atom, p):
+            if one or not _fits(atom, p):
+                way = (
+                    "it is one number per leaf: give a float or a real 0-d tensor"
+                    if one
+                    else "give a real 0-d tensor, or one that broadcasts to the parameter"
+                )
                 raise HyperparameterError(
                     f"{name} at '{tree.paths(structure)[i]}' has shape "
                     f"{tuple(atom.shape)} on {atom.device} ({atom.dtype}), the parameter "
-                    f"{tuple(p.shape)} on {p.device} ({p.dtype}); give a "
-                    "real 0-d tensor, or one that broadcasts to the parameter"
+                    f"{tuple(p.shape)} on {p.device} ({p.dtype}); {way}"
                 )
             atom = _per_element(atom, p)
         column.append(atom)

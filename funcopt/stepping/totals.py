@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from funcopt.errors import HyperparameterError
 from funcopt.execution import dispatch
 from funcopt.execution.executor import Column
 from funcopt.execution.lane import Lane
@@ -58,15 +59,21 @@ class Measure:
         self, hyper: Sequence[dict[str, Any]], sums: Sequence[Column]
     ) -> list[dict[str, Any]]:
         """The hyperparameters of all leaves, with the totals of their sums."""
-        totals = dict(zip(self._names, map(_total, sums)))
+        totals = {name: self._total(name, sum_) for name, sum_ in zip(self._names, sums)}
         spread = {id(row): {**row, **totals} for row in hyper}
         return [spread[id(row)] for row in hyper]
 
-
-def _total(sums: Sequence[Any]) -> Tensor:
-    """A 0-d float64 tensor, that the totals of a step are never taken for constants."""
-    if all(isinstance(x, float) for x in sums):
-        return torch.tensor(sum(sums), dtype=torch.float64, device="cpu")
-    device = next(x.device for x in sums if isinstance(x, Tensor))
-    scalars = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in sums]
-    return torch.stack(scalars).sum()
+    def _total(self, name: str, sums: Column) -> Tensor:
+        """A 0-d float64 tensor, so that no total is ever taken for a constant."""
+        if all(isinstance(x, float) for x in sums):
+            return torch.tensor(sum(sums), dtype=torch.float64, device="cpu")
+        device = next(x.device for x in sums if isinstance(x, Tensor))
+        scalars = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in sums]
+        for x in scalars:
+            if x.ndim:
+                raise HyperparameterError(
+                    f"{self._rule.name}: the total '{name}' is one number, but of a leaf "
+                    f"it has shape {tuple(x.shape)}; .sum() is missing, or a "
+                    "hyperparameter with a value per element is outside of it"
+                )
+        return torch.stack(scalars).sum()
