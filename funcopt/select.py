@@ -38,6 +38,20 @@ class ByName:
         return [self.default if g is None else self.patterns[g] for g in choice]
 
 
+class ByLabel(dict[str, Any]):
+    """The values of `partition`'s optimizers, by the labels that its leaves have."""
+
+    def __init__(self, labels: Any) -> None:
+        super().__init__()
+        self.labels = labels
+
+    def per_leaf(self, structure: tree.Structure, what: str) -> list[Any]:
+        """What the optimizer has that steps each leaf; None where it has no such."""
+        names = per_leaf(self.labels, structure, "labels")
+        columns = {x: per_leaf(self.get(x), structure, what) for x in {*names}}
+        return [columns[name][i] for i, name in enumerate(names)]
+
+
 def _first_fit(globs: tuple[str, ...], names: tuple[str, ...]) -> list[str | None]:
     """The first glob that fits each name."""
     return [next((g for g in globs if fnmatchcase(n, g)), None) for n in names]
@@ -113,7 +127,7 @@ def _spread(
     value: Any, structure: tree.Structure, what: str, at: str, out: list[Any]
 ) -> None:
     """Walk values and params together, so that a misfit is named on both sides."""
-    if isinstance(value, ByName):
+    if isinstance(value, ByName | ByLabel):
         out.extend(value.per_leaf(structure, f"{what} at '{at}'" if at else what))
         return
     children = _children(value)

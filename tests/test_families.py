@@ -17,6 +17,11 @@ from funcopt import tree
 LR, STEPS, TASKS = 0.2, 3, 4
 FAMILIES = ("maml", "fomaml", "anil", "cavia", "metasgd", "lslr", "reptile", "imaml")
 RATES = ("metasgd", "lslr")
+SGD = fo.sgd()
+UNRATED = fo.partition(
+    {"a": SGD, "b": fo.Optimizer(SGD.init, SGD.update)},
+    fo.by_name({"body*": "b"}, default="a"),
+)
 NOT_LEARNED = {"cavia": "context"}
 
 Params = dict[str, Tensor]
@@ -405,6 +410,21 @@ def test_rates_start_from_the_inner_optimizers():
     assert family("metasgd", opt).init(params())["lr"]["context"].shape == (2,)
 
 
+@pytest.mark.parametrize("name", RATES)
+def test_rates_start_from_those_of_a_partition(name: str):
+    """And give what the same rates in one optimizer give."""
+    of_heads = fo.by_name({"head*": 0.5}, default=0.1)
+    parts = {"rest": fo.sgd(lr=0.1), "heads": fo.sgd(lr=of_heads)}
+    labels = fo.by_name({"head*": "heads"}, default="rest")
+    whole = family(name, fo.sgd(lr=of_heads))
+    split = family(name, fo.chain(fo.zero_nans(), fo.partition(parts, labels)))
+    start, task = params(), one(tasks_of_test, 0)
+    theta = whole.init(start)
+    close(split.init(start), theta)
+    slopes = (torch.func.grad(kind.task_loss)(theta, task) for kind in (split, whole))
+    close(*slopes)
+
+
 def normed(p: Params, points: Points, *, buffers: Params) -> Tensor:
     """By running statistics, too, so that they matter."""
     x, y = points
@@ -541,6 +561,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
         lambda: family("metasgd", fo.sgd(lr=fo.Schedule(float))).init(params()),
         fo.HyperparameterError,
         "learned rate of 'body.bias' starts from a number, not .*Schedule",
+    ),
+    "a rate that its part has not": (
+        lambda: family("metasgd", UNRATED).init(params()),
+        fo.HyperparameterError,
+        "learned rate of 'body.bias' starts from a number, not None",
     ),
     "nothing to adapt": (
         lambda: family("anil", adapted="tail*").adapt(params(), one(tasks_of_test, 0)[0]),

@@ -132,7 +132,7 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
     hyper: dict[str, HyperValue] = {}
     for label, opt in optimizers.items():
         for name, value in opt.hyper.items():
-            hyper.setdefault(name, {})[label] = value
+            hyper.setdefault(name, select.ByLabel(labels))[label] = value
     return Optimizer(init, update, "partition", hyper, eval_params=eval_params)
 
 

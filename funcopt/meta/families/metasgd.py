@@ -26,7 +26,8 @@ def metasgd(
     Args:
         loss_fn: as in `maml`.
         inner: as in `maml`; `sgd` in the paper. Its own ``lr`` (a number, or a tree or
-            `by_name` selector of numbers) is where the rates start from.
+            `by_name` selector of numbers; in a `partition` each part's) is where the
+            rates start from.
         steps: as in `maml`; one in the paper.
         options: as in `maml`.
 
