@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, final
 
 import torch
 
 from funcopt import tree
+from funcopt.errors import HyperparameterTypeError
 from funcopt.execution import choice
 from funcopt.execution.choice import Group
 from funcopt.optimizer import Optimizer, check_optimizer
@@ -19,10 +21,12 @@ class Plan:
     """What runs each group of leaves of a step; as text, a line for each, and reasons."""
 
     groups: Sequence[Group]
+    name: str  #: the optimizer's
 
     def __str__(self) -> str:
-        return (
-            "\n".join(map(_lines, self.groups)) or "nothing to do: no leaf has a gradient"
+        return "\n".join(map(_lines, self.groups)) or (
+            f"{self.name}: no rule was run: its update is its own, or no leaf (but "
+            "frozen ones) has a gradient"
         )
 
     def __repr__(self) -> str:
@@ -49,6 +53,7 @@ def plan(
 
     Raises:
         ExecutionError: the executor that ``execution`` names cannot run the step.
+        HyperparameterTypeError: what an ``update`` of one's own needs is not given.
         StructureError, LeafError, HyperparameterError: as ``opt.update``.
 
     Source:
@@ -66,9 +71,17 @@ def plan(
     if grads is None:
         grads = tree.map(torch.zeros_like, params)
     state = opt.init(params) if state is None else state
+    try:
+        signature(opt.update).bind(grads, state, params, **update)
+    except TypeError as error:
+        raise HyperparameterTypeError(
+            f"{opt.name}'s update cannot be called with (grads, state, params) and "
+            f"{sorted(update) or 'no keyword'}: {error}; plan hands keywords on: "
+            "fo.plan(opt, params, name=value)"
+        ) from error
     with choice.observed() as groups:
         opt.update(grads, state, params, **update)
-    return Plan(groups)
+    return Plan(groups, opt.name)
 
 
 def _lines(group: Group) -> str:

@@ -23,6 +23,8 @@ def fading(g: Tensor, p: Tensor, rate: Any, *, step: Any, lr: Any) -> Any:
 
 CLIPPED = fo.chain(fo.clip_by_global_norm(1.0), SGD)
 IN_TURN = fo.chain(fo.clip_by_global_norm(1.0), HALVES)
+# One of its own, that needs a keyword.
+NEEDY = fo.Optimizer(dict, lambda g, s, p, *, net: (p, s), "needy", {"net": None})
 # One number for each leaf.
 FADING = fo.elementwise(
     fading, name="fading", slots={"rate": 1.0}, hyper={"lr": Hyper(0.9)}
@@ -428,6 +430,14 @@ CASES = [
         ),
         ("hyper that is a number", lambda x: unroll(x, hyper=0.1), "{'lr': 0.1}"),
         ("bare callable in update", lambda x: step(x, lr=lambda t: 0.1), "fo.Schedule"),
+        (
+            "plan without what update needs",
+            lambda x: fo.plan(NEEDY, x.params),
+            "needy's update",
+            "no keyword",
+            "'net'",
+            "name=value",
+        ),
         (
             "bare callable in a tree",
             lambda x: step(x, lr={"layer": 0.1, "scale": abs}),

@@ -693,6 +693,16 @@ def test_there_is_no_such_execution():
             use()
 
 
+def test_a_plan_of_no_rule():
+    params = {"w": torch.ones(3)}
+    own = fo.Optimizer(dict, lambda g, s, p: (p, s), "own")
+    for opt in (own, fo.freeze(fo.sgd(), True)):
+        assert str(fo.plan(opt, params)).startswith(f"{opt.name}: no rule was run")
+    assert "no rule was run" in str(
+        fo.plan(fo.lbfgs(), params, loss_fn=lambda p: p["w"].sum())
+    )
+
+
 def executed(*args: Any, **kwargs: Any) -> str:
     return fo.plan(*args, **kwargs).groups[0].choice.name
 
