@@ -121,6 +121,7 @@ FLOORS = {
     "funcopt.meta": 8.5,
     "funcopt.meta.compiled": 7.9,
     "funcopt.meta.ranks": 7.9,
+    "funcopt.meta.linear": 7.9,
     "funcopt.meta.problem": 8,
     "funcopt.meta.rolling": 8.05,
     "funcopt.meta.estimate": 8.1,

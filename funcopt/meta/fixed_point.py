@@ -1,7 +1,7 @@
 """Estimators at the end of the training alone: implicit differentiation."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from funcopt.inner.loop import CARRY
 from funcopt.inner.loss import InnerLoss
 from funcopt.inner.step import Step
 from funcopt.meta.estimate import Estimate, check_eta
+from funcopt.meta.linear import conjugate_gradients, dot, neumann, plus, relative_norm
 from funcopt.meta.problem import (
     Carry,
     Problem,
@@ -27,9 +28,7 @@ from funcopt.meta.problem import (
     stands_at,
 )
 from funcopt.meta.rolling import advance
-from funcopt.types import Tensor, Tree
-
-Product: TypeAlias = Callable[[Tree], Tree]
+from funcopt.types import Tree
 
 
 def implicit(
@@ -52,7 +51,8 @@ def implicit(
 
     Memory of one gradient's graph, however long the training, which may be of any kind.
     Exact where the inner loss has a minimum at the end, and the solver comes to its own.
-    Buffers are taken as they are at the end. v is
+    Buffers are taken as they are at the end; leaves that the optimizer leaves alone
+    (`freeze`) are constants, and no part of θ. v is
 
     - "cg": conjugate gradients, for H + λI positive (iMAML, HOAG);
     - "neumann": :math:`\alpha \sum_{j<k} (I - \alpha (H + \lambda I))^j \,
@@ -73,8 +73,8 @@ def implicit(
     Returns:
         An `Estimate`; diagnostics: ``gradient_norm``, the inner loss's at the end, 0 at a
         minimum; ``residual``, the norm of ∂V/∂θ - (H + λI)v relative to ∂V/∂θ (above 1
-        "neumann" diverges; None by "identity"); ``indefinite``, whether "cg" met a
-        direction of curvature ≤ 0, where it stops (damp then).
+        "neumann" diverges); ``indefinite``, whether "cg" met a direction of curvature
+        ≤ 0, to rounding, before it was done, where it stops (damp then).
 
     Raises:
         HyperparameterError: an option out of its range.
@@ -116,29 +116,38 @@ def implicit(
         end = _end(problem, eta, carry)
         batch, loss = batch_at(problem, problem.steps), InnerLoss(problem.inner_loss)
         value, slopes = outer_vjp(problem, eta, end, problem.steps)
-        wanted, buffers = slopes["params"], end["buffers"]
+        params, buffers = end["params"], end["buffers"]
+        moving = moving_leaves(problem, eta, end)
+        wanted = _kept(slopes["params"], moving)
 
         def gradient(given: Trees) -> Trees:
+            at = tree.map(lambda p, new: p if new is None else new, params, given["kept"])
             meta = meta_of(ready(problem, given["eta"]))
-            return {"grads": loss.grad(given["params"], batch, meta, buffers)[0]}
+            return {"grads": _kept(loss.grad(at, batch, meta, buffers)[0], moving)}
 
         if buffers is not None:
             _check_buffers(problem, eta, end)
         # One graph for all products: each is a pass back through it.
-        inner, pullback = vjp(gradient, {"params": end["params"], "eta": eta})
+        inner, pullback = vjp(gradient, {"kept": _kept(params, moving), "eta": eta})
 
         def product(v: Tree) -> Tree:
-            return _plus(pullback({"grads": v})["params"], damping, v)
+            return plus(pullback({"grads": v})["kept"], damping, v)
 
-        diagnostics: dict[str, Any] = {"residual": None}
+        diagnostics: dict[str, Any] = {}
         if solver == "cg":
-            v, diagnostics = _conjugate_gradients(product, wanted, iterations)
+            v, diagnostics["indefinite"] = conjugate_gradients(
+                product, wanted, iterations
+            )
         elif solver == "neumann":
-            v, diagnostics = _neumann(product, wanted, iterations, step_size)
+            v = neumann(product, wanted, iterations, step_size)
         else:
             v = tree.map(lambda x: step_size * x, wanted)
-        grads = tree.map(torch.sub, slopes["eta"], pullback({"grads": v})["eta"])
-        diagnostics["gradient_norm"] = _dot(inner["grads"], inner["grads"]).sqrt()
+        back = pullback({"grads": v})
+        grads = tree.map(torch.sub, slopes["eta"], back["eta"])
+        # Of what was found, not as the solver has it: its own strays from that.
+        left = plus(plus(wanted, -1.0, back["kept"]), -damping, v)
+        diagnostics["residual"] = relative_norm(left, wanted)
+        diagnostics["gradient_norm"] = dot(inner["grads"], inner["grads"]).sqrt()
     return Estimate(value, grads, diagnostics, end)
 
 
@@ -209,9 +218,37 @@ def weight_update_implicit(
             back = pullback(at)
             grads = tree.map(torch.add, grads, back["eta"])
             at = {name: back[name] for name in CARRY}
-        left = _dot(at["params"], at["params"]).sqrt()
-        ratio = left / _dot(slopes["params"], slopes["params"]).sqrt()
+        ratio = relative_norm(at["params"], slopes["params"])
     return Estimate(value, grads, {"cotangent_ratio": ratio}, end)
+
+
+def moving_leaves(problem: Problem, eta: Tree, carry: Carry) -> Tree:
+    """Which leaves the optimizer steps: those that follow the gradient or the state.
+
+    Those of `freeze` have no gradient of 0 at the end, and no part in the Hessian.
+    """
+    step, state = Step(problem.opt, problem.inner_loss), carry["state"]
+    given = inputs_at(problem, {**carry, "eta": eta}, problem.steps - 1)
+    leaves, structure = tree.flatten(carry["params"])
+
+    def update(at: Trees) -> Trees:
+        params, state = step.updated(at["grads"], {**given, "state": at["state"]})
+        return {"params": params, "state": state}
+
+    moving: list[bool] = []
+    with Draws(leaves).again():
+        for _ in range(problem.steps):  # `accumulate` moves nothing in most
+            at = {"grads": carry["params"], "state": state}  # any gradient will do
+            stepped, moving = _recorded(update, at, "params")
+            if any(moving):
+                break
+            state = stepped["state"]
+    found = iter(moving)
+    return tree.unflatten(structure, [x is not None and next(found) for x in leaves])
+
+
+def _kept(params: Tree, moving: Tree) -> Tree:
+    return tree.map(lambda x, moves: x if moves else None, params, moving)
 
 
 def _check_buffers(problem: Problem, eta: Tree, end: Carry) -> None:
@@ -239,67 +276,27 @@ def _check_buffers(problem: Problem, eta: Tree, end: Carry) -> None:
 
 def _follows(function: Callable[[Trees], Tree], given: Trees) -> bool:
     """Whether a derivative of any of the function's results is recorded."""
-    recorded: list[bool] = []
+    return any(_recorded(lambda at: {"all": function(at)}, given, "all")[1])
+
+
+def _recorded(
+    function: Callable[[Trees], Trees], given: Trees, name: str
+) -> tuple[Trees, list[bool]]:
+    """What the function gives; and of which smooth leaves a derivative is recorded."""
+    found: list[bool] = []
 
     def noting(given: Trees) -> Trees:
-        leaves = [x for x in tree.leaves(function(given)) if is_smooth(x)]
-        recorded.extend(levels.recorded([x]) for x in leaves)
-        return {"all": leaves}
+        results = function(given)
+        smooth = [x for x in tree.leaves(results[name]) if is_smooth(x)]
+        found.extend(levels.recorded([x]) for x in smooth)
+        return results
 
-    vjp(noting, given)
-    return any(recorded)
+    return vjp(noting, given)[0], found
 
 
 def _end(problem: Problem, eta: Tree, carry: Carry | None) -> Carry:
     left = problem.steps - stands_at(problem, carry)
     return advance(problem, eta, left, carry=carry)
-
-
-def _conjugate_gradients(
-    product: Product, wanted: Tree, iterations: int
-) -> tuple[Tree, dict[str, Any]]:
-    """Solve ``product(x) = wanted``; no number is read, so that no device is waited for.
-
-    Where it is solved, or curvature is not positive, x stays.
-    """
-    x, r, p = tree.map(torch.zeros_like, wanted), wanted, wanted
-    start = left = _dot(r, r)
-    indefinite = torch.zeros_like(start, dtype=torch.bool)
-    for _ in range(iterations):
-        bent = product(p)
-        curvature = _dot(p, bent)
-        going = (left > 0) & (curvature > 0)
-        indefinite = indefinite | ((left > 0) & (curvature <= 0))
-        size = torch.where(going, left, 0.0) / torch.where(going, curvature, 1.0)
-        x, r = _plus(x, size, p), _plus(r, -size, bent)
-        before, left = left, _dot(r, r)
-        turn = torch.where(going, left, 0.0) / torch.where(going, before, 1.0)
-        p = _plus(r, turn, p)
-    return x, {"residual": _ratio(left, start), "indefinite": indefinite}
-
-
-def _neumann(
-    product: Product, wanted: Tree, iterations: int, step_size: float
-) -> tuple[Tree, dict[str, Any]]:
-    """The first terms of the series: what is left over of ``wanted`` is the next one."""
-    x, term = tree.map(torch.zeros_like, wanted), wanted
-    for _ in range(iterations):
-        x = _plus(x, step_size, term)
-        term = _plus(term, -step_size, product(term))
-    return x, {"residual": _ratio(_dot(term, term), _dot(wanted, wanted))}
-
-
-def _ratio(squares: Tensor, start: Tensor) -> Tensor:
-    return (squares / start).sqrt()
-
-
-def _plus(x: Tree, size: Tensor | float, y: Tree) -> Tree:
-    return tree.map(lambda a, b: a + size * b, x, y)
-
-
-def _dot(x: Tree, y: Tree) -> Tensor:
-    products = tree.leaves(tree.map(lambda a, b: (a * b).sum(), x, y))
-    return torch.stack([p for p in products if p is not None]).sum()
 
 
 def _check_count(iterations: int) -> None:

@@ -1,5 +1,6 @@
 """iMAML: adapt near θ for as long as it takes, and differentiate the minimum alone."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from funcopt.errors import GradientLostError, HyperparameterError
 from funcopt.inner.loss import loss_and_aux
 from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.meta.families.family import Family, itself, judged, pair
-from funcopt.meta.fixed_point import implicit
-from funcopt.meta.problem import Problem
+from funcopt.meta.fixed_point import implicit, moving_leaves
+from funcopt.meta.problem import Problem, go_on
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, Tensor, Tree
 
@@ -36,7 +37,7 @@ def imaml(
 
     The way to the minimum does not matter: memory is that of one gradient in any number
     of steps, by any optimizer. Exact at the minimum, when conjugate gradients have
-    converged.
+    converged. A leaf that ``inner`` leaves alone (`freeze`) is φ's as it is θ's.
 
     Args:
         loss_fn: as in `maml`; twice differentiable, as `implicit` needs it.
@@ -87,20 +88,37 @@ def imaml(
     def only_loss(out: Any) -> Tensor:
         return out[0] if has_aux else out
 
+    def loss_of_query(params: Tree, batch: Tree, _: Tree, **more: Tree) -> Tensor:
+        return only_loss(loss_fn(params, batch, **more))
+
     def task_loss(theta: Tree, task: Tree) -> Any:
         support, query = pair(task)
         start = tree.detach(theta)
         problem = Problem(
             inner,
             lambda *given, **more: only_loss(near(*given, **more)),
-            lambda params, batch, _, **more: only_loss(loss_fn(params, batch, **more)),
+            loss_of_query,
             steps=steps,
             params=start,
             buffers=buffers,
             batch=support,
             outer_batch=query,
         )
-        found = implicit(problem, {"meta": start}, iterations=iterations, damping=damping)
+        eta = {"meta": start}
+        moving = moving_leaves(problem, eta, go_on(problem, eta, None))
+
+        def joined(loss: LossFunction) -> LossFunction:
+            """A leaf that stays where it starts is θ's, and is no unknown."""
+
+            def of_both(params: Tree, batch: Tree, theta: Tree, **more: Tree) -> Tensor:
+                at = tree.map(lambda p, q, m: p if m else q, params, theta, moving)
+                return loss(at, batch, theta, **more)
+
+            return of_both
+
+        inner_loss, outer_loss = joined(problem.inner_loss), joined(loss_of_query)
+        problem = replace(problem, inner_loss=inner_loss, outer_loss=outer_loss)
+        found = implicit(problem, eta, iterations=iterations, damping=damping)
         # The value, and a slope of zero height: its gradient by θ is what was found.
         slopes = tree.map(
             lambda p, at, g: ((_FirstOnly.apply(p) - at) * g).sum(),

@@ -1,0 +1,79 @@
+"""Linear systems in trees of tensors, solved by products alone."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+
+from funcopt import tree
+from funcopt.types import Tensor, Tree
+
+Product: TypeAlias = Callable[[Tree], Tree]
+_ROUNDING = 8  # so many roundings of one number are no more than rounding
+
+
+def conjugate_gradients(
+    product: Product, wanted: Tree, iterations: int
+) -> tuple[Tree, Tensor]:
+    """Solve ``product(x) = wanted``; and whether curvature forbade it.
+
+    No number is read, so that no device is waited for. Where it is solved, or curvature
+    is not positive, both to rounding, x stays: from there on rounding would be solved
+    for, and along directions without curvature it grows without bound.
+    """
+    x, r, p = tree.map(torch.zeros_like, wanted), wanted, wanted
+    start = left = dot(r, r)
+    indefinite = torch.zeros_like(start, dtype=torch.bool)
+    steepest = torch.zeros_like(start)
+    tiny = _ROUNDING * _epsilon(wanted)
+    for _ in range(iterations):
+        bent = product(p)
+        curvature, length = dot(p, bent), dot(p, p)
+        steepest = torch.maximum(
+            steepest, curvature / torch.where(length > 0, length, 1.0)
+        )
+        unsolved = left > tiny**2 * start
+        going = unsolved & (curvature > tiny * steepest * length)
+        indefinite = indefinite | unsolved & ~going
+        size = torch.where(going, left, 0.0) / torch.where(going, curvature, 1.0)
+        x, r = plus(x, size, p), plus(r, -size, bent)
+        before, left = left, dot(r, r)
+        turn = torch.where(going, left, 0.0) / torch.where(going, before, 1.0)
+        p = plus(r, turn, p)
+    return x, indefinite
+
+
+def neumann(product: Product, wanted: Tree, iterations: int, step_size: float) -> Tree:
+    """The first terms of the series: what is left over of ``wanted`` is the next one."""
+    x, term = tree.map(torch.zeros_like, wanted), wanted
+    for _ in range(iterations):
+        x = plus(x, step_size, term)
+        term = plus(term, -step_size, product(term))
+    return x
+
+
+def plus(x: Tree, size: Tensor | float, y: Tree) -> Tree:
+    return tree.map(lambda a, b: a + size * b, x, y)
+
+
+def dot(x: Tree, y: Tree) -> Tensor:
+    """⟨x, y⟩, a complex number being two real ones; half precision is summed wider."""
+
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return (a.to(wide) * b.to(wide).conj()).real.sum()
+
+    products = [p for p in tree.leaves(tree.map(inner, x, y)) if p is not None]
+    return torch.stack(products).sum() if products else torch.zeros(())
+
+
+def relative_norm(x: Tree, whole: Tree) -> Tensor:
+    """‖x‖ / ‖whole‖; 0 where both are."""
+    square, of = dot(x, x), dot(whole, whole)
+    return (square / torch.where((square > 0) | (of > 0), of, 1.0)).sqrt()
+
+
+def _epsilon(x: Tree) -> float:
+    """The relative rounding error of the coarsest leaf."""
+    leaves = [leaf for leaf in tree.leaves(x) if leaf is not None]
+    return max((torch.finfo(leaf.dtype).eps for leaf in leaves), default=0.0)
