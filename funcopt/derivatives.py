@@ -45,18 +45,19 @@ def vjp(
     def of_variables(values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         result = function({**given, **layout.filled(values, constants)})
         made[:] = [Layout(result)]
-        return made[0].split(result)
+        smooth, others = made[0].split(result)
+        return [*smooth, values[-1]], others
 
-    # torch.func wants at least one variable: one that nothing depends on
+    # torch.func wants at least one variable and one value: one of nothing's
     results: Any = torch.func.vjp(of_variables, [*variables, _NOTHING], has_aux=True)
-    values, pull, others = results
+    (*values, _), pull, others = results
     (out,) = made
 
     def pullback(cotangents: Trees) -> dict[str, Tree]:
         _check_names(cotangents, out.structures, "cotangents")
         filled = out.aligned(cotangents, values, "cotangents")
         zeroed = [torch.zeros_like(x) if c is None else c for x, c in zip(values, filled)]
-        return layout.with_holes(pull(zeroed)[0])
+        return layout.with_holes(pull([*zeroed, _NOTHING])[0])
 
     return out.filled(values, others), pullback
 
@@ -82,12 +83,13 @@ def jvp(
             merged[i] = value
         result = function({**given, **layout.filled(merged, constants)})
         made[:] = [Layout(result)]
-        return made[0].split(result)
+        smooth, others = made[0].split(result)
+        return [*smooth, values[-1]], others
 
     start = [*(variables[i] for i in moving), _NOTHING]
     directions = [*(along[i] for i in moving), _NOTHING]
     results: Any = torch.func.jvp(of_moving, (start,), (directions,), has_aux=True)
-    values, pushed, others = results
+    (*values, _), pushed, others = results
     (out,) = made
     return out.filled(values, others), out.with_holes(pushed)
 

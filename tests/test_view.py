@@ -244,6 +244,16 @@ def test_what_is_not_given_is_zero():
     assert torch.equal(along["params"]["w"], torch.zeros(3).double())
 
 
+def test_of_nothing_that_is_smooth_there_is_no_derivative():
+    p, count = random(3, seed=1), torch.tensor(2)
+    found = fo.meta.mixed_vp(lambda p, batch: (p**3).sum() * batch, p, p, count)
+    assert found == {"batch": None, "meta": None, "buffers": None}
+    opt, nothing = fo.adam(), {"gap": None}
+    state = opt.init(nothing)
+    (stepped, _), pullback = fo.meta.update_vjp(opt, nothing, state, nothing)
+    assert stepped == pullback({})["grads"] == nothing
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
