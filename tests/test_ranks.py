@@ -1,5 +1,6 @@
 """Tasks split over two processes: the numbers of one, and errors that all are told."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch.testing import assert_close
 
 import funcopt as fo
+from funcopt.meta import ranks as over
 
 CASES = (
     "numbers",
@@ -117,13 +119,45 @@ def test_parameters_of_fsdp2_step_as_whole_ones(of_shards: Any, case: str):
             assert distance <= 1e-12, name
 
 
-def test_a_group_of_one(tmp_path: Path):
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Iterator[Any]:
     file = f"file://{tmp_path}/store"
     dist.init_process_group("gloo", init_method=file, rank=0, world_size=1)
-    try:
-        found = ranks.meta(slice(0, 5), ranks.theta(), dist.group.WORLD)
-        with pytest.raises(fo.StructureError, match="tasks has 0 entries"):
-            ranks.meta(slice(0, 0), ranks.theta(), dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_group_of_one(group_of_one: Any):
+    found = ranks.meta(slice(0, 5), ranks.theta(), group_of_one)
+    with pytest.raises(fo.StructureError, match="tasks has 0 entries"):
+        ranks.meta(slice(0, 0), ranks.theta(), group_of_one)
     assert_close(found, expected(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "group, words",
+    [
+        (dist.GroupMember.NON_GROUP_MEMBER, "a group that this process is not in"),
+        ([0, 1], r"a group of torch\.distributed, .*not \[0, 1\]"),
+        (False, "not False"),
+    ],
+)
+def test_what_is_no_group_of_this_process(group: Any, words: str):
+    with pytest.raises(fo.HyperparameterTypeError, match=words):
+        ranks.meta(slice(0, 5), ranks.theta(), group)
+
+
+def test_ranks_have_the_numbers_of_the_whole_job(
+    group_of_one: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Those of a group that is a part of it: here of 4 and 7, of which 7 fails."""
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [4, 7])
+    told = [[True, 5, 0], [False, 0, 0]]
+    monkeypatch.setattr(over, "_gathered", lambda *_: told)
+    monkeypatch.setattr(over, "_all_words", lambda *_: [None, "KeyError: 'no such'"])
+    with pytest.raises(fo.RemoteTaskError, match="^rank 7 failed: KeyError"):
+        ranks.meta(slice(0, 5), ranks.theta(), group_of_one)
+    told[:] = [[True, 5, 0], [True, 5, 1]]
+    monkeypatch.setattr(over, "_all_words", lambda *_: ["a (2,)", "a (3,)"])
+    with pytest.raises(fo.StructureError, match=r"rank 4 has a \(2,\), rank 7 a \(3,\)"):
+        ranks.meta(slice(0, 5), ranks.theta(), group_of_one)
