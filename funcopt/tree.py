@@ -66,6 +66,29 @@ def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
         ) from None
 
 
+def form(structure: Structure) -> Any:
+    """The structure as the tree itself, None for each leaf, its dicts in their order.
+
+    For containers other than dict, list and tuple: what gives the leaves of one, and
+    raises ValueError for a tree of another structure.
+    """
+    kind, parts = structure.type, map(form, structure.children())
+    if kind is None:
+        return None
+    if kind is dict:
+        return dict(zip(structure.entries(), parts))
+    if kind in (list, tuple):
+        return kind(parts)
+
+    def leaves_of(tree: Tree) -> list[Any]:
+        found, own = flatten(tree)
+        if own != structure:
+            raise ValueError
+        return found
+
+    return leaves_of
+
+
 def without_none(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
     """The leaves that are there, and what puts such leaves back in their places.
 

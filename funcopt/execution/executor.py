@@ -24,7 +24,7 @@ Column: TypeAlias = Sequence[Any]
 
 Rows: TypeAlias = Sequence[Sequence[Any]]
 Direct: TypeAlias = Callable[
-    [Sequence[Column], list[int], Rows, Sequence[Column]], Sequence[Column] | None
+    [Sequence[Column], bytes, Rows, Sequence[Column]], Sequence[Column] | None
 ]
 
 
@@ -81,14 +81,14 @@ class Executor(ABC):
     ) -> Direct:
         """The shortest way to run this on leaves that are like these.
 
-        What comes out takes the streams, the addresses of their tensors, the rows (by
+        What comes out takes the streams, their tensors' addresses, the rows (by
         `read_number`, or `PerTask`), and the tensors to write to. It gives the outputs,
         or None: for `__call__` to do, and nothing is written then.
         """
 
         def run(
             streams: Sequence[Column],
-            addresses: list[int],
+            addresses: bytes,
             rows: Rows,
             out: Sequence[Column],
         ) -> list[Column]:

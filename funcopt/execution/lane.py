@@ -21,6 +21,7 @@ from funcopt.execution.executor import (
 from funcopt.execution.form import Form
 from funcopt.execution.guard import Known
 from funcopt.execution.leaves import Leaves
+from funcopt.execution.native import objects
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.types import Tensor
 
@@ -42,7 +43,7 @@ class Lane(ABC):
         self._alike: Known[bool] = Known()  # of these values: that they are as leaves are
         self._settled: Sequence[dict[str, Any]] | None = None  # numbers that all share
         self._written = sum(rule.outputs)
-        self._apart: list[int] = []  # addresses of which no two tensors overlap
+        self._apart = b""  # addresses of which no two tensors overlap
 
     def run(
         self,
@@ -87,7 +88,7 @@ class Lane(ABC):
     ) -> Sequence[Column] | None:
         """The columns, of streams that are alike and rows of scalars."""
 
-    def may_write(self, streams: Sequence[Column], addresses: list[int]) -> bool:
+    def may_write(self, streams: Sequence[Column], addresses: bytes) -> bool:
         """Whether no two of the tensors share memory, where all are to be written."""
         if addresses != self._apart:
             old = streams[1 : 1 + self._written]
@@ -126,14 +127,15 @@ class Plain(Lane):
     def step(
         self, streams: Sequence[Column], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
-        given = [x for row in rows for x in row if isinstance(x, Tensor)]
-        if given:
+        kinds = {type(x) for row in rows for x in row}
+        if not kinds <= _NUMBERS:
+            given = [x for row in rows for x in row if isinstance(x, Tensor)]
             if any(type(x) is not Tensor or x.requires_grad for x in given):
                 return None
             rows = [[*map(read_number, row)] for row in rows]
-        if self._tasks != _tasks_of(rows):
+        if (self._tasks or PerTask in kinds) and self._tasks != _tasks_of(rows):
             return None
-        addresses = [address for column in streams for address in map(_address, column)]
+        addresses = objects.load().addresses(*streams)
         out = old = streams[1 : 1 + self._written]
         if donate and not self.may_write(streams, addresses):
             return None
@@ -176,7 +178,7 @@ class Whole(Lane):
         given = [x for row in rows for x in row if isinstance(x, Tensor)]
         if any(type(x) is not Tensor or x.requires_grad for x in given):
             return None
-        if donate and not self.may_write(streams, [*map(_address, chain(*streams))]):
+        if donate and not self.may_write(streams, objects.load().addresses(*streams)):
             return None
         grads, params, *state = streams
         owners = [0] * len(params)
@@ -217,9 +219,9 @@ class Recorded(Lane):
         return form.gather(fused_autograd.record(call, [*chain(*streams), *given]))
 
 
+_NUMBERS = {int, float}
+
+
 def _tasks_of(rows: Rows) -> int:
     each = (len(x.values) for row in rows for x in row if type(x) is PerTask)
     return next(each, 0)
-
-
-_address = Tensor.data_ptr

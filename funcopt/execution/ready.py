@@ -6,7 +6,7 @@ from typing import Any
 
 from funcopt.execution.executor import Column, Direct, Executor, maker, read_number
 from funcopt.execution.guard import Known
-from funcopt.types import Tensor
+from funcopt.execution.native import objects
 
 
 class Ready:
@@ -39,4 +39,4 @@ class Ready:
         if out is None:
             out = [make() for _ in range(self._outputs)]
         numbers = [[*map(read_number, row)] for row in rows]
-        return direct(streams, [*map(Tensor.data_ptr, tensors)], numbers, out)
+        return direct(streams, objects.load().addresses(tensors), numbers, out)

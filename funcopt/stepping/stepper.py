@@ -18,12 +18,12 @@ from funcopt.checks import (
     check_state,
 )
 from funcopt.execution import batched, choice, dispatch, levels
-from funcopt.execution.guard import Known
 from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.spec import Spec
 from funcopt.stepping import complex_leaves, sparse_rows, tasks, vectors
+from funcopt.stepping.again import Again
 from funcopt.stepping.live import merged, picked, which_step
 from funcopt.stepping.per_leaf import Hypers
 from funcopt.stepping.totals import Measure
@@ -34,8 +34,6 @@ from funcopt.types import HyperValue, State, Tensor, Tree
 LeafValues: TypeAlias = Callable[
     [tree.Structure, Sequence[Any], Sequence[Any]], Sequence[dict[str, Any]]
 ]
-
-_MOST_LANES = 64  # structures of params that one optimizer remembers
 
 
 class Stepper:
@@ -73,14 +71,9 @@ class Stepper:
         }
         #: whether tasks may go together: no element sees another
         self.separable = spec.elementwise and not spec.totals
-        #: of the totals, and of the step
-        self.lanes: dict[tree.Structure, Known[list[Lane]]] = {}
+        self.again = Again(self.trees, [*self.vectors], self.measures)
         #: what steps the entries of a sparse gradient
         self.lazy = Stepper(replace(spec, sparse="")) if spec.sparse else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies make lanes of their own."""
-        return self.__dict__ | {"lanes": {}}
 
     def init(self, params: Tree) -> State:
         """The state before the first step; see `Optimizer`."""
@@ -126,15 +119,14 @@ class Stepper:
         execution: str | None = None,
     ) -> tuple[Tree, State]:
         """One step with the rule's keyword arguments that ``values`` gives each leaf."""
-        p, structure = tree.flatten(params)
         free = not (execution or torch.compiler.is_compiling() or choice.is_forced())
         together = free and not donate and self.separable and batched.is_vmapped()
         if free and not together and choice.is_free():
-            known = self.lanes.get(structure)
-            if known is not None:
-                done = self._again(known, structure, grads, state, p, donate, values)
-                if done is not None:
-                    return self._result(structure, params, state, *done, donate)
+            done = self.again.step(grads, state, params, values, donate)
+            if done is not None:
+                structure, columns, steps = done
+                return self._result(structure, params, state, columns, steps, donate)
+        p, structure = tree.flatten(params)
         g = tree.flatten_like(structure, grads, "grads")
         check_state(state, ("step", *self.slots), self.vectors, structure, self.rule.name)
         trees = {
@@ -208,12 +200,8 @@ class Stepper:
                 for column, stream in zip(columns, self.rule.outputs)
             ]
         elif live is None and None not in lanes:
-            if len(self.lanes) >= _MOST_LANES and structure not in self.lanes:
-                self.lanes.clear()
             tensors = [*chain(g, p, *map(trees.__getitem__, self.trees)), *held]
-            self.lanes.setdefault(structure, Known()).put(
-                tensors, [x for x in lanes if x]
-            )
+            self.again.keep(structure, tensors, [x for x in lanes if x])
         return merged((p, *old.values()), columns, live), steps
 
     def _lazily(
@@ -263,40 +251,6 @@ class Stepper:
         ]
         return tree.unflatten(structure, complex_leaves.rejoined(new, p))
 
-    def _again(
-        self,
-        known: Known[list[Lane]],
-        structure: tree.Structure,
-        grads: Tree,
-        state: State,
-        p: list[Any],
-        donate: bool,
-        values: LeafValues,
-    ) -> tuple[Sequence[Any], Tensor] | None:
-        """The columns and steps of a step like an earlier one; None if it is not."""
-        try:
-            streams = [structure.flatten_up_to(grads), p]
-            streams += [structure.flatten_up_to(state[slot]) for slot in self.trees]
-            held = [state[key] for key in self.vectors]
-        except (KeyError, TypeError, ValueError):
-            return None  # where the words for it are found
-        if len(state) != 1 + len(self.slots):
-            return None
-        lanes = known.get([*chain(*streams), *held])
-        if lanes is None:
-            return None
-        steps = held[0] + 1
-        numbers = [*(vector.tolist() for vector in held[1:]), steps.tolist()]
-        hyper = values(structure, p, numbers[-1])
-        *of_totals, lane = lanes
-        for measure, own in zip(self.measures, of_totals):
-            sums = own.run(streams, numbers, hyper, False)
-            if sums is None:
-                return None
-            hyper = measure.added(hyper, sums)
-        columns = lane.run(streams, numbers, hyper, donate)
-        return None if columns is None else (columns, steps)
-
     def _result(
         self,
         structure: tree.Structure,
@@ -316,6 +270,7 @@ class Stepper:
                 new[slot] = tree.unflatten(structure, column)
         if donate:
             for key, vector in new.items():
-                state[key].copy_(vector)
+                if vector is not state[key]:
+                    state[key].copy_(vector)
             return params, state
         return tree.unflatten(structure, columns[0]), new

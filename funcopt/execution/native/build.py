@@ -13,6 +13,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -61,13 +62,13 @@ class Library:
             self.made = None
 
 
-def library(source: str) -> Library:
-    """The library of ``source``, from the cache or built.
+def library(source: str, flags: Sequence[str] = ()) -> Library:
+    """The library of ``source``, from the cache or built with these ``flags``, too.
 
     Raises:
         BuildError: there is no compiler, it fails, or the folder cannot be written to.
     """
-    folder, compiler, kernel = _folder(), _compiler(), _key(source)
+    folder, compiler, kernel = _folder(), _compiler(), _key(source, flags)
     entry = folder / f"{kernel}-{_key_of(compiler) if compiler else '*'}.so"
     for found in [entry] if compiler else sorted(folder.glob(entry.name)):
         if _is_whole(found):
@@ -86,7 +87,7 @@ def library(source: str) -> Library:
         raise BuildError(f"nothing can be written to {folder}: {error}") from error
     made = Path(name)
     try:
-        _compile(compiler, source, made)
+        _compile(compiler, source, made, flags)
         made.chmod(0o600)  # the linker made a file of its own
         content = made.read_bytes()
         made.write_bytes(content + hashlib.sha256(content).digest())
@@ -96,8 +97,8 @@ def library(source: str) -> Library:
         raise BuildError(str(error)) from error
 
 
-def _compile(compiler: str, source: str, target: Path) -> None:
-    command = [compiler, *_FLAGS, "-o", str(target), "-", "-lm"]
+def _compile(compiler: str, source: str, target: Path, flags: Sequence[str]) -> None:
+    command = [compiler, *_FLAGS, *flags, "-o", str(target), "-", "-lm"]
     try:
         done = subprocess.run(
             command, input=source.encode(), capture_output=True, timeout=_SECONDS
@@ -134,10 +135,10 @@ def _folder() -> Path:
     return Path(base)
 
 
-def _key(source: str) -> str:
+def _key(source: str, flags: Sequence[str]) -> str:
     """Of all but the compiler: where none is at hand, what another built will do."""
     versions = torch.__version__, _own_version()
-    return _hash(source, *_FLAGS, _machine(), *versions)
+    return _hash(source, *_FLAGS, *flags, _machine(), *versions)
 
 
 def _key_of(compiler: str) -> str:

@@ -5,7 +5,7 @@ import os
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
-from itertools import chain, repeat
+from itertools import repeat
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from funcopt.execution.executor import (
     Rows,
     empty_like,
 )
-from funcopt.execution.native import self_check, source
+from funcopt.execution.native import objects, self_check, source
 from funcopt.execution.native.build import library
 from funcopt.execution.program import Program
 from funcopt.execution.sweeping import Sweeping
@@ -31,7 +31,7 @@ from funcopt.types import Tensor
 _PARALLEL = 32768
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_address = Tensor.data_ptr
+_NO_SUMS = array("d")  # nothing is written to what is empty
 
 # As many bytes of output would push everything else out of the cache.
 _PAST_CACHE = 32 << 20
@@ -54,6 +54,7 @@ class Native(Sweeping):
         self._parameters = [source.parameters(program, s) for s in program.passes]
         built = [library(source.print_c(program, s, stored)) for s in program.passes]
         self._kernels = [_kernel(each.loaded) for each in built]
+        self._objects = objects.load()
         if any(each.made for each in built):
             try:
                 self_check.compare(self)
@@ -91,7 +92,7 @@ class Native(Sweeping):
 
         def run(
             streams: Sequence[Column],
-            addresses: list[int],
+            addresses: bytes,
             rows: Rows,
             out: Sequence[Column],
         ) -> Sequence[Column] | None:
@@ -135,50 +136,42 @@ class Native(Sweeping):
         sizes = array("q", [x.numel() // max(tasks, 1) for x in like])
         owners, sums_out = array("q", which), len(sweep.sums)
         of_row = [[i for i in range(count) if which[i] == row] for row in {*which}]
-        stream = {value: k * count for k, value in enumerate(self._streams)}
-        read = [slice(stream[v], stream[v] + count) for v in self._read[k]]
+        each = 8 * count  # bytes of a column's addresses
+        stream = {value: k * each for k, value in enumerate(self._streams)}
+        read = [slice(stream[v], stream[v] + each) for v in self._read[k]]
         reads_all = self._read[k] == self._streams
         large = total * len(sweep.outputs) * self.stored.itemsize >= _PAST_CACHE
-        fixed = count, max(tasks, 1), sizes.buffer_info()[0], owners.buffer_info()[0]
-        kernel, parallel = self._kernels[k], total >= _PARALLEL
+        fixed = self._kernels[k], count, max(tasks, 1), sizes, owners
+        call, addresses_of = self._objects.run, self._objects.addresses
+        parallel = total >= _PARALLEL
 
         def launch(
-            rows: Rows,
-            addresses: list[int],
-            out: Sequence[Column],
-            donated: bool = False,
-            alive: Any = (sizes, owners),  # as long as their addresses are in use
+            rows: Rows, addresses: bytes, out: Sequence[Column], donated: bool = False
         ) -> Rows:
             if tasks:
                 rows = [each for row in rows for each in _of_tasks(row, tasks)]
-            table = array("d", [x for row in rows for x in before(*row)])
+            table = array("d")
+            for row in rows:
+                table.extend(before(*row))
             pointers = (
-                addresses if reads_all else [x for part in read for x in addresses[part]]
+                addresses if reads_all else b"".join(map(addresses.__getitem__, read))
             )
-            written = (
-                addresses[count : (1 + len(out)) * count]
-                if donated
-                else [*map(_address, chain.from_iterable(out))]
+            pointers += (
+                addresses[each : (1 + len(out)) * each] if donated else addresses_of(*out)
             )
-            pointers = array("Q", pointers + written)
-            sums = array("d", bytes(8 * count * sums_out))
-            failed = kernel(
-                *fixed,
-                table.buffer_info()[0],
-                pointers.buffer_info()[0],
-                sums.buffer_info()[0],
-                large and not donated,
-                torch.get_num_threads() if parallel else 1,
-            )
+            sums = array("d", bytes(8 * count * sums_out)) if sums_out else _NO_SUMS
+            threads = torch.get_num_threads() if parallel else 1
+            streaming = large and not donated
+            failed = call(*fixed, table, pointers, sums, streaming, threads)
             if failed:
                 raise MemoryError("no memory for the sums of a kernel")
             if not sums_out:
                 return rows
-            each = [sums[k::sums_out] for k in range(sums_out)]
+            found = [sums[k::sums_out] for k in range(sums_out)]
             if pooled:
-                totals = [[_total(s, leaves) for s in each] for leaves in of_row]
+                totals = [[_total(s, leaves) for s in found] for leaves in of_row]
                 return [(*row, *more) for row, more in zip(rows, totals)]
-            return [(*rows[row], *more) for row, *more in zip(which, *each)]
+            return [(*rows[row], *more) for row, *more in zip(which, *found)]
 
         return launch
 
@@ -199,18 +192,23 @@ class Native(Sweeping):
             sizes = array("q", [size // tasks for size in sizes])
         if out is None:
             out = [empty_like(first) for _ in sweep.outputs]
-        table = array("Q")
-        for column in (*(columns[value] for value in self._read[k]), *out):
-            table.extend(map(Tensor.data_ptr, column))
+        addresses = self._objects.addresses
+        given = addresses(*(columns[value] for value in self._read[k]))
+        written = addresses(*out)
         rows = _table([[v[i] for i in self._parameters[k]] for v in env], tasks)
         sums = array("d", bytes(8 * len(first) * max(tasks, 1) * len(sweep.sums)))
-        arrays = (sizes, array("q", which), rows, table, sums)  # alive while in use
-        failed = self._kernels[k](
+        large = total * len(out) * self.stored.itemsize >= _PAST_CACHE
+        last = array("Q", written)[-1:]  # of what is written in place the line is there
+        failed = self._objects.run(
+            self._kernels[k],
             len(first),
             max(tasks, 1),
-            *[a.buffer_info()[0] for a in arrays],
-            total * len(out) * self.stored.itemsize >= _PAST_CACHE
-            and table[-1] not in table[: -len(first)],  # in place the line is there
+            sizes,
+            array("q", which),
+            rows,
+            given + written,
+            sums,
+            large and last[0] not in array("Q", given),
             torch.get_num_threads() if total >= _PARALLEL else 1,
         )
         if failed:
@@ -260,17 +258,13 @@ def _columns(sums: array, count: int, tasks: int) -> list[list[Any]]:
     return [list(table[..., k].unbind()) for k in range(count)]
 
 
-def _kernel(loaded: ctypes.CDLL) -> Callable[..., int]:
-    pointer = ctypes.c_void_p
-    loaded.run.argtypes = [
-        ctypes.c_int64, ctypes.c_int64, pointer, pointer, pointer, pointer, pointer,
-        ctypes.c_int, ctypes.c_int,
-    ]  # fmt: skip
+def _kernel(loaded: ctypes.CDLL) -> int:
+    """The address of a library's ``run``, which has torch's threads from now on."""
     openmp = _openmp()
     if openmp:
-        loaded.bind.argtypes = [pointer] * 3
+        loaded.bind.argtypes = [ctypes.c_void_p] * 3
         loaded.bind(*openmp)
-    return loaded.run
+    return ctypes.cast(loaded.run, ctypes.c_void_p).value or 0
 
 
 @cache

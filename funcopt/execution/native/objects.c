@@ -1,0 +1,129 @@
+// Python's objects read in C: the leaves of trees, the addresses of tensors; and a kernel
+// called. In Python each costs more than the arithmetic of a small leaf.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+
+// Of torch's C interface; and where an object of the class Tensor holds its at::Tensor.
+static int32_t (*data_ptr)(void *tensor, void **found);
+static PyTypeObject *class;
+static Py_ssize_t behind;
+
+static PyObject *bind(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    data_ptr = (int32_t (*)(void *, void **))PyLong_AsVoidPtr(args[0]);
+    class = (PyTypeObject *)Py_NewRef(args[1]);
+    behind = PyLong_AsSsize_t(args[2]);
+    if (PyErr_Occurred()) return NULL;
+    Py_RETURN_NONE;
+}
+
+static int address(PyObject *x, void **found) {
+    if (!PyObject_TypeCheck(x, class))
+        PyErr_Format(PyExc_TypeError, "a %s has no address", Py_TYPE(x)->tp_name);
+    else if (data_ptr((char *)x + behind, found))
+        PyErr_SetString(PyExc_RuntimeError, "a tensor without memory has no address");
+    return !PyErr_Occurred();
+}
+
+// Appends the leaves of `tree` to `found`: 1; 0 if it is not of this form; -1: an error.
+static int gather(PyObject *form, PyObject *tree, PyObject *found) {
+    if (form == Py_None)
+        return !PyObject_TypeCheck(tree, class) ? 0 : PyList_Append(found, tree) ? -1 : 1;
+    if (PyCallable_Check(form)) {  // a container that optree takes apart
+        PyObject *parts = PyObject_CallOneArg(form, tree);
+        int failed = !parts || PyList_SetSlice(found, PY_SSIZE_T_MAX, PY_SSIZE_T_MAX, parts);
+        Py_XDECREF(parts);
+        if (!failed) return 1;
+        if (!PyErr_ExceptionMatches(PyExc_ValueError)) return -1;
+        PyErr_Clear();
+        return 0;
+    }
+    if (Py_TYPE(form) != Py_TYPE(tree)) return 0;
+    int alike = 1;
+    if (PyDict_CheckExact(form)) {
+        if (PyDict_GET_SIZE(form) != PyDict_GET_SIZE(tree)) return 0;
+        PyObject *key, *part;
+        for (Py_ssize_t at = 0; alike == 1 && PyDict_Next(form, &at, &key, &part);) {
+            PyObject *child = PyDict_GetItemWithError(tree, key);
+            if (!child) return PyErr_Occurred() ? -1 : 0;
+            Py_INCREF(child);  // a key's own __eq__ may run, and change the tree
+            alike = gather(part, child, found);
+            Py_DECREF(child);
+        }
+        return alike;
+    }
+    Py_ssize_t size = Py_SIZE(form);  // a list, or a tuple
+    if (size != Py_SIZE(tree)) return 0;
+    for (Py_ssize_t i = 0; alike == 1 && i < size; i++) {
+        if (i >= Py_SIZE(tree)) return 0;
+        PyObject *child = PySequence_Fast_GET_ITEM(tree, i);
+        Py_INCREF(child);
+        alike = gather(PySequence_Fast_GET_ITEM(form, i), child, found);
+        Py_DECREF(child);
+    }
+    return alike;
+}
+
+static PyObject *leaves(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    PyObject *found = PyList_New(0);
+    int alike = found ? gather(args[0], args[1], found) : -1;
+    if (alike == 1) return found;
+    Py_XDECREF(found);
+    if (alike < 0) return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *addresses(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Py_ssize_t total = 0;
+    for (Py_ssize_t k = 0; k < count; k++) {
+        if (!PyList_Check(args[k]) && !PyTuple_Check(args[k]))
+            return PyErr_Format(PyExc_TypeError, "addresses takes lists of tensors");
+        total += Py_SIZE(args[k]);
+    }
+    PyObject *made = PyBytes_FromStringAndSize(NULL, total * sizeof(void *));
+    void **next = made ? (void **)PyBytes_AS_STRING(made) : NULL;
+    for (Py_ssize_t k = 0; made && k < count; k++)
+        for (Py_ssize_t i = 0; made && i < Py_SIZE(args[k]); i++)
+            if (!address(PySequence_Fast_GET_ITEM(args[k], i), next++)) Py_CLEAR(made);
+    return made;
+}
+
+typedef int (*Kernel)(int64_t, int64_t, const int64_t *, const int64_t *, const double *,
+                      char *const *, double *, int, int);
+
+// run(kernel, leaves, tasks, sizes, rows, scalars, pointers, sums, streaming, threads)
+static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Py_buffer parts[5];
+    int taken = 0, failed = 0;
+    for (; taken < 5; taken++)
+        if (PyObject_GetBuffer(args[3 + taken], parts + taken,
+                               taken < 4 ? PyBUF_SIMPLE : PyBUF_WRITABLE))
+            break;
+    if (taken == 5) {
+        Kernel kernel = (Kernel)PyLong_AsVoidPtr(args[0]);
+        int64_t number = PyLong_AsLongLong(args[1]), tasks = PyLong_AsLongLong(args[2]);
+        int streaming = PyObject_IsTrue(args[8]), threads = PyLong_AsLong(args[9]);
+        if (!PyErr_Occurred()) {
+            Py_BEGIN_ALLOW_THREADS;
+            failed = kernel(number, tasks, parts[0].buf, parts[1].buf, parts[2].buf,
+                            parts[3].buf, parts[4].buf, streaming, threads);
+            Py_END_ALLOW_THREADS;
+        }
+    }
+    while (taken) PyBuffer_Release(parts + --taken);
+    if (PyErr_Occurred()) return NULL;
+    return PyLong_FromLong(failed);
+}
+
+static PyMethodDef methods[] = {
+    {"bind", (PyCFunction)(void *)bind, METH_FASTCALL, NULL},
+    {"leaves", (PyCFunction)(void *)leaves, METH_FASTCALL, NULL},
+    {"addresses", (PyCFunction)(void *)addresses, METH_FASTCALL, NULL},
+    {"run", (PyCFunction)(void *)run, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "objects", NULL, -1, methods};
+
+PyObject *make(void) { return PyModule_Create(&definition); }

@@ -1,0 +1,129 @@
+"""What is done with Python's objects around a kernel: in C, and the same in Python.
+
+A step of a small network is spent on looking at its tensors, a Python call for each.
+"""
+
+import ctypes
+import os
+import sys
+import sysconfig
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from funcopt.execution.executor import BuildError
+from funcopt.execution.native.build import library
+from funcopt.types import Tensor, Tree
+
+_pointer = ctypes.c_void_p
+_KERNEL = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_int64, ctypes.c_int64, *[_pointer] * 5, ctypes.c_int,
+    ctypes.c_int,
+)  # fmt: skip
+
+
+class Objects(Protocol):
+    """What there is in C, and in Python where that cannot be built."""
+
+    @property
+    def leaves(self) -> Callable[[Any, Tree], list[Any] | None]:
+        """The tensors of a tree of this form, in the form's order; None for another's.
+
+        A form is a tree of dicts, lists and tuples, with None for each tensor. What else
+        stands in it is called with what stands there in the tree: it gives a list of
+        leaves, or raises ValueError.
+        """
+        ...
+
+    @property
+    def addresses(self) -> Callable[..., bytes]:
+        """Of the tensors in some lists, one after the other, eight bytes each."""
+        ...
+
+    @property
+    def run(self) -> Callable[..., int]:
+        """A kernel by its address, and what ``run`` of driver.h takes: buffers."""
+        ...
+
+
+@cache
+def load() -> Objects:
+    """In C, where there are a compiler, Python's headers and torch as it is known."""
+    try:
+        return _in_c()
+    except (BuildError, OSError, AttributeError):
+        return InPython()
+
+
+def _in_c() -> Objects:
+    if os.environ.get("FUNCOPT_NATIVE") == "0":
+        raise BuildError("native kernels are turned off: FUNCOPT_NATIVE=0")
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        raise BuildError("without a lock lists may change while they are read")
+    # Right behind what every object begins with lies the pointer that _cdata tells.
+    tensors = [torch.ones(3, device="cpu"), torch.nn.Parameter(torch.ones(2, 2)[1])]
+    tensors += [tensors[0].new_zeros(0), tensors[0][1:]]
+    behind = object.__basicsize__
+    for x in tensors:
+        if _pointer.from_address(id(x) + behind).value != x._cdata:
+            raise BuildError("this torch keeps its tensors elsewhere")
+    folder = Path(torch.__file__).parent / "lib"
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    data_ptr = ctypes.CDLL(str(folder / name)).aoti_torch_get_data_ptr
+    source = Path(__file__).with_suffix(".c").read_text()
+    built = library(
+        f"// {sysconfig.get_config_var('SOABI')}\n{source}",
+        [f"-I{sysconfig.get_path('include')}"]
+        + ["-undefined", "dynamic_lookup"] * (sys.platform == "darwin"),
+    )
+    try:
+        make = ctypes.PyDLL("", handle=built.loaded._handle).make
+        make.restype = ctypes.py_object
+        objects: Any = make()
+        objects.bind(ctypes.cast(data_ptr, _pointer).value, Tensor, behind)
+        if objects.addresses(tensors) != InPython().addresses(tensors):
+            raise BuildError("C finds tensors elsewhere than torch")
+        built.keep()
+    finally:
+        built.discard()
+    return objects
+
+
+class InPython:
+    """As `Objects` says."""
+
+    def leaves(self, form: Any, tree: Tree) -> list[Any] | None:
+        found: list[Any] = []
+        return found if _gather(form, tree, found) else None
+
+    def addresses(self, *lists: Sequence[Tensor]) -> bytes:
+        return array("Q", map(Tensor.data_ptr, chain(*lists))).tobytes()
+
+    def run(self, kernel: int, *given: Any) -> int:
+        plain = [x.buffer_info()[0] if isinstance(x, array) else x for x in given]
+        return _KERNEL(kernel)(*plain)
+
+
+def _gather(form: Any, tree: Tree, found: list[Any]) -> bool:
+    if form is None:
+        found.append(tree)
+        return isinstance(tree, Tensor)
+    if callable(form):
+        leaves_of: Callable[[Tree], list[Any]] = form
+        try:
+            found += leaves_of(tree)
+        except ValueError:
+            return False
+        return True
+    if type(form) is not type(tree) or len(form) != len(tree):
+        return False
+    if isinstance(form, dict):
+        return all(
+            k in tree and _gather(part, tree[k], found) for k, part in form.items()
+        )
+    return all(_gather(part, child, found) for part, child in zip(form, tree))

@@ -1,0 +1,102 @@
+"""A step like an earlier one goes by what was found out then: its lanes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from funcopt import tree
+from funcopt.execution.guard import Known
+from funcopt.execution.lane import Lane
+from funcopt.execution.native import objects
+from funcopt.stepping.totals import Measure
+from funcopt.types import State, Tensor, Tree
+
+_MOST = 64  # structures of params that one optimizer remembers
+
+
+class _Seen:
+    """Trees of one structure that were stepped."""
+
+    def __init__(
+        self, structure: tree.Structure, slots: Sequence[str], vectors: Sequence[str]
+    ) -> None:
+        self.structure, self.count = structure, structure.num_leaves
+        self.lanes: Known[list[Lane]] = Known()
+        #: a tensor: torch makes one of a number at each addition
+        self.one = torch.ones((), dtype=torch.int64, device="cpu")
+        form = tree.form(structure)
+        state = {**dict.fromkeys(slots, form), **dict.fromkeys(vectors)}
+        #: of grads, params and state
+        self.form = form, form, state
+
+
+class Again:
+    """The lanes of one optimizer, those of its totals before those of its step.
+
+    Args:
+        slots: the names of the state's trees.
+        vectors: the names of what the state holds for all leaves at once, steps first.
+        measures: of the totals.
+    """
+
+    def __init__(
+        self, slots: Sequence[str], vectors: Sequence[str], measures: Sequence[Measure]
+    ) -> None:
+        self._slots, self._vectors, self._measures = slots, vectors, measures
+        self._all: tuple[_Seen, ...] = ()  # the last found first
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make lanes of their own."""
+        return self.__dict__ | {"_all": ()}
+
+    def keep(
+        self, structure: tree.Structure, tensors: Sequence[Tensor], lanes: list[Lane]
+    ) -> None:
+        """Remember how these went: gradients, parameters, slots, vectors."""
+        for seen in self._all:
+            if seen.structure == structure:
+                break
+        else:
+            seen = _Seen(structure, self._slots, self._vectors)
+            self._all = (seen, *self._all)[:_MOST]
+        seen.lanes.put(tensors, lanes)
+
+    def step(
+        self,
+        grads: Tree,
+        state: State,
+        params: Tree,
+        values: Callable[..., Sequence[dict[str, Any]]],
+        donate: bool,
+    ) -> tuple[tree.Structure, Sequence[Any], Tensor] | None:
+        """The structure, columns and steps of such a step; None if it is not."""
+        given, leaves = (grads, params, state), objects.load().leaves
+        for seen in self._all:
+            tensors = leaves(seen.form, given)
+            if tensors is not None:
+                break
+        else:
+            return None
+        if seen is not self._all[0]:
+            self._all = (seen, *(x for x in self._all if x is not seen))
+        lanes = seen.lanes.get(tensors)
+        if lanes is None:
+            return None
+        count, some = seen.count, len(tensors) - len(self._vectors)
+        streams = [tensors[k : k + count] for k in range(0, some, count)]
+        steps, *others = tensors[some:]
+        numbers = [vector.tolist() for vector in others]
+        numbers.append([t + 1 for t in steps.tolist()])
+        hyper = values(seen.structure, streams[1], numbers[-1])
+        *of_totals, lane = lanes
+        for measure, own in zip(self._measures, of_totals):
+            sums = own.run(streams, numbers, hyper, False)
+            if sums is None:
+                return None
+            hyper = measure.added(hyper, sums)
+        columns = lane.run(streams, numbers, hyper, donate)
+        if columns is None:
+            return None
+        new = steps.add_(seen.one) if donate else steps + seen.one
+        return seen.structure, columns, new

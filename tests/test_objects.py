@@ -1,0 +1,167 @@
+"""What C does with Python's objects is what the same in Python does."""
+
+import shutil
+from array import array
+from collections import OrderedDict, namedtuple
+from typing import Any
+
+import pytest
+import torch
+
+import funcopt as fo
+from funcopt import tree
+from funcopt.execution.executor import BuildError
+from funcopt.execution.native import objects
+
+Pair = namedtuple("Pair", "first second")
+
+
+def leaf(size: int = 2) -> torch.Tensor:
+    return torch.zeros(size)
+
+
+def both() -> list[objects.Objects]:
+    found = objects.load()
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    assert not isinstance(found, objects.InPython)
+    return [found, objects.InPython()]
+
+
+TREES: dict[str, Any] = {
+    "leaf": leaf(),
+    "dict": {"b": leaf(), "a": leaf()},
+    "numbers as keys": {2: leaf(), 1: leaf()},
+    "nested": {"a": {"x": leaf()}, "b": [leaf(), (leaf(),)], "c": ()},
+    "namedtuple": {"a": Pair(leaf(), {"x": leaf()}), "b": leaf()},
+    "ordered": OrderedDict(b=leaf(), a=leaf()),
+    "parameter": [torch.nn.Parameter(leaf())],
+}
+
+#: no tree of these may pass for one of those above, nor one above for another
+OTHERS: dict[str, Any] = {
+    "none": None,
+    "number": 1.0,
+    "none within": {"b": leaf(), "a": None},
+    "another key": {"b": leaf(), "c": leaf()},
+    "one more": {"b": leaf(), "a": leaf(), "c": leaf()},
+    "deeper": {"b": leaf(), "a": [leaf()]},
+    "a subclass": OrderedDict(a=leaf(), b=leaf(), c=leaf()),
+    "longer": [torch.nn.Parameter(leaf()), leaf()],
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_leaves_are_those_of_the_form_and_of_no_other(name: str):
+    given = TREES[name]
+    expected, structure = tree.flatten(given)
+    form = tree.form(structure)
+    for found in both():
+        leaves = found.leaves(form, given)
+        assert leaves is not None and list(map(id, leaves)) == list(map(id, expected))
+        for other, value in (TREES | OTHERS).items():
+            assert other == name or found.leaves(form, value) is None
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_tree_in_another_order_has_the_same_leaves(name: str):
+    given = TREES[name]
+    form = tree.form(tree.flatten(given)[1])
+    if type(given) is dict:
+        given = dict(reversed(given.items()))
+    expected = [id(x) for x in tree.leaves(given)]
+    for found in both():
+        leaves = found.leaves(form, given)
+        assert leaves is not None and list(map(id, leaves)) == expected
+
+
+class _Rude:
+    """A key that empties the dict it is looked for in."""
+
+    def __init__(self, victim: dict[Any, Any]) -> None:
+        self.victim = victim
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        if self is not other:
+            self.victim.clear()
+        return True
+
+
+def test_a_key_that_changes_the_tree():
+    for found in both():
+        victim: dict[Any, Any] = {}
+        victim[_Rude(victim)] = leaf()
+        form = {_Rude({}): None}
+        assert found.leaves((form, form), (victim, victim)) is None
+
+
+def test_an_error_of_a_container_is_not_hidden():
+    def of_a_container(given: Any) -> list[Any]:
+        raise ZeroDivisionError
+
+    for found in both():
+        with pytest.raises(ZeroDivisionError):
+            found.leaves({"a": of_a_container}, {"a": 1})
+
+
+def test_addresses():
+    base = torch.arange(12.0).reshape(3, 4)
+    lists = [[base, base[1:], base.T[1:]], (torch.nn.Parameter(leaf()), leaf(0))]
+    expected = array("Q", [x.data_ptr() for each in lists for x in each]).tobytes()
+    for found in both():
+        assert found.addresses(*lists) == expected
+        assert found.addresses() == b""
+        for wrong in ([1.0], [None], [base, "x"]):
+            with pytest.raises(TypeError):
+                found.addresses(wrong)
+    fast, _ = both()
+    with pytest.raises(TypeError, match="lists of tensors"):
+        fast.addresses(base)
+    with pytest.raises(RuntimeError, match="without memory"):
+        fast.addresses([torch.eye(2).to_sparse()])
+
+
+def test_a_kernel_writes_the_same(monkeypatch: pytest.MonkeyPatch):
+    params = {"w": torch.linspace(-1, 1, 5000), "b": torch.ones(3)}
+    results = []
+    for found in both():
+        monkeypatch.setattr(objects, "load", lambda found=found: found)
+        opt, p = fo.chain(fo.clip_by_global_norm(0.5), fo.lamb(lr=0.1)), params
+        state = opt.init(p)
+        with fo.execution("native"):
+            for _ in range(3):
+                p, state = opt.update(params, state, p)
+        results.append([*tree.leaves(p), *tree.leaves(state)])
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("masked", ["library", "sysconfig"])
+def test_without_it_steps_are_the_same(masked: str, monkeypatch: pytest.MonkeyPatch):
+    """A torch that keeps tensors elsewhere, and no headers of Python's."""
+    params = {"w": torch.linspace(-1, 1, 7), "b": torch.ones(())}
+    expected = _two_steps(params)
+
+    def missing(*given: Any, **named: Any) -> Any:
+        raise BuildError("there is none")
+
+    if masked == "library":
+        monkeypatch.setattr(objects, "library", missing)
+    else:
+        monkeypatch.setattr(objects.sysconfig, "get_path", lambda *_: "/nowhere")
+        monkeypatch.setenv("FUNCOPT_CACHE", str(monkeypatch))
+    monkeypatch.setattr(objects, "load", objects.load.__wrapped__)
+    found = _two_steps(params)
+    for a, b in zip(found, expected):
+        assert torch.equal(a, b)
+
+
+def _two_steps(params: Any) -> list[torch.Tensor]:
+    opt, p = fo.adamw(lr=0.1), tree.map(torch.clone, params)
+    state = opt.init(p)
+    for donate in (False, True, False, True):
+        p, state = opt.update(params, state, p, donate=donate)
+    return [*tree.leaves(p), *tree.leaves(state)]
