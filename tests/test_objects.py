@@ -124,6 +124,14 @@ def test_addresses():
         fast.addresses([torch.eye(2).to_sparse()])
 
 
+def test_same_is_the_same_object_and_not_an_equal_one():
+    a, b, one = leaf(1), leaf(1), 1.5
+    for found in both():
+        assert found.same([], []) and found.same([a, one, b], [a, one, b])
+        for other in ([a], [a, b, b], [b, a], [a.clone(), b], []):
+            assert not found.same([a, b], other)
+
+
 def test_a_kernel_writes_the_same(monkeypatch: pytest.MonkeyPatch):
     params = {"w": torch.linspace(-1, 1, 5000), "b": torch.ones(3)}
     results = []

@@ -102,7 +102,7 @@ def _lane(
         return None
     if whole:
         run = partial(_run_whole, group.choice.name)
-        return Whole(leaves.rule, group.kinds, run, which)
+        return Whole(leaves.rule, group.kinds, len(leaves.params), run, which)
     columns = leaves.streams(group.kinds)
     if any(a is not b for a, b in zip(columns, layout.alike(columns))):
         return None

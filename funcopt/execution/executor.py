@@ -24,7 +24,7 @@ Column: TypeAlias = Sequence[Any]
 
 Rows: TypeAlias = Sequence[Sequence[Any]]
 Direct: TypeAlias = Callable[
-    [Sequence[Column], bytes, Rows, Sequence[Column]], Sequence[Column] | None
+    [Sequence[Tensor], bytes, Rows, Sequence[Column] | None], Sequence[Column] | None
 ]
 
 
@@ -81,17 +81,22 @@ class Executor(ABC):
     ) -> Direct:
         """The shortest way to run this on leaves that are like these.
 
-        What comes out takes the streams, their tensors' addresses, the rows (by
-        `read_number`, or `PerTask`), and the tensors to write to. It gives the outputs,
-        or None: for `__call__` to do, and nothing is written then.
+        What comes out takes the tensors of all streams, one column after the other,
+        their addresses, the rows (by `read_number`, or `PerTask`), and the tensors to
+        write to: None for the streams from the second on. It gives the outputs, or
+        None: for `__call__` to do, and nothing is written then. Columns that are
+        written over may be left out, the last ones, or be None.
         """
+        count, written = len(like), sum(map(self.program.is_stream, self.program.outputs))
 
         def run(
-            streams: Sequence[Column],
+            tensors: Sequence[Tensor],
             addresses: bytes,
             rows: Rows,
-            out: Sequence[Column],
+            out: Sequence[Column] | None,
         ) -> list[Column]:
+            streams = [tensors[k : k + count] for k in range(0, len(tensors), count)]
+            out = streams[1 : 1 + written] if out is None else out
             rows = [[*map(as_vector, row)] for row in rows]
             return self(streams, rows, which, out=out, pooled=pooled, tasks=tasks)
 

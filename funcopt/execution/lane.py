@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -32,39 +31,40 @@ class Lane(ABC):
     Args:
         rule: that is run.
         kinds: of the hyperparameters, which all leaves share.
+        count: of the leaves.
     """
 
-    def __init__(self, rule: Rule, kinds: Kinds) -> None:
-        self._rule = rule
+    def __init__(self, rule: Rule, kinds: Kinds, count: int) -> None:
+        self._rule, self._count = rule, count
         self.kinds = kinds
         self._names = rule.scalars(kinds)
         self._elements = rule.streams(kinds)  # hyperparameters with a value for each
         self._fixed = [name for name in rule.hyper if name not in self._elements]
         self._alike: Known[bool] = Known()  # of these values: that they are as leaves are
         self._settled: Sequence[dict[str, Any]] | None = None  # numbers that all share
-        self._written = sum(rule.outputs)
+        self._written = count * sum(rule.outputs)
         self._apart = b""  # addresses of which no two tensors overlap
 
     def run(
         self,
-        streams: Sequence[Column],
+        tensors: list[Tensor],
         numbers: Sequence[list[Any]],
         hyper: Sequence[dict[str, Any]],
         donate: bool,
     ) -> Sequence[Column] | None:
         """The columns ``p, *slots``; None where this step needs to be looked at.
 
-        ``streams`` are gradients, parameters and slots; ``numbers`` the scalar slots and
-        the steps.
+        ``tensors`` are gradients, parameters and slots, one column after the other;
+        ``numbers`` the scalar slots and the steps.
         """
         first, shared = hyper[0], True
         if hyper is not self._settled:
             each = {id(values): values for values in hyper}
             if self._elements:
-                more = [[values[name] for values in hyper] for name in self._elements]
-                if not self._alike.get([*chain.from_iterable(more)]):
+                more = [values[name] for name in self._elements for values in hyper]
+                if not self._alike.get(more):
                     return None
-                streams = [*streams, *more]
+                tensors = tensors + more
                 each = {tuple(id(v[name]) for name in self._fixed): v for v in hyper}
             kinds, shared = self._rule.kinds, len(each) == 1
             if any(kinds(values) != self.kinds for values in each.values()):
@@ -80,19 +80,27 @@ class Lane(ABC):
         else:
             row = [column[0] for column in numbers]
             rows = [[*row, *map(first.__getitem__, self._names)]]
-        return self.step(streams, rows, donate)
+        return self.step(tensors, rows, donate)
 
     @abstractmethod
     def step(
-        self, streams: Sequence[Column], rows: Rows, donate: bool
+        self, tensors: list[Tensor], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
-        """The columns, of streams that are alike and rows of scalars."""
+        """The columns, of tensors that are alike and rows of scalars."""
 
-    def may_write(self, streams: Sequence[Column], addresses: bytes) -> bool:
+    def old(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Those of parameters and state."""
+        return tensors[self._count : self._count + self._written]
+
+    def columns(self, tensors: list[Tensor]) -> list[list[Tensor]]:
+        count = self._count
+        return [tensors[k : k + count] for k in range(0, len(tensors), count)]
+
+    def may_write(self, tensors: list[Tensor], addresses: bytes) -> bool:
         """Whether no two of the tensors share memory, where all are to be written."""
         if addresses != self._apart:
-            old = streams[1 : 1 + self._written]
-            if layout.overlap([streams[0], *old]) or layout.folded(old):
+            old = self.old(tensors)
+            if layout.overlap([tensors[: self._count], old]) or layout.folded([old]):
                 return False
             self._apart = addresses
         return True
@@ -116,7 +124,7 @@ class Plain(Lane):
         elements: Sequence[Tensor] = (),
         tasks: int = 0,
     ) -> None:
-        super().__init__(rule, kinds)
+        super().__init__(rule, kinds, len(params))
         self._alike.put(elements, True)
         self._executor, self._tasks = executor, tasks
         self._shared = executor.direct(params, [0] * len(params), tasks=tasks)
@@ -125,7 +133,7 @@ class Plain(Lane):
         self._own: Direct | None = None  # where not all leaves share their scalars
 
     def step(
-        self, streams: Sequence[Column], rows: Rows, donate: bool
+        self, tensors: list[Tensor], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
         kinds = {type(x) for row in rows for x in row}
         if not kinds <= _NUMBERS:
@@ -135,21 +143,22 @@ class Plain(Lane):
             rows = [[*map(read_number, row)] for row in rows]
         if (self._tasks or PerTask in kinds) and self._tasks != _tasks_of(rows):
             return None
-        addresses = objects.load().addresses(*streams)
-        out = old = streams[1 : 1 + self._written]
-        if donate and not self.may_write(streams, addresses):
+        addresses, count = objects.load().addresses(tensors), self._count
+        if donate and not self.may_write(tensors, addresses):
             return None
+        out, params = None, tensors[count : 2 * count]
         if not donate:
-            out = self._rule.recycler.columns(streams[1], self._written, self._make)
+            written = self._written // count
+            out = self._rule.recycler.columns(params, written, self._make)
         direct = self._shared
         if len(rows) > 1:
             if self._own is None:
                 direct = self._executor.direct
-                self._own = direct(streams[1], self._which, tasks=self._tasks)
+                self._own = direct(params, self._which, tasks=self._tasks)
             direct = self._own
-        columns = direct(streams, addresses, rows, out)
+        columns = direct(tensors, addresses, rows, out)
         if columns is not None and donate:
-            torch.autograd.graph.increment_version([*chain(*old)])
+            torch.autograd.graph.increment_version(self.old(tensors))
         return columns
 
 
@@ -163,24 +172,25 @@ class Whole(Lane):
         self,
         rule: Rule,
         kinds: Kinds,
+        count: int,
         run_leaves: Callable[[Leaves, bool], Sequence[Column]],
         which: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(rule, kinds)
+        super().__init__(rule, kinds, count)
         self._run, self._which = run_leaves, which
         self._zeros = {
             name: 0.0 for name, kind in zip(rule.hyper, kinds) if kind == "zero"
         }
 
     def step(
-        self, streams: Sequence[Column], rows: Rows, donate: bool
+        self, tensors: list[Tensor], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
         given = [x for row in rows for x in row if isinstance(x, Tensor)]
         if any(type(x) is not Tensor or x.requires_grad for x in given):
             return None
-        if donate and not self.may_write(streams, objects.load().addresses(*streams)):
+        if donate and not self.may_write(tensors, objects.load().addresses(tensors)):
             return None
-        grads, params, *state = streams
+        grads, params, *state = self.columns(tensors)
         owners = [0] * len(params)
         if len(rows) > 1:
             owners = self._which or range(len(params))
@@ -198,13 +208,13 @@ class Recorded(Lane):
     """For steps that autograd follows: by kernels that have a derivative."""
 
     def __init__(self, form: Form, row: Sequence[Any]) -> None:
-        super().__init__(form.rule, form.kinds)
+        super().__init__(form.rule, form.kinds, len(form.which))
         self._form = form
         self._hyper: Known[Form] = Known()
         self._hyper.put([x for x in row if isinstance(x, Tensor)], form)
 
     def step(
-        self, streams: Sequence[Column], rows: Rows, donate: bool
+        self, tensors: list[Tensor], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
         row, *others = rows
         if others:
@@ -216,7 +226,7 @@ class Recorded(Lane):
         if form is None:
             return None
         call = Call(form, (numbers,))
-        return form.gather(fused_autograd.record(call, [*chain(*streams), *given]))
+        return form.gather(fused_autograd.record(call, [*tensors, *given]))
 
 
 _NUMBERS = {int, float}

@@ -39,4 +39,4 @@ class Ready:
         if out is None:
             out = [make() for _ in range(self._outputs)]
         numbers = [[*map(read_number, row)] for row in rows]
-        return direct(streams, objects.load().addresses(tensors), numbers, out)
+        return direct(tensors, objects.load().addresses(tensors), numbers, out)

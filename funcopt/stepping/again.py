@@ -83,19 +83,19 @@ class Again:
         lanes = seen.lanes.get(tensors)
         if lanes is None:
             return None
-        count, some = seen.count, len(tensors) - len(self._vectors)
-        streams = [tensors[k : k + count] for k in range(0, some, count)]
+        some, count = len(tensors) - len(self._vectors), seen.count
         steps, *others = tensors[some:]
+        del tensors[some:]
         numbers = [vector.tolist() for vector in others]
         numbers.append([t + 1 for t in steps.tolist()])
-        hyper = values(seen.structure, streams[1], numbers[-1])
+        hyper = values(seen.structure, tensors[count : 2 * count], numbers[-1])
         *of_totals, lane = lanes
         for measure, own in zip(self._measures, of_totals):
-            sums = own.run(streams, numbers, hyper, False)
+            sums = own.run(tensors, numbers, hyper, False)
             if sums is None:
                 return None
             hyper = measure.added(hyper, sums)
-        columns = lane.run(streams, numbers, hyper, donate)
+        columns = lane.run(tensors, numbers, hyper, donate)
         if columns is None:
             return None
         new = steps.add_(seen.one) if donate else steps + seen.one

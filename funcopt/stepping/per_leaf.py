@@ -36,6 +36,7 @@ class Hypers:
         # Trees of plain numbers give the same values at every call on one structure.
         self._constant = {k for k, v in self.arguments.items() if _is_constant(v)}
         self._constants = lru_cache(maxsize=32)(self._spread_constants)
+        self._last: tuple[Any, Any] = None, None  # which takes long to find: its hash
         self._varying = self.arguments.keys() - self._constant
         #: the arguments of which a leaf has one number, and not one per element
         self._scalar = {
@@ -79,7 +80,13 @@ class Hypers:
     ) -> list[dict[str, Any]]:
         """The rule's keyword arguments for each leaf, whose updates are ``steps``."""
         compiling = torch.compiler.is_compiling()
-        rows = (self._spread_constants if compiling else self._constants)(structure)
+        if compiling:
+            rows = self._spread_constants(structure)
+        else:
+            last, rows = self._last
+            if structure is not last:
+                rows = self._constants(structure)
+                self._last = structure, rows
         if not overrides and not self._varying:
             return rows
         arguments, varying = dict(self.arguments), set(self._varying)

@@ -12,6 +12,7 @@ from funcopt.execution import choice, dispatch
 from funcopt.execution.guard import Known
 from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
+from funcopt.execution.native import objects
 from funcopt.torch_optim import flags
 from funcopt.torch_optim.batch import Batch, Group, of_one_dtype, step
 from funcopt.torch_optim.flags import Flags
@@ -58,9 +59,13 @@ class _Way:
         ]
         self._given: list[Any] = []  #: what they were last
         self._names = rule.scalars(lane.kinds)
-        self.fixed = [batch.params, *(columns[slot] for slot in batch.stepper.trees)]
+        self.fixed = [*batch.params]
+        for slot in batch.stepper.trees:
+            self.fixed += columns[slot]
         # Numbers are views of one vector each: one operation steps all.
         self._steps = _joined(batch, "step") if batch.layout.counts else None
+        if self._steps is not None:
+            self._one = torch.ones((), dtype=self._steps.dtype, device="cpu")
         scalar = batch.stepper.scalar
         self._scalars = {slot: _joined(batch, slot) for slot in scalar if scalar[slot]}
         self._outputs = [*scalar]
@@ -72,10 +77,11 @@ class _Way:
             return None
         count = len(self.batch.params)
         numbers = [vector.tolist() for vector in self._scalars.values()]
-        if self._steps is None:
-            numbers.append([2] * count)
+        steps = [1] * count if self._steps is None else self._steps.tolist()
+        if steps.count(steps[0]) == count:
+            numbers.append([int(steps[0]) + 1] * count)
         else:
-            numbers.append([int(t) + 1 for t in self._steps.tolist()])
+            numbers.append([int(t) + 1 for t in steps])
         for column in numbers:
             if column.count(column[0]) != count and column != [
                 column[self._firsts[row]] for row in self._owner
@@ -89,14 +95,14 @@ class _Way:
 
     def run(self, grads: list[Tensor], rows: list[list[Any]]) -> None:
         """One update."""
-        columns = self._lane.step([grads, *self.fixed], rows, donate=True)
+        columns = self._lane.step([*grads, *self.fixed], rows, donate=True)
         if columns is None:
             given = [self._given[row] for row in self._owner]
             batch = replace(self.batch, grads=grads, rows=given)
             step(batch, {}, differentiable=False)
             return
         if self._steps is not None:
-            self._steps.add_(1)
+            self._steps.add_(self._one)  # torch would make a tensor of a number
         for slot, column in zip(self._outputs, columns[1:]):
             if slot in self._scalars:
                 vector = self._scalars[slot]
@@ -121,7 +127,7 @@ class Repeat:
         self._idle = [p for p in self._params if id(p) not in live]
         self._state = state
         self._held = _held(state)
-        self._fixed = [x for way in ways for column in way.fixed for x in column]
+        self._fixed = [x for way in ways for x in way.fixed]
         grads: list[Any] = [p.grad for params in self._live for p in params]
         self._alike: Known[bool] = Known()
         self._alike.put([*grads, *self._fixed], True)
@@ -129,16 +135,13 @@ class Repeat:
     def run(self, groups: Sequence[Group], state: dict[Tensor, Any]) -> bool:
         """Whether this was such a step; it is then done."""
         grads: list[Any] = [[p.grad for p in params] for params in self._live]
-        held, params = _held(state), [*chain(*map(_params, groups))]
+        params, same = [*chain(*map(_params, groups))], objects.load().same
         if (
             state is not self._state
             or not choice.is_free()
-            or len(groups) != len(self._groups)
-            or not all(map(is_, groups, self._groups))
-            or len(held) != len(self._held)
-            or len(params) != len(self._params)
-            or not all(map(is_, held, self._held))
-            or not all(map(is_, params, self._params))
+            or not same([*groups], self._groups)
+            or not same(params, self._params)
+            or not same(_held(state), self._held)
             or any(p.grad is not None for p in self._idle)
             or not self._alike.get([*chain(*grads), *self._fixed])
         ):

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
 from itertools import repeat
-from operator import add
+from operator import add, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,10 @@ class Native(Sweeping):
         order = [program.is_stream(v) for v in program.outputs]
 
         def run(
-            streams: Sequence[Column],
+            tensors: Sequence[Tensor],
             addresses: bytes,
             rows: Rows,
-            out: Sequence[Column],
+            out: Sequence[Column] | None,
         ) -> Sequence[Column] | None:
             results: Any = ()
             try:
@@ -102,16 +102,16 @@ class Native(Sweeping):
                     rows = launch(rows, addresses, ())
                 if scalars_out and not reads:  # before anything is written
                     results = [after(*row) for row in rows]
-                rows = last(rows, addresses, out, bool(out) and out[0] is streams[1])
+                rows = last(rows, addresses, out)
                 if scalars_out and reads:
                     results = [after(*row) for row in rows]
             except (ArithmeticError, ValueError):
                 return None  # an infinity, or NaN
             if not scalars_out:
-                return out
+                return out or ()
             if not pooled and len(results) < count:
                 results = [results[row] for row in which]
-            columns, values = iter(out), zip(*results)
+            columns, values = iter(out or repeat(None)), zip(*results)
             return [next(columns if is_stream else values) for is_stream in order]
 
         return run
@@ -140,14 +140,13 @@ class Native(Sweeping):
         stream = {value: k * each for k, value in enumerate(self._streams)}
         read = [slice(stream[v], stream[v] + each) for v in self._read[k]]
         reads_all = self._read[k] == self._streams
+        in_place = itemgetter(slice(each, (1 + len(sweep.outputs)) * each))
         large = total * len(sweep.outputs) * self.stored.itemsize >= _PAST_CACHE
         fixed = self._kernels[k], count, max(tasks, 1), sizes, owners
         call, addresses_of = self._objects.run, self._objects.addresses
         parallel = total >= _PARALLEL
 
-        def launch(
-            rows: Rows, addresses: bytes, out: Sequence[Column], donated: bool = False
-        ) -> Rows:
+        def launch(rows: Rows, addresses: bytes, out: Sequence[Column] | None) -> Rows:
             if tasks:
                 rows = [each for row in rows for each in _of_tasks(row, tasks)]
             table = array("d")
@@ -156,12 +155,10 @@ class Native(Sweeping):
             pointers = (
                 addresses if reads_all else b"".join(map(addresses.__getitem__, read))
             )
-            pointers += (
-                addresses[each : (1 + len(out)) * each] if donated else addresses_of(*out)
-            )
+            pointers += in_place(addresses) if out is None else addresses_of(*out)
             sums = array("d", bytes(8 * count * sums_out)) if sums_out else _NO_SUMS
             threads = torch.get_num_threads() if parallel else 1
-            streaming = large and not donated
+            streaming = large and out is not None
             failed = call(*fixed, table, pointers, sums, streaming, threads)
             if failed:
                 raise MemoryError("no memory for the sums of a kernel")

@@ -89,6 +89,14 @@ static PyObject *addresses(PyObject *self, PyObject *const *args, Py_ssize_t cou
     return made;
 }
 
+// Whether two lists hold the very same objects.
+static PyObject *same(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Py_ssize_t size = PyList_GET_SIZE(args[0]), i = 0;
+    if (size == PyList_GET_SIZE(args[1]))
+        while (i < size && PyList_GET_ITEM(args[0], i) == PyList_GET_ITEM(args[1], i)) i++;
+    return PyBool_FromLong(i == size);
+}
+
 typedef int (*Kernel)(int64_t, int64_t, const int64_t *, const int64_t *, const double *,
                       char *const *, double *, int, int);
 
@@ -120,6 +128,7 @@ static PyMethodDef methods[] = {
     {"bind", (PyCFunction)(void *)bind, METH_FASTCALL, NULL},
     {"leaves", (PyCFunction)(void *)leaves, METH_FASTCALL, NULL},
     {"addresses", (PyCFunction)(void *)addresses, METH_FASTCALL, NULL},
+    {"same", (PyCFunction)(void *)same, METH_FASTCALL, NULL},
     {"run", (PyCFunction)(void *)run, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -11,8 +11,9 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import chain
+from operator import is_
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -43,6 +44,11 @@ class Objects(Protocol):
     @property
     def addresses(self) -> Callable[..., bytes]:
         """Of the tensors in some lists, one after the other, eight bytes each."""
+        ...
+
+    @property
+    def same(self) -> Callable[[list[Any], list[Any]], bool]:
+        """Whether two lists hold the very same objects."""
         ...
 
     @property
@@ -104,6 +110,9 @@ class InPython:
     def addresses(self, *lists: Sequence[Tensor]) -> bytes:
         return array("Q", map(Tensor.data_ptr, chain(*lists))).tobytes()
 
+    def same(self, one: list[Any], other: list[Any]) -> bool:
+        return len(one) == len(other) and all(map(is_, one, other))
+
     def run(self, kernel: int, *given: Any) -> int:
         plain = [x.buffer_info()[0] if isinstance(x, array) else x for x in given]
         return _KERNEL(kernel)(*plain)
@@ -114,9 +123,8 @@ def _gather(form: Any, tree: Tree, found: list[Any]) -> bool:
         found.append(tree)
         return isinstance(tree, Tensor)
     if callable(form):
-        leaves_of: Callable[[Tree], list[Any]] = form
         try:
-            found += leaves_of(tree)
+            found += cast("Callable[[Tree], list[Any]]", form)(tree)
         except ValueError:
             return False
         return True
