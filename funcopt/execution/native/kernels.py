@@ -111,7 +111,8 @@ class Native(Sweeping):
                 return out or ()
             if not pooled and len(results) < count:
                 results = [results[row] for row in which]
-            columns, values = iter(out or repeat(None)), zip(*results)
+            columns: Any = iter(out or repeat(None))
+            values = zip(*results)
             return [next(columns if is_stream else values) for is_stream in order]
 
         return run

@@ -92,8 +92,8 @@ static PyObject *addresses(PyObject *self, PyObject *const *args, Py_ssize_t cou
 // Whether two lists hold the very same objects.
 static PyObject *same(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Py_ssize_t size = PyList_GET_SIZE(args[0]), i = 0;
-    if (size == PyList_GET_SIZE(args[1]))
-        while (i < size && PyList_GET_ITEM(args[0], i) == PyList_GET_ITEM(args[1], i)) i++;
+    if (size != PyList_GET_SIZE(args[1])) Py_RETURN_FALSE;
+    while (i < size && PyList_GET_ITEM(args[0], i) == PyList_GET_ITEM(args[1], i)) i++;
     return PyBool_FromLong(i == size);
 }
 
