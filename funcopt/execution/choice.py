@@ -252,7 +252,5 @@ def untouchable(leaves: Leaves) -> str | None:
     """Why only torch's own operations may touch these tensors, or None."""
     if torch._C._len_torch_dispatch_stack():
         return "a mode watches each operation"
-    if levels.pushing_twice():
-        return "in forward mode within forward mode, torch loses a Function's derivative"
     types = {*map(type, chain(leaves.grads, leaves.params, *leaves.state))} - _PLAIN
     return f"{types.pop().__name__} is a tensor subclass" if types else None

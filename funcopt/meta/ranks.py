@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
-from funcopt.errors import RemoteTaskError, StructureError
+from funcopt.errors import HyperparameterTypeError, RemoteTaskError, StructureError
 from funcopt.types import Tensor, Tree
 
 #: the sums over the tasks at hand, how many those are, and what stays where it is
@@ -22,11 +22,13 @@ def over_ranks(part: Callable[[], Part], group: Any) -> Part:
     for sums that another will never send; then one buffer of each dtype goes round.
 
     Raises:
+        HyperparameterTypeError: ``group`` is none, or this process is not in it.
         RemoteTaskError: another rank has failed; or did not answer within the timeout
             that the group was made with.
         StructureError: the sums differ in structure, shape or dtype among the ranks.
         Whatever ``part`` raises here: it is raised after the others have been told.
     """
+    ranks = _ranks(group)
     failure: Exception | None = None
     sums, count, aux = None, 0, None
     try:
@@ -48,11 +50,28 @@ def over_ranks(part: Callable[[], Part], group: Any) -> Part:
         raise failure
     if failed:
         raise RemoteTaskError(
-            "; ".join(f"rank {rank} failed: {w}" for rank, w in enumerate(words) if w)
+            "; ".join(f"rank {rank} failed: {w}" for rank, w in zip(ranks, words) if w)
         )
     if differ:
-        raise StructureError(_differences(words))
+        raise StructureError(_differences(words, ranks))
     return sums, sum(n for _, n, _ in told), aux
+
+
+def _ranks(group: Any) -> list[int]:
+    """The ranks that the group's processes have in the whole job, as its log has them."""
+    import torch.distributed as dist
+
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise HyperparameterTypeError(
+            "process_group is a group that this process is not in; call the meta-loss on "
+            "the group's own ranks"
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        raise HyperparameterTypeError(
+            "process_group is a group of torch.distributed, as "
+            f"torch.distributed.group.WORLD or new_group(...), not {group!r}"
+        )
+    return dist.get_process_group_ranks(group)
 
 
 @contextmanager
@@ -99,16 +118,16 @@ def _all_words(words: str | None, group: Any) -> list[str | None]:
     return every
 
 
-def _differences(forms: Sequence[str | None]) -> str:
-    """The first leaf that a rank has otherwise than rank 0."""
+def _differences(forms: Sequence[str | None], ranks: Sequence[int]) -> str:
+    """The first leaf that a rank has otherwise than the first rank."""
     first = (forms[0] or "").splitlines()
     words = []
-    for rank, form in enumerate(forms):
+    for rank, form in zip(ranks, forms):
         theirs = (form or "").splitlines()
         odd = [(a, b) for a, b in zip(first, theirs) if a != b]
         one, other = odd[0] if odd else (f"{len(first)} leaves", f"{len(theirs)} leaves")
         if theirs != first:
-            words.append(f"rank 0 has {one}, rank {rank} {other}")
+            words.append(f"rank {ranks[0]} has {one}, rank {rank} {other}")
     return (
         "the loss and theta must have the same structure, shapes and dtypes on all "
         f"ranks, but {'; '.join(words)}"

@@ -66,8 +66,9 @@ def value_and_grad(
             ``torch.distributed.group.WORLD``, once initialized): ``tasks`` are those of
             this rank, as many as it likes but one at least, and ``loss`` and ``grads``
             are the means over the tasks of all ranks, the same on each. ``aux`` stays
-            that of this rank's tasks. All ranks call ``f`` equally often; where one
-            fails, all raise. Under ``torch.no_grad()``, where theta requires grad.
+            that of this rank's tasks, random numbers are each rank's own. All ranks call
+            ``f`` equally often; where one fails, all raise. Under ``torch.no_grad()``,
+            where theta requires grad.
 
     Returns:
         ``f(theta, tasks) -> (loss, grads)``, with ``has_aux`` ``((loss, aux), grads)``.
@@ -84,6 +85,8 @@ def value_and_grad(
             compiler fails; the message says where.
         GradientLostError: by ``f``, with ``compile`` or ``process_group``, where a
             derivative of its result would be asked for.
+        HyperparameterTypeError: by ``f``, for a ``process_group`` that is none, or that
+            this process is not in.
         RemoteTaskError: by ``f``, with ``process_group``: another rank has failed (its
             number and message are told), or has not answered within the group's timeout.
 
@@ -163,7 +166,8 @@ def value_and_grad(
 
     def mean_value_and_grad(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
         part = partial(total, theta, task_batch)
-        added, count, aux = over_ranks(part, process_group) if process_group else part()
+        alone = process_group is None
+        added, count, aux = part() if alone else over_ranks(part, process_group)
         loss, grads = tree.map(lambda x: x / count, added).values()
         return ((loss, aux) if has_aux else loss), grads
 
