@@ -1,8 +1,11 @@
 """What C does with Python's objects is what the same in Python does."""
 
 import shutil
+import subprocess
+import sys
 from array import array
 from collections import OrderedDict, namedtuple
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,3 +176,40 @@ def _two_steps(params: Any) -> list[torch.Tensor]:
     for donate in (False, True, False, True):
         p, state = opt.update(params, state, p, donate=donate)
     return [*tree.leaves(p), *tree.leaves(state)]
+
+
+@pytest.mark.slow
+def test_it_may_be_loaded_first_anywhere(tmp_path: Path):
+    """Within transforms and modes, where torch.ones makes other tensors."""
+    program = """
+import torch, funcopt as fo
+from funcopt.execution.native import objects
+
+def step(p):
+    opt = fo.adamw()
+    for _ in range(3):
+        p, _ = opt.update(p, opt.init(p), p)
+    return p.sum()
+
+p = torch.ones(4, 3)
+{how}
+objects.load()
+with torch.no_grad():
+    step(p)
+assert not isinstance(objects.load(), objects.InPython)
+"""
+    ways = (
+        "torch.func.vmap(torch.func.grad(step))(p)",
+        "torch.func.grad(lambda p: torch.func.vmap(step)(p).sum())(p)",
+        "torch.func.grad(lambda p: objects.load() and p.sum())(p)",
+        "with torch.inference_mode(): step(torch.ones(3))",
+        "with torch.device('meta'): objects.load()",
+        "torch.set_default_dtype(torch.float64); objects.load()",
+    )
+    for how in ways:
+        done = subprocess.run(
+            [sys.executable, "-c", program.replace("{how}", how)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr

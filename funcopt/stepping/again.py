@@ -71,6 +71,8 @@ class Again:
         donate: bool,
     ) -> tuple[tree.Structure, Sequence[Any], Tensor] | None:
         """The structure, columns and steps of such a step; None if it is not."""
+        if not self._all:
+            return None
         given, leaves = (grads, params, state), objects.load().leaves
         for seen in self._all:
             tensors = leaves(seen.form, given)

@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from funcopt.execution import levels
 from funcopt.execution.executor import BuildError
 from funcopt.execution.native.build import library
 from funcopt.types import Tensor, Tree
@@ -61,7 +62,8 @@ class Objects(Protocol):
 def load() -> Objects:
     """In C, where there are a compiler, Python's headers and torch as it is known."""
     try:
-        return _in_c()
+        with levels.outside():
+            return _in_c()
     except (BuildError, OSError, AttributeError):
         return InPython()
 
@@ -72,8 +74,8 @@ def _in_c() -> Objects:
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         raise BuildError("without a lock lists may change while they are read")
     # Right behind what every object begins with lies the pointer that _cdata tells.
-    tensors = [torch.ones(3, device="cpu"), torch.nn.Parameter(torch.ones(2, 2)[1])]
-    tensors += [tensors[0].new_zeros(0), tensors[0][1:]]
+    tensor = torch.ones(3, device="cpu")
+    tensors = [tensor, tensor[1:], tensor.new_zeros(0), torch.nn.Parameter(tensor)]
     behind = object.__basicsize__
     for x in tensors:
         if _pointer.from_address(id(x) + behind).value != x._cdata:
