@@ -151,7 +151,9 @@ def test_a_kernel_writes_the_same(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("masked", ["library", "sysconfig"])
-def test_without_it_steps_are_the_same(masked: str, monkeypatch: pytest.MonkeyPatch):
+def test_without_it_steps_are_the_same(
+    masked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A torch that keeps tensors elsewhere, and no headers of Python's."""
     params = {"w": torch.linspace(-1, 1, 7), "b": torch.ones(())}
     expected = _two_steps(params)
@@ -163,7 +165,7 @@ def test_without_it_steps_are_the_same(masked: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(objects, "library", missing)
     else:
         monkeypatch.setattr(objects.sysconfig, "get_path", lambda *_: "/nowhere")
-        monkeypatch.setenv("FUNCOPT_CACHE", str(monkeypatch))
+        monkeypatch.setenv("FUNCOPT_CACHE", str(tmp_path))
     monkeypatch.setattr(objects, "load", objects.load.__wrapped__)
     found = _two_steps(params)
     for a, b in zip(found, expected):
