@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from row import Case
-from table import CASES, ENDS, PLAINEST, SMOOTH
+from table import CASES, ENDS, PLAINEST, QUICK, SMOOTH
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -227,6 +227,28 @@ def test_hessian(case: Case):
             for j in columns
         ]
         assert relative((ahead[i] - behind[i]) / (2 * h), sum(along[1:], along[0])) < 1e-6
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_forward_mode_within_forward_mode(case: Case):
+    """Where torch loses the derivative of an autograd.Function: none may be called."""
+    outer, point, _ = outer_of(case)
+    first, second = (tuple(random_like(list(point), seed=s)) for s in (6, 7))
+
+    def slope(*point: Tensor) -> Tensor:
+        return jvp(outer, point, first)[1]
+
+    if case.row.name == "soap":
+        with pytest.raises(fo.GradientLostError, match="soap's bases"):
+            jvp(slope, point, second)
+        return
+    found = jvp(slope, point, second)[1]
+    with fo.execution("reference"):  # to build no kernels
+        backward = grad(outer, argnums=everything(len(point)))
+        columns = jvp(backward, point, second)[1]
+    expected = sum((a * b).sum() for a, b in zip(columns, first))
+    assert_close(found, expected, 1e-10)
 
 
 # torch.compile ----------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 A step of the rule saves its inputs and nothing else, and runs one kernel forward and one
 backward. The Function works under autograd and under every torch.func transform. Third
-derivatives, and forward over reverse, are made of torch's own operations.
+derivatives, forward over reverse and forward mode within forward mode are made of torch's
+own operations.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ def run(call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         except (UntraceableError, BuildError):  # of a derivative: the step was tried
             return call.plain(*tensors)
         return call.execute(tensors, recycle=call.form.of is None)
-    if call.form.what in ("second_vjp", "jvp"):  # third order
+    # Third order; and where torch would lose the derivative.
+    if call.form.what in ("second_vjp", "jvp") or levels.pushing_twice():
         return call.plain(*tensors)
     nested = _functorch.peek_interpreter_stack() is not None
     if nested or levels.pushing():

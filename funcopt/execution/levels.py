@@ -48,6 +48,18 @@ def pushing() -> bool:
     return forward_ad._current_level >= 0
 
 
+def pushing_twice() -> bool:
+    """Whether forward mode stands in forward mode.
+
+    There an autograd.Function loses the outer tangent of all that its ``jvp`` is given,
+    without a word (https://github.com/pytorch/pytorch/issues/197867).
+    """
+    if not pushing() or torch.compiler.is_compiling():
+        return False
+    stack = _functorch.get_interpreter_stack() or ()
+    return sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1
+
+
 def differentiating(tensors: Iterable[Any]) -> bool:
     """Whether a derivative may be asked of what is now computed from ``tensors``.
 

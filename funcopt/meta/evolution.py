@@ -94,8 +94,9 @@ def pes(
 
     Each particle goes on from where its own window ended, with a new perturbation, and
     what is correlated with the window's loss L is the sum ξ of all perturbations since
-    the start. Summed over the windows of a training the estimates are unbiased for the
-    derivative of the smoothed V. The variance grows with the number of windows.
+    the start. Summed over the windows of a training (with "mean": averaged, each by its
+    number of steps) the estimates are unbiased for the derivative of the smoothed V. The
+    variance grows with the number of windows.
 
     Args:
         problem: a `Problem`. L is the window's part of its objective: the sum or the mean
@@ -163,9 +164,9 @@ def es_single(
         \big(L(\eta + \varepsilon_i) - L(\eta - \varepsilon_i)\big),
         \qquad \varepsilon_i \text{ drawn at the start}
 
-    Summed over the windows of a training it is `es` over the full horizon, number by
-    number where eta stays; the variance does not grow with the number of windows, so that
-    a few particles do where `pes` needs a thousand.
+    Summed over the windows of a training (with "mean": averaged, as of `pes`) it is `es`
+    over the full horizon, number by number where eta stays; the variance does not grow
+    with the number of windows, so that a few particles do where `pes` needs a thousand.
 
     Args:
         problem: as for `pes`.

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from funcopt.errors import GradientLostError
+from funcopt.execution import levels
 from funcopt.types import Tensor
 
 
@@ -38,6 +40,11 @@ def _made(x: Tensor, kind: Any) -> Tensor:
         torch.compiler.is_compiling()
     ):  # at less cost to Dynamo where nobody differentiates
         return Basis.apply(x, kind) if x.requires_grad else kind.make(x)
+    if levels.pushing_twice():
+        raise GradientLostError(
+            "soap's bases have no derivative by forward mode within forward mode; take "
+            "one of the two backward: torch.func.hessian(f), or jacfwd(grad(f))"
+        )
     return BasisEverywhere.apply(x, kind)
 
 
