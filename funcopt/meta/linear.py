@@ -24,6 +24,7 @@ def conjugate_gradients(
     x, r, p = tree.map(torch.zeros_like, wanted), wanted, wanted
     start = left = dot(r, r)
     indefinite = torch.zeros_like(start, dtype=torch.bool)
+    going = ~indefinite
     steepest = torch.zeros_like(start)
     tiny = _ROUNDING * _epsilon(wanted)
     for _ in range(iterations):
@@ -32,9 +33,10 @@ def conjugate_gradients(
         steepest = torch.maximum(
             steepest, curvature / torch.where(length > 0, length, 1.0)
         )
-        unsolved = left > tiny**2 * start
-        going = unsolved & (curvature > tiny * steepest * length)
-        indefinite = indefinite | unsolved & ~going
+        going = going & (left > tiny**2 * start)
+        bends_up = curvature > tiny * steepest * length
+        indefinite = indefinite | going & ~bends_up
+        going = going & bends_up
         size = torch.where(going, left, 0.0) / torch.where(going, curvature, 1.0)
         x, r = plus(x, size, p), plus(r, -size, bent)
         before, left = left, dot(r, r)
