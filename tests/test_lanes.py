@@ -5,6 +5,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from trees import random_like, relative
 
 import funcopt as fo
 from funcopt import tree
-from funcopt.execution import dispatch, fused_autograd
+from funcopt.execution import dispatch, fused_autograd, lane
 from funcopt.types import Tree
 
 LIKE = {"w": torch.empty(4, 3), "b": torch.empty(5), "none": torch.empty(0)}
@@ -386,3 +387,91 @@ def test_a_sum_that_overflows_is_looked_at_anew(donate: bool):
         params, state = opt.update(grads, state, params, donate=donate)
         for a, b in zip(tree.leaves((params, state)), tree.leaves(expected)):
             assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _adapted(name: str | None, opt: fo.Optimizer, p: Tensor, lr: Tensor) -> Tensor:
+    """What three steps on a quartic make of p, as a number."""
+    state = opt.init({"w": p})
+    params: Any = {"w": p}
+    for _ in range(3):
+        grads = grad(lambda q: (q["w"] ** 4).sum())(params)
+        params, state = opt.update(grads, state, params, lr=lr, execution=name)
+    return (params["w"] ** 2).sum() + state["step"].sum()
+
+
+FOLLOWED: dict[str, Callable[..., Any]] = {
+    "grad": lambda f, p, lr: grad(f, argnums=(0, 1))(p[0], lr[0]),
+    "vmap(grad)": lambda f, p, lr: vmap(grad(f, argnums=(0, 1)))(p, lr),
+    "vmap(grad), shared": lambda f, p, lr: vmap(grad(f), (0, None))(p, lr[0]),
+    "grad(vmap)": lambda f, p, lr: grad(lambda q: vmap(f)(q, lr).sum())(p),
+    "grad(grad)": lambda f, p, lr: grad(
+        lambda x: (grad(f)(p[0], x) ** 2).sum() + grad(f, argnums=1)(p[0], x)
+    )(lr[0]),
+    "jvp(grad)": lambda f, p, lr: torch.func.jvp(
+        lambda x: grad(f)(p[0], x), (lr[0],), (lr[1],)
+    ),
+    "jacfwd(jacrev)": lambda f, p, lr: torch.func.hessian(f)(p[0], lr[0]),
+    "autograd": lambda f, p, lr: torch.autograd.grad(
+        f(q := p[0].clone().requires_grad_(), x := lr[0].clone().requires_grad_()), (q, x)
+    ),
+}
+
+
+@pytest.mark.parametrize("how", FOLLOWED)
+@pytest.mark.parametrize(
+    "opt",
+    [
+        fo.sgd(momentum=0.9, weight_decay=0.1),
+        fo.nadam(),
+        fo.asgd(lambd=0.1, t0=0.0),
+        fo.lars(),
+        fo.chain(fo.clip_by_global_norm(0.1), fo.sgd()),
+    ],
+    ids=lambda opt: opt.name,
+)
+def test_steps_that_torch_follows_take_a_lane(
+    opt: fo.Optimizer, how: str, monkeypatch: pytest.MonkeyPatch
+):
+    """To the bit what each is without, whatever was stepped before, and by what."""
+    taken = []
+    original = lane.Referred.run
+
+    def spy(self: Any, *args: Any) -> Any:
+        taken.append(how)
+        return original(self, *args)
+
+    monkeypatch.setattr(lane.Referred, "run", spy)
+    numbers = torch.Generator().manual_seed(0)
+    p = torch.rand(2, 3, generator=numbers, dtype=torch.float64) + 0.5
+    lr = torch.tensor([0.1, 0.02], dtype=torch.float64)
+    for transform in (FOLLOWED[how], *FOLLOWED.values(), FOLLOWED[how]):
+        found, expected = (
+            tree.leaves(transform(partial(_adapted, name, opt), p, lr))
+            for name in (None, "reference")
+        )
+        assert any(x.any() for x in expected)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+    assert taken or opt.name in ("nadam", "chain")
+
+
+def test_followed_tasks_of_different_ages():
+    """Their steps are tensors within vmap, where others' were numbers."""
+    opt = fo.nadam()
+    p = torch.linspace(0.5, 2, 6, dtype=torch.float64).reshape(2, 3)
+    old = vmap(opt.init)(p)
+    _, newer = vmap(opt.update)(p, old, p)
+    ages = tree.map(lambda a, b: torch.stack([a[0], b[1]]), old, newer)
+
+    def slope(name: str | None, p: Tensor, state: Any) -> Tensor:
+        def value(q: Tensor) -> Tensor:
+            return (opt.update(q, state, q, execution=name)[0] ** 2).sum()
+
+        return grad(value)(p)
+
+    for _ in range(2):
+        for state in (old, ages, newer):
+            found, expected = (
+                vmap(partial(slope, name))(p, state) for name in (None, "reference")
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)

@@ -20,7 +20,7 @@ from funcopt.execution.call import Call
 from funcopt.execution.choice import ENGINES, Group
 from funcopt.execution.executor import Column, Executor
 from funcopt.execution.form import Form
-from funcopt.execution.lane import Lane, Plain, Recorded, Whole
+from funcopt.execution.lane import Lane, Plain, Recorded, Referred, Whole
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.types import Tensor
@@ -91,7 +91,12 @@ def _lane(
 ) -> Lane | None:
     """A lane for steps like this one, if its leaves go one way as they are."""
     elements = leaves.rule.streams(group.kinds)
-    if levels.inside() or levels.pushing():
+    if levels.pushing():
+        return None
+    if group.choice.transformed and group.choice.name == "reference":
+        watched = choice.untouchable(leaves)
+        return None if watched else Referred(leaves.rule, group.kinds, len(leaves.params))
+    if levels.inside():
         return None
     whole = group.choice.name not in ENGINES
     if whole and (leaves.rule.sums or group.choice.transformed or elements):

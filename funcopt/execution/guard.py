@@ -17,7 +17,9 @@ try:
 except ImportError:  # a private helper: without it all is looked at anew
     _TensorGuards = None
 
-_MOST = 4  # the first step of a loop, the others, and both without a derivative
+# The first step of a loop and the others, each with a derivative, within transforms of
+# torch.func, and with neither.
+_MOST = 8
 
 T = TypeVar("T")
 

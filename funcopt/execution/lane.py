@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from funcopt.execution import fused_autograd, layout
+from funcopt.execution import fused_autograd, layout, reference
 from funcopt.execution.call import Call
 from funcopt.execution.executor import (
     Column,
@@ -202,6 +202,29 @@ class Whole(Lane):
         hyper = [each[row] for row in owners]
         leaves = Leaves(self._rule, grads, params, own, steps, hyper)
         return self._run(leaves, donate)
+
+
+class Referred(Lane):
+    """For steps that torch follows, each operation of the rule by itself."""
+
+    def run(
+        self,
+        tensors: list[Tensor],
+        numbers: Sequence[list[Any]],
+        hyper: Sequence[dict[str, Any]],
+        donate: bool,
+    ) -> Sequence[Column] | None:
+        if donate:
+            return None
+        grads, params, *trees = self.columns(tensors)
+        slots, scalars, steps = iter(trees), iter(numbers), numbers[-1]
+        state = [next(scalars if scalar else slots) for scalar in self._rule.scalar]
+        return reference.step(self._rule, grads, params, state, steps, hyper)
+
+    def step(
+        self, tensors: list[Tensor], rows: Rows, donate: bool
+    ) -> Sequence[Column] | None:
+        return None  # rows are for kernels
 
 
 class Recorded(Lane):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
+from funcopt.execution import levels
 from funcopt.execution.guard import Known
 from funcopt.execution.lane import Lane
 from funcopt.execution.native import objects
@@ -23,8 +24,9 @@ class _Seen:
     ) -> None:
         self.structure, self.count = structure, structure.num_leaves
         self.lanes: Known[list[Lane]] = Known()
-        #: a tensor: torch makes one of a number at each addition
-        self.one = torch.ones((), dtype=torch.int64, device="cpu")
+        with levels.outside():
+            #: a tensor: torch makes one of a number at each addition
+            self.one = torch.ones((), dtype=torch.int64, device="cpu")
         form = tree.form(structure)
         state = {**dict.fromkeys(slots, form), **dict.fromkeys(vectors)}
         #: of grads, params and state
@@ -88,8 +90,8 @@ class Again:
         some, count = len(tensors) - len(self._vectors), seen.count
         steps, *others = tensors[some:]
         del tensors[some:]
-        numbers = [vector.tolist() for vector in others]
-        numbers.append([t + 1 for t in steps.tolist()])
+        read = levels.scalars_of if levels.inside() else torch.Tensor.tolist
+        numbers = [*map(read, others), [t + 1 for t in read(steps)]]
         hyper = values(seen.structure, tensors[count : 2 * count], numbers[-1])
         *of_totals, lane = lanes
         for measure, own in zip(self._measures, of_totals):
