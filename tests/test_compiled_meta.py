@@ -346,9 +346,15 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch):
     def fails(*_: Any) -> None:
         raise RuntimeError("\n  no g++\n a long trace")
 
-    monkeypatch.setattr(compiled, "_kernels", fails)
-    with pytest.raises(fo.CompileError, match=r"failed on meta-step: RuntimeError: no g"):
-        with_loop(times)(ONE, TWO)
+    words = "failed on meta-step: RuntimeError: no g"
+    for kernels in (fails, lambda *_: fails):  # at once, or when they are run
+        monkeypatch.setattr(compiled, "_kernels", kernels)
+        with pytest.raises(fo.CompileError, match=words):
+            with_loop(times)(ONE, TWO)
+        with torch.no_grad(), pytest.raises(fo.CompileError):
+            with_loop(lambda t, x: times(t, x) * CLOSED)(ONE, TWO)
+        with pytest.raises(fo.GradientLostError):  # before anything is compiled
+            with_loop(lambda t, x: times(t, x) * CLOSED)(ONE, TWO)
 
 
 def test_detached_by_no_grad(traced: Any):

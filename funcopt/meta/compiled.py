@@ -71,13 +71,13 @@ class Compiled:
         if graph and graph.kinds != [*map(_kind, graph.held)]:
             graph = None
         self._check(inputs, graph.held if graph else [])
-        if graph is None:
-            graph = self._graph(trees, inputs)
-            self._check(inputs, graph.held)
-            if len(self._graphs) >= _MOST_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]  # the oldest
-            self._graphs[key] = graph
-        return graph.rebuild(_run(graph, inputs))
+        if graph is not None:
+            return graph.rebuild(_run(graph, inputs))
+        graph, results = self._first(trees, inputs)
+        if len(self._graphs) >= _MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]  # the oldest
+        self._graphs[key] = graph
+        return graph.rebuild(results)
 
     def _check(self, inputs: Sequence[Any], held: Sequence[Tensor]) -> None:
         for x in inputs:
@@ -90,7 +90,10 @@ class Compiled:
         check_no_graph(inputs, what, "an input")
         check_no_graph(held, what, "a tensor that it closes over")
 
-    def _graph(self, trees: Sequence[Tree], inputs: list[Tensor]) -> Graph:
+    def _first(
+        self, trees: Sequence[Tree], inputs: list[Tensor]
+    ) -> tuple[Graph, Sequence[Tensor]]:
+        """A new graph, and what it gives; some that the compiler takes do not run."""
         try:
             with torch.no_grad():
                 traced, held, rebuild = _traced(self.function, trees, inputs)
@@ -102,15 +105,17 @@ class Compiled:
                 "compiled function sees no values: write the choice with torch.where, "
                 "keep numbers as tensors, or leave out compile=True"
             ) from error
+        self._check(inputs, held)
         try:
             run = _kernels(traced, [*inputs, *map(_resolved, held)])
+            graph = Graph(run, held, [*map(_kind, held)], rebuild)
+            return graph, _run(graph, inputs)
         except Exception as error:
             raise CompileError(
                 f"torch's compiler failed on {self.name}: {_reason(error)}. On a CPU it "
                 "needs a C++ compiler (on the PATH, or named by CXX); or leave out "
                 "compile=True"
             ) from error
-        return Graph(run, held, [*map(_kind, held)], rebuild)
 
 
 def _resolved(x: Tensor | None) -> Any:
