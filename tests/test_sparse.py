@@ -91,6 +91,30 @@ def test_trajectory(
     assert state["step"].tolist() == [STEPS] * 2
 
 
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda opt: fo.partition(
+            {"a": opt, "b": fo.sgd(lr=0.5)}, {"rows": "a", "b": "b"}
+        ),
+        fo.skip_nonfinite,
+        fo.master_weights,
+    ],
+)
+def test_a_donated_step_of_what_stands_around_it(around: Callable[..., fo.Optimizer]):
+    params = {"rows": start()["rows"], "b": torch.ones(2, dtype=torch.float64)}
+    grads: Any = {"rows": sparse_grads(2)["rows"], "b": torch.ones(2).double()}
+    opt = around(fo.sgd(lr=0.1))
+    expected = opt.update(grads, opt.init(params), params)
+    given = {key: p.clone() for key, p in params.items()}
+    found = opt.update(grads, opt.init(given), given, donate=True)
+    assert found[0]["rows"] is given["rows"]
+    assert_close(found, expected, 0.0)
+    with pytest.raises(fo.ExecutionError, match="share memory"):
+        shared = coo(torch.tensor([[0], [1]]), given["b"][:1], (ROWS, 3))
+        opt.update({**grads, "rows": shared}, opt.init(given), given, donate=True)
+
+
 @each
 def test_what_is_not_named_is_not_touched(
     factory: Callable[..., fo.Optimizer], twin: Twin, flags: dict[str, Any]

@@ -80,11 +80,18 @@ def check(
 
 
 def check_trees(grads: Tree, *donated: Tree) -> None:
-    """As `check`, of what tensors there are in whole trees."""
+    """As `check`, of what tensors there are in whole trees; gradients may be sparse."""
     g, *columns = [
         [x for x in tree.leaves(t) if isinstance(x, Tensor)] for t in (grads, *donated)
     ]
-    check(g, columns)
+    check([part for x in g for part in _dense_parts(x)], columns)
+
+
+def _dense_parts(x: Tensor) -> Sequence[Tensor]:
+    """The tensors in whose memory it lies."""
+    if x.layout is torch.strided:
+        return (x,)
+    return (x._indices(), x._values()) if x.layout is torch.sparse_coo else ()
 
 
 def write_over(old: Tree, new: Tree) -> Tree:
