@@ -115,7 +115,7 @@ def pull(
     chosen = [values[i] for i in wanted]
     if not given or not chosen:
         return [None] * len(wanted)
-    if levels.differentiating([*values, *given]):
+    if levels.differentiating([*values, *given]) or levels.of_inference(chosen):
         made: Any = torch.func.vjp(of_wanted, chosen)
         return made[1](given)[0]
     with torch.enable_grad():

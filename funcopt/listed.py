@@ -38,13 +38,7 @@ class Listed:
         where nothing that it can see is differentiated.
         """
         variables, rest = list(lists[0]), lists[1:]
-        # Autograd records nothing in inference mode, whatever grad mode is, nor by
-        # tensors of that mode.
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_inference_mode_enabled()
-            or any(map(Tensor.is_inference, variables))
-        ):
+        if torch.compiler.is_compiling() or levels.of_inference(variables):
             return torch.func.grad(self._first(rest), has_aux=True)(variables)
         if levels.recorded(variables):
             # Views: the derivative stops at them, also where the function closes over

@@ -327,6 +327,47 @@ def test_a_second_derivative_is_right_or_refused(way: str):
         grad(penalty)(number(0.2))
 
 
+@pytest.mark.parametrize("way", EACH)
+@pytest.mark.parametrize("around", [grad, lambda f: vmap(f)])
+def test_a_pullback_may_be_called_where_its_level_is_gone(way: str, around: Any):
+    """What was saved wears that level's wrapper, and a level around runs on."""
+    p, data, weight = random(3, seed=1), random(3, seed=2), random(3, seed=3)
+
+    def loss(p: Tensor, data: Tensor) -> Tensor:
+        return (torch.cos(p) + p**2).mean() * data.square().mean()
+
+    def back(x: Tensor, **how: Any) -> Tensor:
+        def end(p: Tensor, data: Tensor) -> Tensor:
+            return fo.unroll(fo.sgd(lr=0.1), loss, p, data, steps=3, **how).params
+
+        pullback = torch.func.vjp(end, p + x, data)[1]  # x does not reach the data
+        return torch.stack([(g**2).sum() for g in pullback(weight)]).sum()
+
+    at = number(0.3) if around is grad else random(4, seed=4) / 4
+    found = around(lambda x: back(x, **WAYS[way]))(at)
+    assert distance(found, around(back)(at)) < 1e-12
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_pullback_by_tensors_of_inference_mode(inside: bool):
+    opt = fo.sgd(lr=0.02)
+
+    def back(p: Tensor, target: Tensor) -> Tensor:
+        state = opt.init(p)
+        _, pullback = fo.meta.step_vjp(opt, quartic, p, state, target, grad_mode="mixed")
+        return pullback({"params": torch.ones_like(p)})["params"]
+
+    given = random(3, seed=1), random(3, seed=2)
+    expected = back(*given)
+    with torch.inference_mode():
+        copies = [x.clone() for x in given]
+        found = back(*copies) if inside else None
+    if found is None:
+        with torch.no_grad():
+            found = back(*copies)
+    assert distance(found, expected) < 1e-12
+
+
 # Random numbers -----------------------------------------------------------------------
 
 

@@ -40,7 +40,9 @@ def alive(x: Tensor) -> Tensor:
     A pullback runs when its level is gone, and what was saved for it wears its wrapper:
     the next level to be opened would take that for its own.
     """
-    return _functorch.unwrap_if_dead(x)
+    while (inside := _functorch.unwrap_if_dead(x)) is not x:
+        x = inside
+    return x
 
 
 def pushing() -> bool:
@@ -177,6 +179,11 @@ def recorded(tensors: Sequence[Tensor]) -> bool:
     return top.key() == _functorch.TransformType.Grad and all(
         t.requires_grad and _functorch.maybe_get_level(t) == top.level() for t in tensors
     )
+
+
+def of_inference(tensors: Iterable[Tensor]) -> bool:
+    """Whether autograd alone records nothing by these, whatever grad mode is."""
+    return torch.is_inference_mode_enabled() or any(map(Tensor.is_inference, tensors))
 
 
 def is_tracked(tensor: Tensor) -> bool:

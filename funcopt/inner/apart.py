@@ -84,6 +84,7 @@ class Apart:
         torch.func.grad always asks for a graph of its backward pass, and drops it: what
         is of higher order goes by another level, below, which is left as it is.
         """
+        saved = [*map(levels.alive, saved)]
         given = [*saved, *cotangents]
         top = _functorch.peek_interpreter_stack()
         if (
