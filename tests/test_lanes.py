@@ -475,3 +475,30 @@ def test_followed_tasks_of_different_ages():
                 vmap(partial(slope, name))(p, state) for name in (None, "reference")
             )
             torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    "opt",
+    [fo.signsgd(), fo.sgd(momentum=0.9), fo.adamw(), fo.asgd()],
+    ids=lambda opt: opt.name,
+)
+@pytest.mark.parametrize("followed", [False, True])
+def test_a_lane_of_shared_numbers_and_tasks_with_their_own(
+    opt: fo.Optimizer, followed: bool
+):
+    p = torch.linspace(0.5, 2, 12, dtype=torch.float64).reshape(2, 6)
+    p.requires_grad_(followed)
+
+    def stepped(name: str | None, p: Tensor, lr: Any) -> Tensor:
+        state = opt.init(p)
+        for _ in range(2):
+            p, state = opt.update(torch.sin(p), state, p, lr=lr, execution=name)
+        return p
+
+    rates = torch.tensor([0.1, 0.3], dtype=torch.float64)
+    for lr in (0.2, rates, rates[0], rates, 0.1, rates):
+        axis = 0 if lr is rates else None
+        found, expected = (
+            vmap(partial(stepped, name), (0, axis))(p, lr) for name in (None, "reference")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)

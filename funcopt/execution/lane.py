@@ -34,6 +34,8 @@ class Lane(ABC):
         count: of the leaves.
     """
 
+    takes_tasks = False  #: whether numbers may be `PerTask`
+
     def __init__(self, rule: Rule, kinds: Kinds, count: int) -> None:
         self._rule, self._count = rule, count
         self.kinds = kinds
@@ -68,6 +70,10 @@ class Lane(ABC):
                 each = {tuple(id(v[name]) for name in self._fixed): v for v in hyper}
             kinds, shared = self._rule.kinds, len(each) == 1
             if any(kinds(values) != self.kinds for values in each.values()):
+                return None
+            if not self.takes_tasks and any(
+                type(x) is PerTask for values in each.values() for x in values.values()
+            ):
                 return None
             if shared and not any(isinstance(x, Tensor) for x in first.values()):
                 self._settled = hyper
@@ -113,6 +119,8 @@ class Plain(Lane):
     ``elements`` are the hyperparameters that have a value for each of a leaf's; of
     ``tasks`` some have one for each task.
     """
+
+    takes_tasks = True
 
     def __init__(
         self,
@@ -214,12 +222,11 @@ class Referred(Lane):
         hyper: Sequence[dict[str, Any]],
         donate: bool,
     ) -> Sequence[Column] | None:
-        if donate:
-            return None
         grads, params, *trees = self.columns(tensors)
         slots, scalars, steps = iter(trees), iter(numbers), numbers[-1]
         state = [next(scalars if scalar else slots) for scalar in self._rule.scalar]
-        return reference.step(self._rule, grads, params, state, steps, hyper)
+        leaves = Leaves(self._rule, grads, params, state, steps, hyper)
+        return None if donate or leaves.tasks else reference.of_leaves(leaves)
 
     def step(
         self, tensors: list[Tensor], rows: Rows, donate: bool
