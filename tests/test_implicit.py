@@ -84,6 +84,35 @@ def test_the_residual_is_that_of_what_was_found(solver: Any):
     assert residual > 1e-5  # what conjugate gradients keep by themselves is 1e-20
 
 
+@pytest.mark.parametrize("scale", [1e-23, 1.0, 1e22])
+def test_squares_out_of_range_are_not_taken(scale: float):
+    """In single precision: at the ends a sum of squares is 0, or infinite."""
+    bends, wanted = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, -2.0, 1.0])
+    problem = at(
+        torch.zeros(3),
+        lambda p, _, force: 0.5 * (bends * p) @ p + force @ p,
+        lambda p, _, force: scale * (wanted @ p),
+    )
+    found = fo.meta.implicit(problem, {"meta": torch.zeros(3)})
+    assert_close(found.grads["meta"] / scale, -wanted / bends, rtol=1e-5, atol=0)
+    assert found.diagnostics["residual"] < 1e-5
+
+
+@pytest.mark.parametrize("solver", ["cg", "neumann", "identity"])
+@pytest.mark.parametrize("where", ["outer", "inner"])
+def test_what_is_not_finite_is_no_zero(solver: Any, where: str):
+    odd = {"outer": 1.0, "inner": 1.0, where: float("nan")}
+    problem = at(
+        torch.ones(3),
+        lambda p, _, force: odd["inner"] * (p**2).sum() + force @ p,
+        lambda p, _, force: odd["outer"] * p.sum(),
+    )
+    found = fo.meta.implicit(problem, {"meta": torch.zeros(3)}, solver=solver)
+    assert found.diagnostics["residual"].isnan()
+    if solver != "identity" or where == "outer":
+        assert found.grads["meta"].isnan().all()
+
+
 @pytest.mark.parametrize("name", ["implicit", "weight_update_implicit"])
 @pytest.mark.parametrize("solver", ["cg", "neumann", "identity"])
 def test_an_outer_loss_without_the_parameters(name: str, solver: Any):

@@ -14,7 +14,7 @@ from funcopt.inner.loop import CARRY
 from funcopt.inner.loss import InnerLoss
 from funcopt.inner.step import Step
 from funcopt.meta.estimate import Estimate, check_eta
-from funcopt.meta.linear import conjugate_gradients, dot, neumann, plus, relative_norm
+from funcopt.meta.linear import conjugate_gradients, neumann, norm, plus, relative_norm
 from funcopt.meta.problem import (
     Carry,
     Problem,
@@ -147,7 +147,7 @@ def implicit(
         # Of what was found, not as the solver has it: its own strays from that.
         left = plus(plus(wanted, -1.0, back["kept"]), -damping, v)
         diagnostics["residual"] = relative_norm(left, wanted)
-        diagnostics["gradient_norm"] = dot(inner["grads"], inner["grads"]).sqrt()
+        diagnostics["gradient_norm"] = norm(inner["grads"])
     return Estimate(value, grads, diagnostics, end)
 
 

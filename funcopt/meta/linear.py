@@ -19,8 +19,12 @@ def conjugate_gradients(
 
     No number is read, so that no device is waited for. Where it is solved, or curvature
     is not positive, both to rounding, x stays: from there on rounding would be solved
-    for, and along directions without curvature it grows without bound.
+    for, and along directions without curvature it grows without bound. What is not finite
+    makes x so.
     """
+    unit = _largest(wanted)
+    unit = torch.where(unit == 0, 1.0, unit)  # squares of any wanted are then in range
+    wanted = tree.map(lambda b: b / unit, wanted)
     x, r, p = tree.map(torch.zeros_like, wanted), wanted, wanted
     start = left = dot(r, r)
     indefinite = torch.zeros_like(start, dtype=torch.bool)
@@ -33,16 +37,16 @@ def conjugate_gradients(
         steepest = torch.maximum(
             steepest, curvature / torch.where(length > 0, length, 1.0)
         )
-        going = going & (left > tiny**2 * start)
-        bends_up = curvature > tiny * steepest * length
-        indefinite = indefinite | going & ~bends_up
-        going = going & bends_up
+        going = going & ~(left <= tiny**2 * start)
+        flat = curvature <= tiny * steepest * length
+        indefinite = indefinite | going & flat
+        going = going & ~flat
         size = torch.where(going, left, 0.0) / torch.where(going, curvature, 1.0)
         x, r = plus(x, size, p), plus(r, -size, bent)
         before, left = left, dot(r, r)
         turn = torch.where(going, left, 0.0) / torch.where(going, before, 1.0)
         p = plus(r, turn, p)
-    return x, indefinite
+    return tree.map(lambda v: v * unit, x), indefinite
 
 
 def neumann(product: Product, wanted: Tree, iterations: int, step_size: float) -> Tree:
@@ -62,20 +66,40 @@ def dot(x: Tree, y: Tree) -> Tensor:
     """⟨x, y⟩, a complex number being two real ones; half precision is summed wider."""
 
     def inner(a: Tensor, b: Tensor) -> Tensor:
-        wide = torch.promote_types(a.dtype, torch.float32)
+        wide = _wide(a)
         return (a.to(wide) * b.to(wide).conj()).real.sum()
 
     products = [p for p in tree.leaves(tree.map(inner, x, y)) if p is not None]
     return torch.stack(products).sum() if products else torch.zeros(())
 
 
+def norm(x: Tree) -> Tensor:
+    """‖x‖, also where a square is out of range."""
+    unit = _largest(x)
+    unit = torch.where(unit == 0, 1.0, unit)
+    scaled = tree.map(lambda a: a / unit, x)
+    return unit * dot(scaled, scaled).sqrt()
+
+
 def relative_norm(x: Tree, whole: Tree) -> Tensor:
     """‖x‖ / ‖whole‖; 0 where both are."""
-    square, of = dot(x, x), dot(whole, whole)
-    return (square / torch.where((square > 0) | (of > 0), of, 1.0)).sqrt()
+    part, of = norm(x), norm(whole)
+    return part / torch.where((part == 0) & (of == 0), 1.0, of)
+
+
+def _largest(x: Tree) -> Tensor:
+    """max |x|, 0 of nothing."""
+    found = [a.abs().max() for a in tree.leaves(x) if a is not None and a.numel()]
+    return (
+        torch.stack([a.to(_wide(a)) for a in found]).max() if found else torch.zeros(())
+    )
 
 
 def _epsilon(x: Tree) -> float:
     """The relative rounding error of the coarsest leaf."""
     leaves = [leaf for leaf in tree.leaves(x) if leaf is not None]
     return max((torch.finfo(leaf.dtype).eps for leaf in leaves), default=0.0)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
