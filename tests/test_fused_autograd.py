@@ -9,7 +9,7 @@ from row import Case
 from table import ELEMENTWISE, ELEMENTWISE_ENDS, slots_of
 from test_derivatives import warm_state
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, functional
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from trees import assert_close, assert_same, mixed, random_like, relative
@@ -332,6 +332,15 @@ TRANSFORMS: dict[str, Callable[[Function], Any]] = {
     "autograd": by_autograd,
     "autograd twice": by_autograd_twice,
     "autograd three times": by_autograd_three_times,
+    "autograd, vectorized": lambda f: functional.jacobian(
+        lambda *x: f(*x) ** torch.tensor([2, 3]), arguments(), vectorize=True
+    ),
+    "autograd twice, vectorized": lambda f: functional.hessian(
+        f, arguments(), vectorize=True
+    ),
+    "forward mode, vectorized": lambda f: functional.jacobian(
+        f, arguments(), vectorize=True, strategy="forward-mode"
+    ),
     "grad": lambda f: grad(f, argnums=ALL)(*arguments()),
     "vjp": lambda f: vjp(f, *arguments())[1](number(2.0)),
     "jvp": pushed,

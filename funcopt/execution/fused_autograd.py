@@ -22,6 +22,8 @@ from funcopt.types import Tensor
 
 def run(call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """The call's outputs, at whatever level of transforms this is."""
+    if call.form.of is not None and levels.vectorized(tensors):
+        return call.plain(*tensors)
     if batched.is_vmapped():
         return batched.unbatched(run, call, tensors)
     if not _followed(tensors):

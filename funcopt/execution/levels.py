@@ -62,6 +62,15 @@ def pushing_twice() -> bool:
     return sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1
 
 
+def vectorized(tensors: Iterable[Tensor]) -> bool:
+    """Whether one is a batch of autograd's own: of ``vectorize``, ``is_grads_batched``.
+
+    Of cotangents or tangents; no transform is open then, and torch's operations alone
+    know what to do.
+    """
+    return any(map(_functorch.is_legacy_batchedtensor, tensors))
+
+
 def differentiating(tensors: Iterable[Any]) -> bool:
     """Whether a derivative may be asked of what is now computed from ``tensors``.
 
