@@ -226,7 +226,7 @@ def readable(tensor: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack():
         return False
     while _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_batchedtensor(tensor):
+        if _functorch.is_batchedtensor(tensor) or _functorch.is_functionaltensor(tensor):
             return False
         tensor = _functorch.get_unwrapped(tensor)
     return type(tensor) is Tensor
