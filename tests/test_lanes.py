@@ -12,8 +12,9 @@ import pytest
 import torch
 from test_fused_autograd import FEW, number, weighted
 from torch import Tensor
-from torch.func import grad, vmap
-from trees import random_like, relative
+from torch.func import functionalize, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from trees import assert_close, random_like, relative
 
 import funcopt as fo
 from funcopt import tree
@@ -502,3 +503,23 @@ def test_a_lane_of_shared_numbers_and_tasks_with_their_own(
             vmap(partial(stepped, name), (0, axis))(p, lr) for name in (None, "reference")
         )
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factory", [fo.sgd, fo.adamw, fo.adafactor, fo.prodigy])
+def test_what_is_traced_after_plain_steps_is_the_rule(factory: Callable[..., Any]):
+    """A lane would give the tracer tensors of which it knows nothing: constants."""
+    opt, params = factory(lr=0.1), positive(1)
+    state, others = opt.init(params), random_like(LIKE, 3)
+    for _ in range(3):
+        opt.update(random_like(LIKE, 2), state, params)
+    traced = make_fx(lambda *given: opt.update(*given))(
+        random_like(LIKE, 2), state, params
+    )
+    assert_close(traced(others, state, params), opt.update(others, state, params), 1e-6)
+
+
+def test_a_step_is_functionalized():
+    params = positive(1)
+    given = random_like(LIKE, 2), OPTIMIZER.init(params), params
+    assert_close(functionalize(OPTIMIZER.update)(*given), OPTIMIZER.update(*given), 1e-6)

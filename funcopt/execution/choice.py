@@ -127,7 +127,8 @@ def is_forced() -> bool:
 
 def is_free() -> bool:
     """Whether a lane may be taken: nothing is forced, nobody looks on."""
-    return _forced.get() is None and _observer.get() is None
+    watched = torch._C._len_torch_dispatch_stack()  # by a mode, as make_fx's
+    return not watched and _forced.get() is None and _observer.get() is None
 
 
 def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
