@@ -244,6 +244,34 @@ def test_what_is_not_given_is_zero():
     assert torch.equal(along["params"]["w"], torch.zeros(3).double())
 
 
+@pytest.mark.parametrize("autograd", [False, True])
+def test_a_third_derivative_through_a_norm(autograd: bool):
+    """torch's own is wrong there: of layer, batch and instance norm, with weights."""
+    data, p, v = random(3, 4, seed=1), random(4, seed=2), random(4, seed=3)
+
+    def by_torch(x: Tensor, p: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, (4,), p)
+
+    def by_hand(x: Tensor, p: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p
+
+    def third(norm: Callable[..., Tensor]) -> list[Tensor]:
+        def loss(p: Tensor, x: Tensor) -> Tensor:
+            return norm(x * p, p).sin().square().sum()
+
+        def products(p: Tensor) -> Tensor:
+            mixed = fo.meta.mixed_vp(loss, p, v, data, wrt=("batch",))["batch"]
+            return mixed.square().sum() + fo.meta.hvp(loss, p, v, data).square().sum()
+
+        if not autograd:
+            return [grad(products)(p)]
+        at = p.clone().requires_grad_()
+        return [*torch.autograd.grad(products(at), at)]
+
+    assert_close(third(by_torch), third(by_hand), 1e-9)
+
+
 def test_of_nothing_that_is_smooth_there_is_no_derivative():
     p, count = random(3, seed=1), torch.tensor(2)
     found = fo.meta.mixed_vp(lambda p, batch: (p**3).sum() * batch, p, p, count)

@@ -1,10 +1,14 @@
 """Products of the inner loss's second derivatives with a vector, in one pass each."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
+from funcopt import tree
 from funcopt.derivatives import Trees, jvp, vjp
+from funcopt.execution import levels
+from funcopt.func import exact_norms
 from funcopt.inner.loss import InnerLoss
 from funcopt.types import LossFunction, Tree
 
@@ -119,4 +123,9 @@ def _second(
         value, pullback = vjp(lambda at: {"loss": loss(**at)[0]}, given, wrt)
         return pullback({"loss": torch.ones_like(value["loss"])})
 
-    return jvp(gradients, given, {"params": vector})[1]
+    # A third derivative of norm layers is one that torch has wrong.
+    exact = (
+        exact_norms if levels.orders_outside(tree.leaves(dict(given))) else nullcontext
+    )
+    with exact():
+        return jvp(gradients, given, {"params": vector})[1]
