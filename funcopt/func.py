@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from funcopt import select, tree
 from funcopt.listed import Listed
 from funcopt.types import Tensor, Tree
 
@@ -16,7 +17,7 @@ __all__ = ["exact_norms", "vmap"]
 
 def vmap(
     function: Callable[..., Tree],
-    in_dims: int | Sequence[int | None] = 0,
+    in_dims: int | Sequence[Any] = 0,
     *,
     randomness: Literal["error", "different", "same"] = "error",
     chunk_size: int | None = None,
@@ -29,7 +30,8 @@ def vmap(
     Args:
         function: of trees of tensors, to a tree of tensors.
         in_dims: the axis to take off every tensor, 0 unless given: one for all
-            arguments, or one for each, None for an argument that all have in common.
+            arguments, or one for each, None for what all have in common. An argument's
+            may be a tree of axes, a prefix of it, or a `by_name` selector.
         randomness: as of ``torch.func.vmap``.
         chunk_size: how many entries to do at once; None for all.
 
@@ -38,6 +40,7 @@ def vmap(
         ``None`` where ``function`` gives ``None``.
 
     Raises:
+        StructureError: a tree of axes that does not fit its argument.
         Whatever ``torch.func.vmap`` does.
 
     Source:
@@ -59,12 +62,23 @@ def vmap(
     def batched(*trees: Tree) -> Tree:
         listed = Listed(function, *trees)
         dims = in_dims if isinstance(in_dims, int) else tuple(in_dims)
+        if isinstance(dims, tuple) and len(dims) == len(trees):
+            dims = tuple(map(_axes, dims, trees))
         out = torch.func.vmap(listed, dims, randomness=randomness, chunk_size=chunk_size)(
             *listed.inputs
         )
         return listed.rebuild(out)
 
     return batched
+
+
+def _axes(given: Any, values: Tree) -> Any:
+    """Of one argument: one for all of its tensors, or a list with one for each."""
+    if given is None or isinstance(given, int):
+        return given
+    leaves, structure = tree.flatten(values)
+    axes = select.per_leaf(given, structure, "in_dims")
+    return [axis for axis, leaf in zip(axes, leaves) if leaf is not None]
 
 
 @contextmanager

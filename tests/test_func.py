@@ -46,6 +46,28 @@ def test_vmap_of_states_with_gaps(chunk_size: int | None):
     assert whole[1]["b"]["exp_avg"]["w"] is None
 
 
+@pytest.mark.parametrize(
+    "axes",
+    [{"w": 1, "b": None, "gap": 0}, fo.by_name({"w": 1}, default=None)],
+    ids=["tree", "name"],
+)
+def test_vmap_with_an_axis_for_each_leaf(axes: Any):
+    opt = fo.freeze(fo.adam(lr=0.1), {"w": False, "b": False, "gap": True})
+    params = {"w": torch.randn(2, 3), "b": torch.randn(2), "gap": None}
+    grads = {"w": torch.randn(3, 2), "b": torch.randn(2), "gap": None}
+
+    def step(p: Any, g: Any) -> Any:
+        return opt.update(g, opt.init(p), p)[0]
+
+    found = func.vmap(step, (axes, {"w": 0, "b": None, "gap": 0}))(params, grads)
+    for i in range(3):
+        wanted = step({**params, "w": params["w"][:, i]}, {**grads, "w": grads["w"][i]})
+        assert torch.equal(found["w"][i], wanted["w"])
+        assert torch.equal(found["b"][i], wanted["b"])
+    with pytest.raises(fo.StructureError, match="in_dims"):
+        func.vmap(step, ({"x": 1}, 0))(params, grads)
+
+
 # The values -----------------------------------------------------------------------------
 
 Call = Callable[[Tensor, Any], Tensor]  # of data [6, 3, 4], and what there is beside
