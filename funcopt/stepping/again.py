@@ -91,7 +91,13 @@ class Again:
         steps, *others = tensors[some:]
         del tensors[some:]
         read = levels.scalars_of if levels.inside() else torch.Tensor.tolist
-        numbers = [*map(read, others), [t + 1 for t in read(steps)]]
+        counts = read(steps)
+        first = counts[0]
+        if type(first) is int and counts.count(first) == count:  # mostly, and soon told
+            counts = [first + 1] * count
+        else:
+            counts = [t + 1 for t in counts]
+        numbers = [*map(read, others), counts]
         hyper = values(seen.structure, tensors[count : 2 * count], numbers[-1])
         *of_totals, lane = lanes
         for measure, own in zip(self._measures, of_totals):

@@ -49,6 +49,7 @@ class Stepper:
             slot: torch.float64 for slot in slots if self.scalar[slot]
         }
         self.hypers = Hypers(spec.hyper, spec.name)
+        self.values = partial(self.hypers.per_leaf, {})  # of its own, unless others come
         scalar, arguments = tuple(self.scalar.values()), tuple(self.hypers.arguments)
         self.measures: list[Measure] = []
         for totals in spec.totals:  # a later one is given the earlier ones
@@ -106,7 +107,7 @@ class Stepper:
     ) -> tuple[Tree, State]:
         """One step; see `Optimizer`."""
         self.hypers.check_given(overrides)
-        values = partial(self.hypers.per_leaf, overrides)
+        values = partial(self.hypers.per_leaf, overrides) if overrides else self.values
         return self.step(grads, state, params, values, donate, execution)
 
     def step(
