@@ -62,7 +62,8 @@ class Hypers:
             if name not in overrides:
                 raise HyperparameterError(
                     f"{self.owner} needs {name} at every update, "
-                    f"{self.declared[name].wanted}: update(..., {name}={name})"
+                    f"{self.declared[name].wanted}: update(..., {name}={name}), or "
+                    f"fo.unroll(..., hyper={{'{name}': fo.per_step(one for each step)}})"
                 )
 
     def check_known(self, overrides: HyperMapping) -> None:
