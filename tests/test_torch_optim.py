@@ -5,8 +5,9 @@ import inspect
 import io
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -738,6 +739,37 @@ def test_torchopts_transforms_both_ways():
         update(g, init(p))
     with pytest.raises(TypeError, match="init and update"):
         fo.from_transform(3)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda opt: fo.partition({"a": opt, "b": fo.sgd()}, {"w": "a", "b": "b"}),
+        lambda opt: fo.freeze(opt, {"w": False, "b": True}),
+        lambda opt: fo.accumulate(opt, 1),
+        fo.skip_nonfinite,
+        fo.master_weights,
+        lambda opt: fo.chain(fo.clip_by_value(0.5), opt),
+    ],
+)
+def test_a_transform_of_ones_own_goes_into_all_that_takes_optimizers(
+    around: Callable[..., fo.Optimizer], donate: bool
+):
+    """It knows nothing of what those hand on."""
+
+    def half(updates: Any, state: Any, params: Any) -> Any:
+        return tree_of.map(lambda g: -0.5 * g, updates), state
+
+    own = fo.from_transform(SimpleNamespace(init=lambda params: {}, update=half))
+    found, expected = [], []
+    for opt, results in ((own, found), (fo.sgd(lr=0.5), expected)):
+        params = {"w": torch.ones(3), "b": torch.ones(2)}
+        whole = around(opt)
+        grads, state = tree_of.map(torch.clone, params), whole.init(params)
+        params, _ = whole.update(grads, state, params, donate=donate)
+        results += params.values()
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("name", ["Adafactor", "Muon", "AdamW"])

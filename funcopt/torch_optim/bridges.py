@@ -282,9 +282,17 @@ def from_transform(tx: Any) -> Optimizer:
         transform = functools.partial(transform, inplace=False)
 
     def update(
-        grads: Tree, state: Any, params: Tree, *, donate: bool = False, **extra: Any
+        grads: Tree,
+        state: Any,
+        params: Tree,
+        *,
+        donate: bool = False,
+        execution: str | None = None,
+        **extra: Any,
     ) -> tuple[Tree, Any]:
         del donate
+        if execution is not None:  # which wrappers hand on, and only ours knows
+            extra["execution"] = execution
         updates, state = transform(grads, state, params=params, **extra)
         flat, structure = tree.flatten(params)
         moves = tree.flatten_like(structure, updates, "updates")
