@@ -240,6 +240,34 @@ def test_kernels_are_given_numbers_as_they_are_in_memory(
         assert_close(grad, sign * (z.imag * z[0].imag).mean(0))
 
 
+def sums_of_groups(theta: Tensor, task: Tensor) -> Tensor:
+    groups = torch.tensor([0, 2, 2])
+    sums = torch.zeros(4, dtype=torch.float64).index_add(0, groups, theta * task)
+    return sums.square().sum()
+
+
+def test_what_writes_into_a_copy_is_given_one_of_each_task(traced: Any):
+    """Not what all share, expanded: kernels would write in one place for all of them."""
+    meta = fo.meta.value_and_grad(sums_of_groups, tasks="vmap", compile=True)
+    meta(f64(3, seed=1), f64(5, 3, seed=2))
+    (graph,) = traced
+    (node,) = (
+        n for n in graph.graph.nodes if n.target is torch.ops.aten.index_add.default
+    )
+    written = node.args[0].meta["val"]
+    assert written.shape == (5, 4) and 0 not in written.stride()
+
+
+@pytest.mark.slow
+def test_kernels_write_into_a_copy_of_each_task():
+    given = f64(3, seed=1), f64(5, 3, seed=2)
+    found, expected = (
+        fo.meta.value_and_grad(sums_of_groups, tasks="vmap", compile=compile)(*given)
+        for compile in (True, False)
+    )
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_numbers_drawn_anew_at_each_call(traced: Any):
     def task_loss(theta: Tensor, task: Tensor) -> Tensor:
         return (theta * task * torch.rand(3)).sum()

@@ -28,6 +28,17 @@ _ON_CPU = {
 _ON_CUDA = {"triton.cudagraphs": True}  # as mode="reduce-overhead"; not run on a GPU yet
 
 
+# What writes into a copy of its first argument. Where that is expanded, as vmap expands
+# what all tasks share, Inductor's kernels write into one task's for all of them
+# (https://github.com/pytorch/pytorch/issues/183986).
+_aten = torch.ops.aten
+_WRITING = {
+    *(_aten.index_add, _aten.index_copy, _aten.index_fill, _aten.index_put),
+    *(_aten.scatter, _aten.scatter_add, _aten.scatter_reduce, _aten.masked_scatter),
+    *(_aten.slice_scatter, _aten.select_scatter, _aten.diagonal_scatter),
+}
+
+
 class Graph(NamedTuple):
     """One compiled graph, and what it needs beside its arguments."""
 
@@ -130,6 +141,10 @@ def _settings(inputs: Sequence[Tensor]) -> Any:
     return torch.get_default_dtype(), *on
 
 
+def _is_expanded(x: Tensor) -> bool:
+    return any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape))
+
+
 def _kind(x: Tensor | None) -> Any:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
 
@@ -185,6 +200,8 @@ class _Lifting(TorchDispatchMode):
     ) -> Any:
         if func is not torch.ops.aten.lift_fresh.default:
             args, kwargs = tree_map_only(Tensor, self.input_of, (args, kwargs or {}))
+        if getattr(func, "overloadpacket", None) in _WRITING and _is_expanded(args[0]):
+            args = args[0].contiguous(), *args[1:]
         return func(*args, **kwargs or {})
 
     def input_of(self, x: Tensor) -> Tensor:
