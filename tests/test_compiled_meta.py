@@ -259,6 +259,7 @@ def test_what_writes_into_a_copy_is_given_one_of_each_task(traced: Any):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
 def test_kernels_write_into_a_copy_of_each_task():
     given = f64(3, seed=1), f64(5, 3, seed=2)
     found, expected = (
