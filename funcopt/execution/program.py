@@ -61,6 +61,22 @@ class Program:
     def is_stream(self, value: int) -> bool:
         return self.inputs[value] if self.is_input(value) else self.op(value).stream
 
+    def is_literal(self, value: int) -> bool:
+        return not self.is_input(value) and self.op(value).name == "const"
+
+    def streams_read(self, sweep: Pass) -> tuple[int, ...]:
+        """The input streams that a sweep reads, in the order of their first use."""
+        used = [a for v in sweep.streams for a in self.op(v).args]
+        used += [*sweep.outputs, *(self.op(s).args[0] for s in sweep.sums)]
+        return tuple(
+            i for i in dict.fromkeys(used) if self.is_input(i) and self.is_stream(i)
+        )
+
+    def scalars_read(self, sweep: Pass) -> tuple[int, ...]:
+        """The scalars, literals aside, that its streams are computed from, likewise."""
+        used = dict.fromkeys(a for v in sweep.streams for a in self.op(v).args)
+        return tuple(a for a in used if not self.is_stream(a) and not self.is_literal(a))
+
     @cached_property
     def passes(self) -> tuple[Pass, ...]:
         """The sweeps that compute the program, and after the last the rest of scalars.

@@ -50,8 +50,8 @@ class Native(Sweeping):
             raise BuildError("native kernels are turned off: FUNCOPT_NATIVE=0")
         if stored not in _DTYPES:
             raise BuildError(f"there are no native kernels for {stored}")
-        self._read = [source.inputs(program, sweep) for sweep in program.passes]
-        self._parameters = [source.parameters(program, s) for s in program.passes]
+        self._read = [program.streams_read(sweep) for sweep in program.passes]
+        self._parameters = [program.scalars_read(sweep) for sweep in program.passes]
         built = [library(source.print_c(program, s, stored)) for s in program.passes]
         self._kernels = [_kernel(each.loaded) for each in built]
         self._objects = objects.load()
@@ -140,7 +140,6 @@ class Native(Sweeping):
         each = 8 * count  # bytes of a column's addresses
         stream = {value: k * each for k, value in enumerate(self._streams)}
         read = [slice(stream[v], stream[v] + each) for v in self._read[k]]
-        reads_all = self._read[k] == self._streams
         in_place = itemgetter(slice(each, (1 + len(sweep.outputs)) * each))
         large = total * len(sweep.outputs) * self.stored.itemsize >= _PAST_CACHE
         fixed = self._kernels[k], count, max(tasks, 1), sizes, owners
@@ -153,9 +152,7 @@ class Native(Sweeping):
             table = array("d")
             for row in rows:
                 table.extend(before(*row))
-            pointers = (
-                addresses if reads_all else b"".join(map(addresses.__getitem__, read))
-            )
+            pointers = b"".join(map(addresses.__getitem__, read))
             pointers += in_place(addresses) if out is None else addresses_of(*out)
             sums = array("d", bytes(8 * count * sums_out)) if sums_out else _NO_SUMS
             threads = torch.get_num_threads() if parallel else 1

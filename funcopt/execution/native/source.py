@@ -54,25 +54,6 @@ _FLOATS = {"atan2": "arc_tangent"}
 _MATH = ("fabs", "sqrt", "exp", "log", "tanh", "atan2", "pow", "fma")
 
 
-def parameters(program: Program, sweep: Pass) -> tuple[int, ...]:
-    """The scalars that the sweep's kernel is given, in order: a row of doubles."""
-    used = [a for v in sweep.streams for a in program.op(v).args]
-    return tuple(
-        dict.fromkeys(
-            a for a in used if not program.is_stream(a) and not _literal(program, a)
-        )
-    )
-
-
-def inputs(program: Program, sweep: Pass) -> tuple[int, ...]:
-    """The streams that the kernel reads, in order."""
-    used = [a for v in sweep.streams for a in program.op(v).args]
-    used += [*sweep.outputs, *(program.op(s).args[0] for s in sweep.sums)]
-    return tuple(
-        i for i in dict.fromkeys(used) if program.is_input(i) and program.inputs[i]
-    )
-
-
 def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
     """The source of one sweep: ``run`` over a table of pointers, inputs then outputs."""
     wide = program.dtype is torch.float64
@@ -88,8 +69,7 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
         *(f"#define {name.upper()} {_function(name, wide)}" for name in _MATH),
         *(["#define CONTRACTED"] if _contracts() else []),
     ]
-    rows = parameters(program, sweep)
-    read = inputs(program, sweep)
+    rows, read = program.scalars_read(sweep), program.streams_read(sweep)
     names = {v: f"v{v}" for v in (*rows, *read, *sweep.streams)}
 
     def name(value: int) -> str:
@@ -161,10 +141,6 @@ def _contracts() -> bool:
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.backends.cpu.get_cpu_capability() != "DEFAULT"
     return platform.machine() in ("aarch64", "arm64")
-
-
-def _literal(program: Program, value: int) -> bool:
-    return not program.is_input(value) and program.op(value).name == "const"
 
 
 def _number(literal: float) -> str:

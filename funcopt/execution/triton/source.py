@@ -7,11 +7,11 @@ they follow their tensors.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 
-from funcopt.execution.program import Op, Pass, Program
+from funcopt.execution.program import Op, Program
 from funcopt.execution.triton.tables import ENTRY
 
 #: dtypes that are stored → their names in Triton; halves are computed in float32
@@ -123,7 +123,8 @@ class Printer:
         Four while registers last: each computes the scalars. Never so many that a thread
         has less than 16 bytes to read.
         """
-        wide = self.program.dtype.itemsize * len(self._read(self.program.passes[k]))
+        read = self.program.streams_read(self.program.passes[k])
+        wide = self.program.dtype.itemsize * len(read)
         return 4 if wide <= 16 or self.size == 2 else 8
 
     def sweep(self, k: int) -> str:
@@ -131,12 +132,12 @@ class Printer:
         program, sweep = self.program, self.program.passes[k]
         if not sweep.outputs and not sweep.sums:
             return ""
-        read = self._read(sweep)
+        read = sorted(program.streams_read(sweep))
         first = len(self.streams) + sum(len(p.outputs) for p in program.passes[:k])
         columns = {f"a{v}": self.streams.index(v) for v in read}
         columns |= {f"b{j}": first + j for j in range(len(sweep.outputs))}
         values = [program.op(s).args[0] for s in sweep.sums]
-        parameters = self._parameters(sweep, values)
+        parameters = program.scalars_read(sweep)
         load = "v{0} = tl.load({1}(a{0} + here, {2}) + i{3}).to({4})"
         store = "tl.store({1}(b{0} + here, {2}) + i, {4}.to({2}){3})"
 
@@ -221,28 +222,12 @@ class Printer:
         outputs = (o for o in self.program.outputs if not self.program.is_stream(o))
         return list(dict.fromkeys(outputs))
 
-    def _read(self, sweep: Pass) -> list[int]:
-        program = self.program
-        used = {a for v in sweep.streams for a in program.op(v).args}
-        used |= {*sweep.outputs, *(program.op(s).args[0] for s in sweep.sums)}
-        return [i for i in self.streams if i in used]
-
-    def _parameters(self, sweep: Pass, summed: Sequence[int]) -> list[int]:
-        """The scalars that take part in operations on streams."""
-        used = [a for v in sweep.streams for a in self.program.op(v).args]
-        used += [v for v in summed if not self.program.is_stream(v)]
-        return [
-            a
-            for a in dict.fromkeys(used)
-            if not self.program.is_stream(a) and not self._is_literal(a)
-        ]
-
     def _scalars(self, wanted: Iterable[int], known: dict[int, str]) -> list[str]:
         """Lines that compute the scalars, from the table and from sums."""
         program, needed, ahead = self.program, set(), list(wanted)
         while ahead:
             v = ahead.pop()
-            if v not in needed and not self._is_literal(v):
+            if v not in needed and not program.is_literal(v):
                 needed.add(v)
                 if not program.is_input(v) and program.op(v).name != "sum":
                     ahead.extend(program.op(v).args)
@@ -266,7 +251,7 @@ class Printer:
 
     def _expression(self, op: Op, name: Callable[[int], str], dtype: str) -> str:
         form = _EXPRESSIONS[op.name]
-        if op.name == "pow" and self._is_literal(op.args[1]):
+        if op.name == "pow" and self.program.is_literal(op.args[1]):
             form = _POWERS.get(self.program.op(op.args[1]).literal, form)
         names = [name(a) for a in op.args]
         if op.name not in _OF_TRUTHS:
@@ -274,7 +259,7 @@ class Printer:
                 f"{text}.to({dtype})" if self._is_truth(a) else text
                 for text, a in zip(names, op.args)
             ]
-        literal = [self._is_literal(a) for a in op.args]
+        literal = [self.program.is_literal(a) for a in op.args]
         if op.name in _OPERATORS and literal.count(True) == 1:
             k = literal.index(True)
             names[k] = _number(self.program.op(op.args[k]).literal)
@@ -287,15 +272,12 @@ class Printer:
         return self._name(value, "s", "tl.float64")
 
     def _name(self, value: int, letter: str, dtype: str) -> str:
-        if self._is_literal(value):
+        if self.program.is_literal(value):
             return _literal(self.program.op(value).literal, dtype)
         return f"{letter}{value}"
 
     def _is_truth(self, value: int) -> bool:
         return not self.program.is_input(value) and self.program.op(value).boolean
-
-    def _is_literal(self, value: int) -> bool:
-        return not self.program.is_input(value) and self.program.op(value).name == "const"
 
 
 def _literal(value: float, dtype: str) -> str:
