@@ -34,6 +34,11 @@ def leaves(tree: Tree) -> list[Any]:
     return optree.tree_leaves(tree, none_is_leaf=True, namespace=_OURS)
 
 
+def present(tree: Tree) -> list[Any]:
+    """The leaves of ``tree`` that are not ``None``."""
+    return [leaf for leaf in leaves(tree) if leaf is not None]
+
+
 def register(
     kind: type,
     parts: Callable[[Any], tuple[Iterable[Any], Any]],

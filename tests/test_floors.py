@@ -128,6 +128,7 @@ FLOORS = {
     "funcopt.meta.rolling": 8.05,
     "funcopt.meta.estimate": 8.1,
     "funcopt.meta.swarm": 8.15,
+    "funcopt.meta.dependence": 8.15,
     "funcopt.meta.constraints": 8.1,
     "funcopt.meta.*": 8.2,
     "funcopt": 9,

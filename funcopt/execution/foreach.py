@@ -68,14 +68,14 @@ class Foreach(Sweeping):
         ]
         first = columns[self._streams[0]]
         made: list[Column] = []
-        for k, value in enumerate(sweep.outputs):
+        for place, value in enumerate(sweep.outputs):
             results = [
                 x.to(self.stored).view(y.shape) for x, y in zip(live[value], first)
             ]
             if out is not None:
-                for target, value in zip(out[k], results):
-                    target.copy_(value)
-                results = out[k]
+                for target, result in zip(out[place], results):
+                    target.copy_(result)
+                results = out[place]
             elif program.is_input(value):
                 results = [x.clone() for x in results]  # not the caller's own tensor
             made.append(results)

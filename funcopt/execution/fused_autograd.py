@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch._C._functorch as _functorch  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
 from funcopt.execution import batched, levels
@@ -35,8 +34,7 @@ def run(call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     # Third order; and where torch would lose the derivative.
     if call.form.what in ("second_vjp", "jvp") or levels.pushing_twice():
         return call.plain(*tensors)
-    nested = _functorch.peek_interpreter_stack() is not None
-    if nested or levels.pushing():
+    if levels.inside() or levels.pushing():
         return _Transformed.apply(call, *tensors)
     return _Recorded.apply(call, *tensors)
 
@@ -54,7 +52,7 @@ def _followed(tensors: Sequence[Tensor]) -> bool:
     """Whether a derivative is asked of these tensors, and not just of some."""
     if not levels.differentiating(tensors):
         return False
-    if _functorch.peek_interpreter_stack() is not None:
+    if levels.inside():
         return True
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return True

@@ -40,8 +40,8 @@ def alive(x: Tensor) -> Tensor:
     A pullback runs when its level is gone, and what was saved for it wears its wrapper:
     the next level to be opened would take that for its own.
     """
-    while (inside := _functorch.unwrap_if_dead(x)) is not x:
-        x = inside
+    while (within := _functorch.unwrap_if_dead(x)) is not x:
+        x = within
     return x
 
 

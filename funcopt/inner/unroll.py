@@ -125,7 +125,7 @@ def unroll(
         >>> torch.func.grad(outer)(torch.tensor(0.25))           # 2 (1 - lr)
         tensor(1.5000)
     """
-    steps = _number_of_steps(batch, batches, steps)
+    steps = number_of_steps(batch, batches, steps)
     buffers = None if is_absent(buffers) else buffers  # of a run before
     if not all(x is None or isinstance(x, Tensor) for x in tree.leaves(buffers)):
         raise LeafError(
@@ -182,7 +182,8 @@ def check_steps(steps: int, least: int = 0) -> None:
         )
 
 
-def _number_of_steps(batch: Tree, batches: Tree, steps: int | None) -> int:
+def number_of_steps(batch: Tree, batches: Tree, steps: int | None) -> int:
+    """How many there are, by ``steps`` and ``batches``; raises where they disagree."""
     if batches is None:
         if steps is None:
             raise StructureError("say how many steps: give steps=, or batches=")

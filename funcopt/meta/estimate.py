@@ -71,20 +71,13 @@ SEES: Mapping[str, Mapping[str, str]] = {
     "hypergradient_descent": dict.fromkeys((*_HYPER, "meta"), "greedy"),
 }
 
+_WAY = "it is the way from the start to the end, which is a direction for the start alone"
 #: why an estimator is blind to what stands under a key
 _WHY: Mapping[tuple[str, str], str] = {
     ("first_order", "meta"): "it takes each inner gradient, through which alone the "
     "inner loss's weights act, as a constant",
-    (
-        "reptile_gradient",
-        "hyper",
-    ): "it is the way from the start to the end, which is a direction "
-    "for the start alone",
-    (
-        "reptile_gradient",
-        "meta",
-    ): "it is the way from the start to the end, which is a direction "
-    "for the start alone",
+    ("reptile_gradient", "hyper"): _WAY,
+    ("reptile_gradient", "meta"): _WAY,
     ("implicit", "hyper"): "a fixed point of the training does not move with the "
     "optimizer's settings",
     ("implicit", "init"): "a fixed point of the training does not depend on its start; "

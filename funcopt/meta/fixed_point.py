@@ -1,18 +1,16 @@
 """Estimators at the end of the training alone: implicit differentiation."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
 from funcopt import tree
-from funcopt.derivatives import Trees, is_smooth, vjp
-from funcopt.errors import GradientLostError, HyperparameterError
-from funcopt.execution import levels
-from funcopt.inner.apart import Draws
+from funcopt.derivatives import Trees, vjp
+from funcopt.errors import HyperparameterError
 from funcopt.inner.loop import CARRY
 from funcopt.inner.loss import InnerLoss
 from funcopt.inner.step import Step
+from funcopt.meta.dependence import check_buffers, moving_leaves
 from funcopt.meta.estimate import Estimate, check_eta
 from funcopt.meta.linear import conjugate_gradients, neumann, norm, plus, relative_norm
 from funcopt.meta.problem import (
@@ -21,7 +19,6 @@ from funcopt.meta.problem import (
     batch_at,
     inputs_at,
     meta_of,
-    outer_value,
     outer_vjp,
     ready,
     standing,
@@ -126,7 +123,7 @@ def implicit(
             return {"grads": _kept(loss.grad(at, batch, meta, buffers)[0], moving)}
 
         if buffers is not None:
-            _check_buffers(problem, eta, end)
+            check_buffers(problem, eta, end)
         # One graph for all products: each is a pass back through it.
         inner, pullback = vjp(gradient, {"kept": _kept(params, moving), "eta": eta})
 
@@ -222,76 +219,8 @@ def weight_update_implicit(
     return Estimate(value, grads, {"cotangent_ratio": ratio}, end)
 
 
-def moving_leaves(problem: Problem, eta: Tree, carry: Carry) -> Tree:
-    """Which leaves the optimizer steps: those that follow the gradient or the state.
-
-    Those of `freeze` have no gradient of 0 at the end, and no part in the Hessian.
-    """
-    step, state = Step(problem.opt, problem.inner_loss), carry["state"]
-    given = inputs_at(problem, {**carry, "eta": eta}, problem.steps - 1)
-    leaves, structure = tree.flatten(carry["params"])
-
-    def update(at: Trees) -> Trees:
-        params, state = step.updated(at["grads"], {**given, "state": at["state"]})
-        return {"params": params, "state": state}
-
-    moving: list[bool] = []
-    with Draws(leaves).again():
-        for _ in range(problem.steps):  # `accumulate` moves nothing in most
-            at = {"grads": carry["params"], "state": state}  # any gradient will do
-            stepped, moving = _recorded(update, at, "params")
-            if any(moving):
-                break
-            state = stepped["state"]
-    found = iter(moving)
-    return tree.unflatten(structure, [x is not None and next(found) for x in leaves])
-
-
 def _kept(params: Tree, moving: Tree) -> Tree:
     return tree.map(lambda x, moves: x if moves else None, params, moving)
-
-
-def _check_buffers(problem: Problem, eta: Tree, end: Carry) -> None:
-    """Raise where the end reaches V through buffers too: they have a history of steps."""
-    loss, batch = InnerLoss(problem.inner_loss), batch_at(problem, problem.steps)
-    at = {"params": end["params"], "meta": meta_of(ready(problem, eta))}
-    buffers = end["buffers"]
-
-    def written(given: Trees) -> Tree:
-        return loss(batch=batch, buffers=buffers, **given)[2]
-
-    def read(given: Trees) -> Tree:
-        value = outer_value(problem, ready(problem, eta), {**end, **given}, problem.steps)
-        return value, loss.grad(batch=batch, **at, **given)[0]
-
-    with Draws(tree.leaves(end)).again():
-        if _follows(written, at) and _follows(read, {"buffers": buffers}):
-            raise GradientLostError(
-                "implicit cannot see what parameters do through the buffers, which the "
-                "losses read and the inner loss makes of the parameters. Write "
-                "fo.detach(...) into them, to say that they are constants, or use "
-                "'weight_update_implicit' or 'reverse'"
-            )
-
-
-def _follows(function: Callable[[Trees], Tree], given: Trees) -> bool:
-    """Whether a derivative of any of the function's results is recorded."""
-    return any(_recorded(lambda at: {"all": function(at)}, given, "all")[1])
-
-
-def _recorded(
-    function: Callable[[Trees], Trees], given: Trees, name: str
-) -> tuple[Trees, list[bool]]:
-    """What the function gives; and of which smooth leaves a derivative is recorded."""
-    found: list[bool] = []
-
-    def noting(given: Trees) -> Trees:
-        results = function(given)
-        smooth = [x for x in tree.leaves(results[name]) if is_smooth(x)]
-        found.extend(levels.recorded([x]) for x in smooth)
-        return results
-
-    return vjp(noting, given)[0], found
 
 
 def _end(problem: Problem, eta: Tree, carry: Carry | None) -> Carry:

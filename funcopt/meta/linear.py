@@ -69,7 +69,7 @@ def dot(x: Tree, y: Tree) -> Tensor:
         wide = _wide(a)
         return (a.to(wide) * b.to(wide).conj()).real.sum()
 
-    products = [p for p in tree.leaves(tree.map(inner, x, y)) if p is not None]
+    products = tree.present(tree.map(inner, x, y))
     return torch.stack(products).sum() if products else torch.zeros(())
 
 
@@ -89,7 +89,7 @@ def relative_norm(x: Tree, whole: Tree) -> Tensor:
 
 def _largest(x: Tree) -> Tensor:
     """max |x|, 0 of nothing."""
-    found = [a.abs().max() for a in tree.leaves(x) if a is not None and a.numel()]
+    found = [a.abs().max() for a in tree.present(x) if a.numel()]
     return (
         torch.stack([a.to(_wide(a)) for a in found]).max() if found else torch.zeros(())
     )
@@ -97,8 +97,7 @@ def _largest(x: Tree) -> Tensor:
 
 def _epsilon(x: Tree) -> float:
     """The relative rounding error of the coarsest leaf."""
-    leaves = [leaf for leaf in tree.leaves(x) if leaf is not None]
-    return max((torch.finfo(leaf.dtype).eps for leaf in leaves), default=0.0)
+    return max((torch.finfo(a.dtype).eps for a in tree.present(x)), default=0.0)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ from funcopt.errors import (
 from funcopt.inner.loop import CARRY, is_absent
 from funcopt.inner.loss import InnerLoss
 from funcopt.inner.per_step import PerStep
-from funcopt.inner.unroll import check_steps
+from funcopt.inner.unroll import check_steps, number_of_steps
 from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import LossFunction, State, Tensor, Tree
 
@@ -112,17 +112,7 @@ class Problem:
             raise HyperparameterError(
                 f"objective is 'last', 'mean' or 'sum', not {self.objective!r}"
             )
-        if self.batches is None:
-            return
-        if self.batch is not None:
-            raise StructureError(
-                "give batch (every step's) or batches (one each), not both"
-            )
-        length = tree.leading_axis(self.batches, "batches")
-        if length != self.steps:
-            raise StructureError(
-                f"batches hold {length} steps, but steps={self.steps} was asked"
-            )
+        number_of_steps(self.batch, self.batches, self.steps)
 
 
 def data_of(problem: Problem) -> list[Tree]:
@@ -191,7 +181,7 @@ def batch_at(problem: Problem, k: int) -> Tree:
     return tree.map(itemgetter(min(k, problem.steps - 1)), problem.batches)
 
 
-def hyper_at(problem: Problem, eta: Tree, k: int) -> dict[str, Any]:
+def hyper_at(eta: Tree, k: int) -> dict[str, Any]:
     """What ``opt.update`` takes in step ``k``."""
 
     def entry(value: Any) -> Any:
@@ -208,7 +198,7 @@ def inputs_at(problem: Problem, given: Trees, k: int) -> dict[str, Tree]:
     One function, for a selector or a schedule in hyper has tensors that no tree shows.
     """
     eta = ready(problem, given["eta"])
-    settings = {"hyper": hyper_at(problem, eta, k), "meta": meta_of(eta)}
+    settings = {"hyper": hyper_at(eta, k), "meta": meta_of(eta)}
     return {**standing(given), **settings, "batch": batch_at(problem, k)}
 
 

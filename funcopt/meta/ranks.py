@@ -38,7 +38,7 @@ def over_ranks(part: Callable[[], Part], group: Any) -> Part:
     form = _form(sums)
     said = f"{type(failure).__name__}: {failure}" if failure else None
     words: list[str | None] = []
-    with _answered(group):
+    with _answered():
         told = _gathered([failure is None, count, _digest(form)], group)
         failed = not all(fine for fine, *_ in told)
         differ = len({digest for *_, digest in told}) > 1
@@ -75,7 +75,7 @@ def _ranks(group: Any) -> list[int]:
 
 
 @contextmanager
-def _answered(group: Any) -> Iterator[None]:
+def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

@@ -68,7 +68,7 @@ def metasmoothness(problem: Problem, eta: Tree, direction: Tree, h: float) -> Te
         at = tree.map(lambda x, v: x + times * h * v, eta, direction)
         with draws.again() if times else nullcontext():
             params = advance(problem, at, problem.steps)["params"]
-        return torch.cat([x.flatten() for x in tree.leaves(params) if x is not None])
+        return torch.cat([x.flatten() for x in tree.present(params)])
 
     with torch.no_grad():
         first, second, third = (end(times) for times in range(3))

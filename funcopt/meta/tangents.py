@@ -118,14 +118,14 @@ def forward(
         total = torch.stack(values).sum()
         if problem.objective == "mean":
             total, grads = total / count, grads / count
-        norms = torch.stack([_rows(x).square().sum(1) for x in _there(z["params"])])
+        norms = torch.stack([_rows(x).square().sum(1) for x in tree.present(z["params"])])
     end = {**at, "step": start + count, "tangents": z}
     return Estimate(total, _like(eta, grads), {"tangent_norms": norms.sum(0).sqrt()}, end)
 
 
 def _check_tangents(tangents: Trees, every: Tree) -> None:
     """Raise where those of a carry were made for another eta."""
-    counts = {len(x) for x in _there([tangents, every])}
+    counts = {len(x) for x in tree.present([tangents, every])}
     if len(counts) > 1:
         raise StructureError(
             "the carry's tangents are of another eta: there are "
@@ -136,7 +136,7 @@ def _check_tangents(tangents: Trees, every: Tree) -> None:
 
 def _basis(eta: Tree) -> Tree:
     """A tangent of eta for each of its numbers: one there, zero elsewhere."""
-    found = _there(eta)
+    found = tree.present(eta)
     rows = torch.eye(sum(x.numel() for x in found)).split([x.numel() for x in found], 1)
     blocks = iter(zip(rows, found))
     return tree.map(lambda _: _block(*next(blocks)), eta)
@@ -148,7 +148,7 @@ def _block(rows: Tensor, like: Tensor) -> Tensor:
 
 def _contracted(slopes: Tree, tangents: Tree) -> Tensor:
     """How a value moves along each tangent."""
-    parts = zip(_there(slopes), _there(tangents))
+    parts = zip(tree.present(slopes), tree.present(tangents))
     return sum(
         (_rows(z) @ g.flatten() for g, z in parts), start=torch.zeros((), device="cpu")
     )
@@ -159,13 +159,9 @@ def _rows(tangents: Tensor) -> Tensor:
 
 
 def _flat(values: Tree) -> Tensor:
-    return torch.cat([x.flatten() for x in _there(values)])
+    return torch.cat([x.flatten() for x in tree.present(values)])
 
 
 def _like(eta: Tree, flat: Tensor) -> Tree:
-    parts = iter(flat.split([x.numel() for x in _there(eta)]))
+    parts = iter(flat.split([x.numel() for x in tree.present(eta)]))
     return tree.map(lambda x: next(parts).reshape(x.shape).to(x), eta)
-
-
-def _there(values: Tree) -> list[Tensor]:
-    return [x for x in tree.leaves(values) if x is not None]

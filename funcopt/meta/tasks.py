@@ -182,7 +182,7 @@ def choose(theta: Tree, count: int) -> Literal["vmap", "loop"]:
     which are slow there. Everything else is batched. The table of benchmarks/README.md
     shows where the rule is right; where it is not, say ``tasks=`` yourself.
     """
-    leaves = [leaf for leaf in tree.leaves(theta) if leaf is not None]
+    leaves = tree.present(theta)
     if any(leaf.device.type != "cpu" for leaf in leaves):
         return "loop" if count == 1 else "vmap"
     wide = any(

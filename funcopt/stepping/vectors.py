@@ -16,7 +16,7 @@ def filled(leaves: Sequence[Any], value: float, dtype: torch.dtype) -> Tensor:
 
 
 def device_of(leaves: Sequence[Any]) -> torch.device:
-    """Where the vectors of such leaves are."""
+    """Where what is kept for all leaves at once is: their one device, or the CPU."""
     devices = {p.device for p in leaves if p is not None}
     return devices.pop() if len(devices) == 1 else torch.device("cpu")
 

@@ -100,11 +100,6 @@ def number(value: Any) -> Any:
 
 def fixed(group: Mapping[str, Any], names: tuple[str, ...]) -> bool:
     """Whether the values are what they were as long as they are the same objects."""
-    return not any(isinstance(group.get(name), (Tensor, list)) for name in names) and (
-        not any(
-            isinstance(part, Tensor)
-            for name in names
-            if isinstance(group.get(name), tuple)
-            for part in group[name]
-        )
-    )
+    values = [group.get(name) for name in names]
+    parts = (part for value in values if isinstance(value, tuple) for part in value)
+    return not any(isinstance(x, (Tensor, list)) for x in (*values, *parts))

@@ -6,6 +6,7 @@ import torch
 
 from funcopt import tree
 from funcopt.execution import levels
+from funcopt.stepping import vectors
 from funcopt.types import Tensor, Tree
 
 
@@ -30,6 +31,5 @@ def choose(
 
 def counter(params: Tree) -> Tensor:
     """A 0-d int64 zero where the parameters are."""
-    devices = {p.device for p in tree.leaves(params) if p is not None}
-    device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+    device = vectors.device_of(tree.leaves(params))
     return torch.zeros((), dtype=torch.int64, device=device)

@@ -91,6 +91,6 @@ def skip_nonfinite(opt: Optimizer) -> Optimizer:
 
 def _all_finite(grads: Tree, device: torch.device) -> Tensor:
     """A 0-d bool, for all leaves together."""
-    given = [sparse_rows.numbers(g) for g in tree.leaves(grads) if g is not None]
+    given = [*map(sparse_rows.numbers, tree.present(grads))]
     each = [g.isfinite().all().to(device) for g in given]
     return torch.stack(each).all() if each else torch.ones((), dtype=torch.bool)

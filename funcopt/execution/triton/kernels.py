@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from funcopt.execution.executor import BuildError, Column, Executor
+from funcopt.execution.executor import BuildError, Column, Executor, empty_like
 from funcopt.execution.program import Program
 from funcopt.execution.triton.source import DTYPES, Printer
 from funcopt.execution.triton.tables import BLOCK, Layout, Uploads, layout, words
@@ -66,7 +66,7 @@ class Triton(Executor):
             raise ValueError("no leaf tells which device this is for")
         device = leaves[0].device
         if out is None:
-            out = [list(map(torch.empty_like, leaves)) for _ in printer.written]
+            out = [empty_like(leaves) for _ in printer.written]
         plan = self._layout(leaves, which, len(rows), tasks, pooled, device)
         content, alive = words([*streams, *out], rows, device)
         table = self._uploads(content, device)

@@ -92,6 +92,12 @@ def merged(one: Tree, other: Tree) -> Tree:
     )
 
 
+def squared_distance(one: Tree, other: Tree) -> Tensor:
+    """‖one - other‖², over all leaves."""
+    squares = tree.map(lambda x, y: (x - y).square().sum(), one, other)
+    return torch.stack(tree.present(squares)).sum()
+
+
 def first_rates(lr: Any, params: Tree) -> Tree:
     """A tree like params of the numbers that the learned rates start from."""
     structure = tree.flatten(params)[1]

@@ -9,8 +9,9 @@ from funcopt import tree
 from funcopt.errors import GradientLostError, HyperparameterError
 from funcopt.inner.loss import loss_and_aux
 from funcopt.inner.unroll import Unrolled, unroll
-from funcopt.meta.families.family import Family, itself, judged, pair
-from funcopt.meta.fixed_point import implicit, moving_leaves
+from funcopt.meta.dependence import moving_leaves
+from funcopt.meta.families.family import Family, itself, judged, pair, squared_distance
+from funcopt.meta.fixed_point import implicit
 from funcopt.meta.problem import Problem, go_on
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, Tensor, Tree
@@ -77,8 +78,7 @@ def imaml(
 
     def near(params: Tree, batch: Tree, theta: Tree, **more: Tree) -> Any:
         loss, aux = loss_and_aux(loss_fn(params, batch, **more), has_aux, "loss_fn")
-        ways = tree.leaves(tree.map(lambda p, q: (p - q).square().sum(), params, theta))
-        pull = strength / 2 * torch.stack([x for x in ways if x is not None]).sum()
+        pull = strength / 2 * squared_distance(params, theta)
         return (loss + pull, aux) if has_aux else loss + pull
 
     def adapt(theta: Tree, support: Tree, steps: int = steps) -> Unrolled:
@@ -126,7 +126,7 @@ def imaml(
             start,
             found.grads["meta"],
         )
-        value = found.value + sum(x for x in tree.leaves(slopes) if x is not None)
+        value = found.value + sum(tree.present(slopes))
         if not has_aux:
             return value
         end = found.carry

@@ -7,7 +7,7 @@ import torch
 
 from funcopt import tree
 from funcopt.inner.unroll import Unrolled, unroll
-from funcopt.meta.families.family import Family, itself, judged, pair
+from funcopt.meta.families.family import Family, itself, judged, pair, squared_distance
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, Tree
 
@@ -71,8 +71,7 @@ def reptile(
         else:
             dealt = batches(task)
             run = unroll(inner, loss_fn, start, batches=dealt, steps=steps, **options)
-        ways = tree.map(lambda p, end: (p - end).square().sum(), theta, run.params)
-        loss = torch.stack([x for x in tree.leaves(ways) if x is not None]).sum() / 2
+        loss = squared_distance(theta, run.params) / 2
         if not options.get("has_aux"):
             return loss
         run = adapt(start, support)
