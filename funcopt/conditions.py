@@ -1,7 +1,7 @@
-"""Conditions and numbers of an algorithm that tasks go through each in its own way.
+"""Conditions and numbers of an algorithm in which each task may take its own branch.
 
-Where somebody follows what is computed they are tensors, and a choice is made for each
-task; else Python's, which cost next to nothing, and a choice is a branch.
+Where a derivative, transform or mode takes part they are tensors, and a choice is made
+for each task; else Python's, which cost next to nothing, and a choice is a branch.
 """
 
 from typing import Any, TypeAlias, cast
@@ -29,9 +29,9 @@ def no(condition: Any) -> Any:
 
 
 def decided(condition: Condition) -> bool | None:
-    """What a condition is for every task; None if they differ, or a look would take long.
+    """The condition's value if it is the same for every task; else None.
 
-    That is, on an accelerator, and where nothing is seen.
+    None also where values cannot be seen, or only by waiting for an accelerator.
     """
     if isinstance(condition, bool):
         return condition

@@ -31,7 +31,7 @@ def is_smooth(leaf: Any) -> bool:
 def vjp(
     function: Function, given: Trees, wrt: Iterable[str] | None = None
 ) -> tuple[Trees, Pullback]:
-    """``function(given)``, and what takes its cotangents to those of ``given``.
+    """``function(given)``, and its pullback: cotangents to gradients by ``given``.
 
     ``wrt`` names the trees whose gradients are wanted; None for all.
     """
@@ -48,7 +48,7 @@ def vjp(
         smooth, others = made[0].split(result)
         return [*smooth, values[-1]], others
 
-    # torch.func wants at least one variable and one value: one of nothing's
+    # torch.func wants at least one variable and one result: a zero that goes through
     results: Any = torch.func.vjp(of_variables, [*variables, _NOTHING], has_aux=True)
     (*values, _), pull, others = results
     (out,) = made
@@ -100,10 +100,11 @@ def pull(
     cotangents: Sequence[Tensor | None],
     wanted: Sequence[int],
 ) -> list[Tensor | None]:
-    """What ``cotangents`` of what ``function(values)`` begins with are to some values.
+    """The gradients by ``wanted`` values, from cotangents of ``function(values)``.
 
-    ``wanted`` are the numbers of those. None stands for zero. Without torch.func, unless
-    a derivative of the result may be asked for.
+    ``wanted`` are places in ``values``. There may be fewer cotangents than results; None
+    stands for zero. By plain autograd, unless a derivative of the gradients may be asked
+    for.
     """
 
     def of_wanted(chosen: Sequence[Tensor]) -> list[Tensor]:
@@ -137,7 +138,7 @@ def added(*columns: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 class Layout:
-    """Where the tensors of several trees stand, without the tensors."""
+    """The structures of several trees, and which leaves are smooth, or tensors."""
 
     def __init__(self, trees: Trees) -> None:
         self.structures: dict[str, tree.Structure] = {}

@@ -32,10 +32,11 @@ class Listed:
     def grad(self, *lists: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
         """∂(first output)/∂(first list), and beside it all outputs.
 
-        Three ways to the same numbers. ``torch.func.grad`` is always right; it opens a
-        level that every op of the function and of its backward passes through. Autograd
-        alone does where it records the variables already, and, on leaves of our own,
-        where nothing that it can see is differentiated.
+        Three ways to the same numbers. ``torch.func.grad`` is always right, but slower:
+        it opens a level that every op of the function and of its backward passes through.
+        Autograd alone will do where it records the variables already; and, on detached
+        copies of them, where no derivative of the result can be asked for through its
+        inputs.
         """
         variables, rest = list(lists[0]), lists[1:]
         if torch.compiler.is_compiling() or levels.of_inference(variables):

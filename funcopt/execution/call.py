@@ -1,4 +1,4 @@
-"""A call of a rule, or of a derivative of it: by kernels, or by torch's operations."""
+"""A call of a rule, or of its derivative: by kernels, or by torch's operations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from funcopt.types import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A form, and the scalars that are numbers: None for one that is a tensor."""
+    """A form, and for each row its scalars: the numbers, None where one is a tensor."""
 
     form: Form
     rows: tuple[tuple[Any, ...], ...]
@@ -38,9 +38,9 @@ class Call:
         return replace(self, form=self.form.with_tasks(tasks))
 
     def execute(self, tensors: Sequence[Tensor], recycle: bool = False) -> list[Tensor]:
-        """The outputs, by the engine. Nothing is recorded for a derivative.
+        """The outputs, by kernels; nothing is recorded for a derivative.
 
-        ``recycle`` old buffers only where no graph will hold the new ones.
+        With ``recycle`` they may take old buffers: right where no graph holds outputs.
         """
         form = self.form
         streams = [tensors[column] for column in form.columns]

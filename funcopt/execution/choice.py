@@ -126,7 +126,7 @@ def is_forced() -> bool:
 
 
 def is_free() -> bool:
-    """Whether a lane may be taken: nothing is forced, nobody looks on."""
+    """Whether a lane may be taken: no executor is forced, no mode or `observed` open."""
     watched = torch._C._len_torch_dispatch_stack()  # by a mode, as make_fx's
     return not watched and _forced.get() is None and _observer.get() is None
 

@@ -40,7 +40,7 @@ def step(
 
     By the fastest executor that may run it, or by the one that is named. With ``donate``
     parameters and state are written over, and are what is returned. ``vectors`` are what
-    the state holds for all leaves at once.
+    the state holds for all leaves at once; no lane is made where they cannot be read.
 
     Raises:
         ExecutionError: the executor that is named refuses, or donated tensors may not

@@ -1,4 +1,4 @@
-"""``donate=True``: what may be written over, and the writing where no kernel does it."""
+"""``donate=True``: what a step may write over, and writing where no kernel does it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,15 +12,16 @@ from funcopt.errors import ExecutionError
 from funcopt.execution import layout, levels
 from funcopt.types import RuleFunction, Tensor, Tree
 
-#: of the rule that runs: None where what it computes may be followed, else `is_given`
+#: of the rule that runs: None where what it computes may be differentiated or traced,
+#: else whether it may write over parameter and state
 _given: ContextVar[bool | None] = ContextVar("given", default=None)
 
 
 @contextmanager
 def running(given: bool | None) -> Iterator[None]:
-    """The rules run within may write over their temporaries; if ``given``, over all.
+    """Rules run within may write over temporaries; if ``given``, over arguments too.
 
-    Not over gradients. None says that they may not.
+    Never over gradients. With None they may write over nothing.
     """
     token = _given.set(given)
     try:
@@ -30,9 +31,9 @@ def running(given: bool | None) -> Iterator[None]:
 
 
 def is_plain() -> bool:
-    """Whether nobody follows what the rule that runs computes.
+    """Whether what the rule computes is plain arithmetic that nobody looks at.
 
-    No derivative, transform, compiler, dispatch mode or subclass of Tensor.
+    No derivative, transform, compiler, dispatch mode or tensor subclass takes part.
     """
     return not torch.compiler.is_compiling() and _given.get() is not None
 
@@ -43,7 +44,7 @@ def is_given() -> bool:
 
 
 def kept(rule: RuleFunction) -> RuleFunction:
-    """The rule, for one that looks again at what it gives to it: that stays as it is."""
+    """The rule, for a caller that needs the arguments afterwards, unchanged."""
 
     def call(*args: Any, **given: Any) -> tuple[Any, ...]:
         if not is_given():

@@ -79,13 +79,14 @@ class Executor(ABC):
         pooled: bool = False,
         tasks: int = 0,
     ) -> Direct:
-        """The shortest way to run this on leaves that are like these.
+        """A function that runs this on leaves like these, with all checks done before.
 
-        What comes out takes the tensors of all streams, one column after the other,
-        their addresses, the rows (by `read_number`, or `PerTask`), and the tensors to
-        write to: None for the streams from the second on. It gives the outputs, or
-        None: for `__call__` to do, and nothing is written then. Columns that are
-        written over may be left out, the last ones, or be None.
+        Its arguments: the tensors of all streams, one column after the other; their
+        addresses; the rows, whose values went through `read_number` or are `PerTask`;
+        and the columns to write to, None for in place, which is from the second stream
+        on. It returns the outputs, or None, with nothing written, where only `__call__`
+        can make this step. Of columns that are written in place the outputs may hold
+        None, or lack them at the end.
         """
         count, written = len(like), sum(map(self.program.is_stream, self.program.outputs))
 
@@ -109,7 +110,7 @@ def empty_like(column: Column) -> list[Tensor]:
 
 
 def maker(like: Column) -> Callable[[], list[Tensor]]:
-    """What makes new tensors as `empty_like` does, without a look at the column."""
+    """A function that makes tensors as `empty_like` would, ``like`` looked at once."""
     looks = [(*_look(x), x.dtype) for x in like]
     if _empty_strided_cpu is not None and all(x.is_cpu for x in like):
         make: Any = _empty_strided_cpu
@@ -122,7 +123,7 @@ def maker(like: Column) -> Callable[[], list[Tensor]]:
 
 
 def _look(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape, and strides: those of x if it fills its memory."""
+    """The shape, and the strides that ``torch.empty_like`` would choose."""
     filled = x if x.is_contiguous() else torch.empty_like(x, device="meta")
     return tuple(x.shape), filled.stride()
 

@@ -1,4 +1,4 @@
-"""What calls of a rule, or of a derivative of it, have in common: worked out once."""
+"""The signature of calls of a rule or of its derivative, and what follows from it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,13 +24,13 @@ _MOST = 64  # forms kept that follow from one
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """The leaves of one group, and which scalars are tensors; calls differ in numbers.
+    """A call's signature: rule, dtype, rows of the leaves, which scalars are tensors.
 
-    A call is of one flat list of tensors, which follows the inputs of the program: for a
-    stream the tensors of all leaves, for a scalar those of the rows where it is a tensor.
-    Its outputs are such a list, too. Derivatives have forms of their own: `vjp` takes
-    this form's tensors and a cotangent for each output, `jvp` this form's tensors and as
-    many tangents.
+    Calls of one form differ in values alone. The tensors of a call are one flat list, in
+    the order of the program's inputs: of a stream the tensors of all leaves, of a scalar
+    those of the rows where it is a tensor. So are its outputs. A derivative has a form of
+    its own: `vjp` takes this form's tensors and a cotangent for each output, `jvp` this
+    form's tensors and a tangent for each.
     """
 
     rule: Rule
@@ -46,7 +46,10 @@ class Form:
     _derived: dict[Any, "Form"] = field(default_factory=dict)
 
     def vjp(self, wanted: tuple[bool, ...]) -> "Form":
-        """The gradients of the tensors that are ``wanted``, and of those beside them."""
+        """The gradients of the tensors that are ``wanted``.
+
+        And of all others of the same inputs: a program gives a whole input's or none.
+        """
         return self._once(wanted, self._vjp)
 
     def _vjp(self, wanted: tuple[bool, ...]) -> "Form":
@@ -171,7 +174,7 @@ class Form:
 
     @cached_property
     def ready(self) -> Ready:
-        """The way for calls like the one before."""
+        """The cache of the way that earlier calls went."""
         return Ready(sum(self.outputs))
 
     def gather(self, outputs: Sequence[Tensor]) -> list[Column]:
@@ -188,7 +191,7 @@ class Form:
 
     @cached_property
     def spread(self) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-        """From a derivative's outputs and a None: one for each tensor of ``of``."""
+        """Picks a gradient for each tensor of ``of`` from the outputs and a last None."""
         assert self.of is not None
         count = iter(range(len(self.output_places)))
         return itemgetter(

@@ -42,14 +42,18 @@ def run(call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def record(call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """As `run`, for tensors that autograd follows and no transform ever touched.
 
-    Past `torch.autograd.Function.apply`, which looks at each for such a transform.
+    It goes past `torch.autograd.Function.apply`, which checks each for a wrapper of
+    torch.func.
     """
     recorded: Any = super(torch.autograd.Function, _Recorded)
     return recorded.apply(call, *tensors)
 
 
 def _followed(tensors: Sequence[Tensor]) -> bool:
-    """Whether a derivative is asked of these tensors, and not just of some."""
+    """Whether a derivative may be asked of these very tensors.
+
+    `levels.differentiating` says yes within any open forward-mode level.
+    """
     if not levels.differentiating(tensors):
         return False
     if levels.inside():

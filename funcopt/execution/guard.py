@@ -1,4 +1,4 @@
-"""One look at many tensors: whether they are what others were, seen earlier."""
+"""A cache whose key is what tensors are like: asked of all of them at once."""
 
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
@@ -17,15 +17,15 @@ try:
 except ImportError:  # a private helper: without it all is looked at anew
     _TensorGuards = None
 
-# The first step of a loop and the others, each with a derivative, within transforms of
-# torch.func, and with neither.
+# One loop may need several: its first step and its others, each in plain use, under
+# autograd, and inside transforms of torch.func.
 _MOST = 8
 
 T = TypeVar("T")
 
 
 class Known(Generic[T]):
-    """What was worked out for tensors, and is right for others that are alike."""
+    """A cache of what was worked out for tensors, and holds for others like them."""
 
     def __init__(self) -> None:
         self._all: tuple[tuple[_Guard, T], ...] = ()
@@ -38,15 +38,16 @@ class Known(Generic[T]):
         return None
 
     def put(self, tensors: Sequence[Tensor], found: T) -> None:
-        """Remember this for these; of many kinds of tensors the last few."""
+        """Remember this for tensors like these; the oldest of many is forgotten."""
         if _TensorGuards is not None:
             self._all = ((_Guard(tensors), found), *self._all)[:_MOST]
 
 
 class _Guard:
-    """Knows tensors again, and the situation that they were seen in.
+    """Whether tensors, and the modes in force, are like those it was made of.
 
-    Grad mode matters where one of them requires grad. No forward-mode level may be open.
+    Grad mode matters where one of them requires grad. An open forward-mode level never
+    passes: any tensor may be dual there.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:

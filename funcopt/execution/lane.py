@@ -1,4 +1,4 @@
-"""A step like an earlier one: what was decided then holds, and is not asked again."""
+"""Lanes: fast paths for steps like an earlier one, whose decisions still hold."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from funcopt.types import Tensor
 
 
 class Lane(ABC):
-    """One way for all leaves of a step, for as long as the tensors are alike.
+    """A fast path that takes all leaves of a step, while tensors stay alike (`Known`).
 
     Args:
         rule: that is run.
@@ -54,10 +54,10 @@ class Lane(ABC):
         hyper: Sequence[dict[str, Any]],
         donate: bool,
     ) -> Sequence[Column] | None:
-        """The columns ``p, *slots``; None where this step needs to be looked at.
+        """The columns ``p, *slots``; None where the step has to go the long way.
 
         ``tensors`` are gradients, parameters and slots, one column after the other;
-        ``numbers`` the scalar slots and the steps.
+        ``numbers`` are the columns of scalar slots, and last that of the steps.
         """
         first, shared = hyper[0], True
         if hyper is not self._settled:
@@ -92,7 +92,7 @@ class Lane(ABC):
     def step(
         self, tensors: list[Tensor], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
-        """The columns, of tensors that are alike and rows of scalars."""
+        """The same, of rows of scalars: a single one is shared by all leaves."""
 
     def old(self, tensors: list[Tensor]) -> list[Tensor]:
         """Those of parameters and state."""
@@ -115,9 +115,10 @@ class Lane(ABC):
 class Plain(Lane):
     """For steps of which no derivative is asked: by one executor.
 
-    Several rows of scalars are those that ``which`` gives each leaf; or one for each.
-    ``elements`` are the hyperparameters that have a value for each of a leaf's; of
-    ``tasks`` some have one for each task.
+    Where there are several rows of scalars, ``which`` gives the row of each leaf; without
+    it each leaf has its own. ``elements`` are the hyperparameters that have a value per
+    element. ``tasks`` is how many tasks a leaf's leading axis holds if a scalar has a
+    value for each of them, else 0.
     """
 
     takes_tasks = True
@@ -213,7 +214,7 @@ class Whole(Lane):
 
 
 class Referred(Lane):
-    """For steps that torch follows, each operation of the rule by itself."""
+    """For steps that torch differentiates or batches, operation by operation."""
 
     def run(
         self,
@@ -235,7 +236,7 @@ class Referred(Lane):
 
 
 class Recorded(Lane):
-    """For steps that autograd follows: by kernels that have a derivative."""
+    """For steps that autograd records: by kernels, for the derivative too."""
 
     def __init__(self, form: Form, row: Sequence[Any]) -> None:
         super().__init__(form.rule, form.kinds, len(form.which))

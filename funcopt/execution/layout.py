@@ -1,4 +1,4 @@
-"""How leaves lie in memory: kernels walk it, so that all of a leaf must lie alike."""
+"""How leaves lie in memory: kernels need all tensors of a leaf in the same strides."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""One step of one optimizer as lists: what every way to run it starts from."""
+"""The leaves of one step, as columns: what every executor starts from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from funcopt.types import Tensor
 
 @dataclass(frozen=True)
 class Leaves:
-    """Columns: each holds something for every leaf."""
+    """A rule's arguments in columns: each has an entry for every leaf."""
 
     rule: Rule
     grads: Column
@@ -33,7 +33,7 @@ class Leaves:
 
     @property
     def distinct_hyper(self) -> dict[int, dict[str, Any]]:
-        """The hyperparameters of leaves that do not share theirs, by their ``id``."""
+        """The hyperparameter dicts, each once, by ``id``: leaves may share one."""
         return dict(zip(map(id, self.hyper), self.hyper))
 
     @property
@@ -51,7 +51,7 @@ class Leaves:
         return [self.grads, self.params, *self.state, *hyper]
 
     def rows(self, kinds: Kinds) -> tuple[list[tuple[Any, ...]], list[int]]:
-        """The scalars that it takes, a row for leaves that share them; each leaf's."""
+        """The scalars that it takes: distinct rows, and the row of each leaf."""
         names, numbers = self.rule.scalars(kinds), self.numbers
         index: dict[Any, int] = {}
         rows: list[tuple[Any, ...]] = []

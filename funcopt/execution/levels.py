@@ -1,4 +1,4 @@
-"""At what level of torch.func and autograd a tensor lives, and what that allows."""
+"""What autograd, torch.func and forward mode do with a tensor, and what that allows."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,10 +63,10 @@ def pushing_twice() -> bool:
 
 
 def vectorized(tensors: Iterable[Tensor]) -> bool:
-    """Whether one is a batch of autograd's own: of ``vectorize``, ``is_grads_batched``.
+    """Whether one is a batch made by autograd's ``vectorize`` or ``is_grads_batched``.
 
-    Of cotangents or tangents; no transform is open then, and torch's operations alone
-    know what to do.
+    Such batches hold cotangents or tangents. No transform is open then, and only torch's
+    own operations have a batching rule for them.
     """
     return any(map(_functorch.is_legacy_batchedtensor, tensors))
 
@@ -116,9 +116,10 @@ def orders_outside(tensors: Iterable[Any]) -> int:
 
 
 def norms_inexact(tensors: Iterable[Any]) -> bool:
-    """Whether a gradient taken now is one that torch has wrong of norm layers.
+    """Whether torch would get a gradient taken now wrong, of affine norm layers.
 
-    Where a derivative is asked for outside of a vmap that is now running; or two are.
+    It does where a derivative is taken outside of a vmap that is running, and where two
+    derivatives are.
     """
     if torch.compiler.is_compiling():
         return False
@@ -191,7 +192,7 @@ def recorded(tensors: Sequence[Tensor]) -> bool:
 
 
 def of_inference(tensors: Iterable[Tensor]) -> bool:
-    """Whether autograd alone records nothing by these, whatever grad mode is."""
+    """Whether inference mode keeps autograd from recording these, in any grad mode."""
     return torch.is_inference_mode_enabled() or any(map(Tensor.is_inference, tensors))
 
 

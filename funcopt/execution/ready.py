@@ -1,4 +1,4 @@
-"""A call like an earlier one goes straight to the kernel."""
+"""A cache by which a call like an earlier one goes straight to the kernel."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -10,17 +10,17 @@ from funcopt.execution.native import objects
 
 
 class Ready:
-    """An executor's shortest way, for streams like those of earlier calls."""
+    """`Executor.direct` of earlier calls, by what their streams were like."""
 
     def __init__(self, outputs: int) -> None:
-        self._outputs = outputs  # how many of them are streams
-        #: and what makes a column of outputs
+        self._outputs = outputs  # how many of the outputs are streams
+        #: the function, and what makes a column of outputs
         self._known: Known[tuple[Direct, Callable[[], Column]]] = Known()
 
     def learn(
         self, executor: Executor, streams: Sequence[Column], which: Sequence[int]
     ) -> None:
-        """Remember these streams, which lie in memory as the executor takes them."""
+        """Remember streams like these, which `layout.alike` had to copy none of."""
         direct = executor.direct(streams[0], which, pooled=True)
         self._known.put([*chain(*streams)], (direct, maker(streams[0])))
 
@@ -30,7 +30,7 @@ class Ready:
         rows: Sequence[Sequence[Any]],
         out: Sequence[Column] | None,
     ) -> Sequence[Column] | None:
-        """The outputs; None where these streams, or scalars, need to be looked at."""
+        """The outputs; None where no call had such streams, or the scalars overflow."""
         tensors = [*chain(*streams)]
         known = self._known.get(tensors)
         if known is None:

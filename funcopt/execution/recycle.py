@@ -1,9 +1,9 @@
 """Buffers of results that nobody holds any more, for the results of a later step.
 
 A fresh buffer of many pages costs several times the step that fills it: the system hands
-out each page on its first write. And to make and free a tensor of a few costs as much as
-to fill it. A loop that keeps only the newest parameters and state frees, with each step,
-what the step after the next needs.
+out each page on its first write; and of a small one, to make and free the tensor costs
+as much as to fill it. A loop that keeps only the newest parameters and state frees with
+each step what the step after the next needs.
 """
 
 import sys
@@ -35,7 +35,7 @@ class Recycler:
 
     def __init__(self) -> None:
         self._made: deque[_Set] = deque(maxlen=2)
-        #: by what results are to be like: how new ones look, and the bytes of each
+        #: by what results are to be like: a guard of new ones, and the bytes of each
         self._new: Known[Known[list[int]]] = Known()
 
     def columns(
@@ -46,7 +46,7 @@ class Recycler:
     ) -> list[list[Tensor]]:
         """``count`` columns of tensors like the given ones, their values undefined.
 
-        ``make`` gives a new one.
+        ``make`` makes a new column, `empty_like` by default.
         """
         make = make or partial(empty_like, like)
         size = count * sum([x.nbytes for x in like])

@@ -24,7 +24,8 @@ _MOST = 256  # programs kept for one rule: kinds × dtypes × derivatives
 class Rule:
     """One leaf's arithmetic: ``(g, p, *slots, step=, **hyper) -> (p, *slots)``.
 
-    Or what is measured of the leaf before a step: sums over it, in place of these.
+    With ``sums`` the function gives that many sums over the leaf instead: the totals
+    that are measured before a step.
     """
 
     function: RuleFunction
@@ -43,7 +44,7 @@ class Rule:
     recycler: Recycler = field(default_factory=Recycler)  #: of its steps' results
 
     def __deepcopy__(self, memo: Any) -> "Rule":
-        return self  # only memory of what is true of the rule changes
+        return self  # a value but for its caches
 
     def kinds(self, values: Mapping[str, Any]) -> Kinds:
         """What each hyperparameter is, of those of one leaf."""

@@ -64,10 +64,10 @@ def evaluator(program: Program, sweep: Pass) -> Callable[[list[Any]], None]:
 def on_numbers(
     program: Program, wanted: Sequence[int], sums: Sequence[int] = ()
 ) -> Callable[..., tuple[Any, ...]]:
-    """A function that gives the scalars ``wanted``, Python numbers all.
+    """A function from Python numbers to the scalars ``wanted``, Python numbers too.
 
-    Of the input scalars, and then these ``sums``. It raises ArithmeticError or ValueError
-    where `evaluator` finds an infinity or NaN.
+    Its arguments are the input scalars and then the ``sums``. Where `evaluator` would
+    find an infinity or NaN it raises ArithmeticError or ValueError.
     """
     given = [i for i, stream in enumerate(program.inputs) if not stream] + [*sums]
     needed, ahead = set(given), list(wanted)

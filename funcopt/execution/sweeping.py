@@ -12,7 +12,7 @@ from funcopt.execution.program import Program
 
 
 class Sweeping(Executor):
-    """Alternates between scalars, which are its own work, and sweeps, a subclass's."""
+    """Computes scalars itself, and leaves sweeps over streams to a subclass."""
 
     def __init__(self, program: Program, stored: torch.dtype) -> None:
         super().__init__(program, stored)

@@ -1,8 +1,8 @@
-"""Functions with a backward of their own: what they close over, and what they draw.
+"""Running a function apart from the graph, inside an autograd.Function.
 
-Inside an autograd.Function a function runs apart from the graph, and may run once more on
-the way back. A gradient by what it closes over would be lost, and random numbers would be
-others: here the first is found, and the second are drawn again as they were.
+There a gradient by what the function closes over is lost; and where it is run once more
+on the way back, it draws other random numbers. Here the first raises, and the second are
+drawn again as they were.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +31,7 @@ def is_possible() -> bool:
 
 
 class Apart:
-    """What one call of such a function has to know of where it was made."""
+    """The grad mode and depth of transforms where one call of a function was made."""
 
     def __init__(self) -> None:
         self.depth = levels.depth()
@@ -79,10 +79,11 @@ class Apart:
         saved: Sequence[Tensor],
         cotangents: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
-        """``function`` of both, in a backward pass; torch.func keeps no graph of it.
+        """``function(saved, cotangents)`` in a backward pass, without a graph of its own.
 
-        torch.func.grad always asks for a graph of its backward pass, and drops it: what
-        is of higher order goes by another level, below, which is left as it is.
+        torch.func.grad always asks for a graph of its backward pass, and drops it. So
+        the function runs one level lower, where second derivatives by an outer transform
+        still pass; at this level they raise (`_Once`).
         """
         saved = [*map(levels.alive, saved)]
         given = [*saved, *cotangents]
@@ -147,10 +148,7 @@ def distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that may not be differentiated by what it was made from, at one level.
-
-    At the levels below it is the gradient, and nothing more.
-    """
+    """A gradient that at one level raises if it is differentiated; elsewhere itself."""
 
     generate_vmap_rule = True
 
@@ -191,7 +189,7 @@ def _stripped(x: Tensor, below: int) -> Tensor:
 
 
 class Draws:
-    """Where torch's random generators stand: of the CPU and of the tensors' devices."""
+    """The states of torch's random generators, of the CPU and of the tensors' devices."""
 
     def __init__(self, tensors: Iterable[Any]) -> None:
         self.states: dict[Any, Tensor] = {None: torch.get_rng_state()}

@@ -65,8 +65,8 @@ class Loop:
         for k in range(self.steps):
             if self.is_cut(k):
                 carry = tree.detach(dict(carry))
-            # What all steps use, by a name of each step's own: so are the gradients of a
-            # step added up before those of another, as they are with remat.
+            # A view for each step: autograd then adds up the gradients of one step before
+            # those of another, which is the order of remat: equal to the bit.
             own = tree.map(_alias, shared) if tracked else shared
             carry = record.add(self.step(self.given(carry, own, k)))
         return Unrolled(
@@ -90,7 +90,7 @@ class Record:
         self._auxes: list[Tree] = []
 
     def add(self, stepped: Stepped) -> dict[str, Tree]:
-        """Note a step; what is left is what it gives to the next."""
+        """Note a step's loss and aux; the carry for the next step."""
         self._losses.append(stepped.loss)
         self._auxes.append(stepped.aux)
         return {name: getattr(stepped, name) for name in CARRY}

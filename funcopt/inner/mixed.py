@@ -4,9 +4,9 @@ Its backward is one forward-over-reverse pass. With g = ∇_θ L and a cotangent
 products cᵀ∂²L/∂θ² and cᵀ∂²L/∂θ∂η are, by symmetry, the derivatives of ∇_θ L and ∇_η L
 along c: value and tangent go together through one forward and one backward of L.
 
-On a CPU the gradient is made again instead, and its graph gone back through at once: as
-many products, the memory of one step too, no forward derivatives, of which torch makes
-many from small parts there.
+On a CPU the gradient is made again instead, with a graph, and differentiated at once.
+That takes as many products and the memory of one step too, but no forward derivatives,
+many of which torch composes of small operations, slow there.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,7 +49,7 @@ class _Gradient(ApartFunction):
 
 
 class _Call:
-    """One call: where its tensors stand, and what random numbers it drew."""
+    """One call: the layout of its tensors, and the generators' states if it drew."""
 
     def __init__(self, loss: InnerLoss, given: dict[str, Tree]) -> None:
         self.loss = loss
@@ -115,7 +115,7 @@ class _Call:
         return self.inputs.filled(tensors[:count], tensors[count:])
 
     def _outputs(self, smooth: Sequence[Tensor], saved: Sequence[Tensor]) -> list[Tensor]:
-        """The gradient too, in front."""
+        """∇L, and the smooth leaves of loss, aux and buffers."""
         given = self._given([*smooth, *saved[len(smooth) :]])
         grads, rest = self.loss.grad(**given)
         trees: Trees = dict(zip(_OUTPUTS, (grads, *rest)))
@@ -144,10 +144,10 @@ def pull(
     vector: Sequence[Tensor | None],
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """What the cotangents of ∇L (``vector``) and of ``results`` are to the values.
+    """The gradients by ``wanted`` values, from cotangents of ∇L and of ``results``.
 
-    ``results`` of the values gives the loss, and after it what else is differentiated;
-    ``params`` are the numbers of the values that ∇L is by.
+    ``vector`` are the cotangents of ∇L, the gradient by the values numbered ``params``.
+    ``results(values)`` gives the loss first, and then what else is differentiated.
     """
     directions = {i: v for i, v in zip(params, vector) if v is not None}
     first, *rest = cotangents
@@ -201,7 +201,7 @@ def _by_dual_numbers(
     directions: dict[int, Tensor],
     wanted: list[int],
 ) -> tuple[list[Any], list[Any]]:
-    """The same without torch.func, which no transform and no graph asks for."""
+    """The same without torch.func, where no transform is open and no graph is wanted."""
     with torch.enable_grad(), forward_ad.dual_level():
         at = list(values)
         for i in wanted:

@@ -1,8 +1,8 @@
-"""A loop that keeps few of its states, and makes the others again on the way back.
+"""Rematerialization: a loop that keeps few states, and makes the others again.
 
 One autograd.Function is the whole loop. Forward it keeps the state at the start of each
-segment; backward it goes through the segments from the last to the first, makes the
-states of one again, and pulls the adjoint of the carry through its steps one by one.
+segment. Backward it goes from the last segment to the first: it makes the segment's
+states again, and takes the adjoint of the carry back through its steps one by one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ def run(loop: Loop, carry: Trees, shared: Trees, segment: int) -> Unrolled:
 
 
 class _Sweep(ApartFunction):
-    """Inputs and outputs alone can be saved: the states that are kept are outputs."""
+    """The loop. The states it keeps are outputs: only those and inputs can be saved."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -47,7 +47,7 @@ class _Sweep(ApartFunction):
 
 
 class _Call:
-    """One loop: where its tensors stand, and what random numbers its segments drew."""
+    """One loop: the layout of its tensors, and the generators' states of each segment."""
 
     def __init__(self, loop: Loop, inputs: Layout, segment: int) -> None:
         self.loop = loop
@@ -148,7 +148,7 @@ class _Call:
     def _made_again(
         self, i: int, carry: Tree, given: Trees
     ) -> tuple[list[Trees], list[Draws | None]]:
-        """The states before each step of a segment, and where generators stood."""
+        """The states before each step of a segment, and the generators' states there."""
         carries, draws = [carry], [self.draws[i]]
         step = self.loop.step.plain()
         with _drawn(self.draws[i]):
@@ -166,7 +166,7 @@ class _Call:
         draws: Draws | None,
         again: list[Tensor],
     ) -> Bars:
-        """The adjoints of a step's inputs, and its loss."""
+        """The adjoints of a step's inputs; its loss is appended to ``again``."""
         values, others = self.inputs.split(at)
         plain = self.loop.step.plain()
 
@@ -221,10 +221,10 @@ class _Call:
         return derivatives.added(first[: len(back)], second)
 
     def _check(self, losses: Tensor, again: Mapping[int, Tensor]) -> None:
-        """The losses of the steps that were made again must be the losses.
+        """The steps made again must have the losses that they had forward.
 
         Raises:
-            ExecutionError: they are not, and so the gradients would be of another loop.
+            ExecutionError: they have others: the gradients would be of another loop.
         """
         if not again:
             return

@@ -63,7 +63,7 @@ class Step:
         return Stepped(params, state, loss, aux, buffers)
 
     def plain(self) -> "Step":
-        """The same step, its gradient made as for no derivative."""
+        """The same step without mixed mode, for where nothing keeps its graph."""
         step = copy(self)
         step.mixed = False
         return step

@@ -1,4 +1,4 @@
-"""The view of a step: ``step = update ∘ grad``, and the derivatives of its parts."""
+"""``step = update ∘ grad``: its vjp and jvp, and those of the update alone."""
 
 from collections.abc import Sequence
 from typing import Any

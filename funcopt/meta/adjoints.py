@@ -1,4 +1,4 @@
-"""The adjoint of an inner loop on the way back: its norm, and a limit on it."""
+"""The adjoint of an inner loop, measured and clipped on the way back."""
 
 import math
 from typing import Any
@@ -21,9 +21,8 @@ def clip_adjoint(opt: Optimizer, max_norm: float = math.inf) -> Optimizer:
     .. math::
         \bar c \leftarrow \bar c \, \min(1, \tau / \lVert \bar c \rVert_2)
 
-    and 0 where the norm is not finite. A clipped hypergradient is no
-    longer the exact one: it is bounded where a long or chaotic inner loop makes that
-    explode.
+    and 0 where the norm is not finite. A clipped hypergradient is not exact, but it stays
+    bounded where a long or chaotic inner loop makes the exact one explode.
 
     Args:
         opt: the inner optimizer.

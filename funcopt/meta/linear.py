@@ -17,10 +17,10 @@ def conjugate_gradients(
 ) -> tuple[Tree, Tensor]:
     """Solve ``product(x) = wanted``; and whether curvature forbade it.
 
-    No number is read, so that no device is waited for. Where it is solved, or curvature
-    is not positive, both to rounding, x stays: from there on rounding would be solved
-    for, and along directions without curvature it grows without bound. What is not finite
-    makes x so.
+    No number is read, so that no device is waited for: all iterations are made, and x
+    stays from where the residual is 0 or the curvature not positive, both to rounding.
+    Beyond that point rounding errors would be solved for, and grow without bound along
+    directions without curvature. NaN and infinities come through.
     """
     unit = _largest(wanted)
     unit = torch.where(unit == 0, 1.0, unit)  # squares of any wanted are then in range
@@ -50,7 +50,7 @@ def conjugate_gradients(
 
 
 def neumann(product: Product, wanted: Tree, iterations: int, step_size: float) -> Tree:
-    """The first terms of the series: what is left over of ``wanted`` is the next one."""
+    """The first terms of the Neumann series; the residual of a sum is its next term."""
     x, term = tree.map(torch.zeros_like, wanted), wanted
     for _ in range(iterations):
         x = plus(x, step_size, term)

@@ -134,7 +134,7 @@ def stands_at(problem: Problem, carry: Carry | None) -> int:
 
 
 def ready(problem: Problem, eta: Tree) -> Tree:
-    """``eta`` as the losses and the optimizer take it; what the functions below get."""
+    """``eta`` after ``constrain``, as the losses, the optimizer and `go_on` take it."""
     if problem.constrain is None:
         return eta
     found = problem.constrain(eta)
@@ -160,7 +160,7 @@ def go_on(problem: Problem, eta: Tree, carry: Carry | None) -> Carry:
 
 
 def standing(carry: Trees) -> dict[str, Tree]:
-    """What the next step takes of a carry."""
+    """Of a carry what the next step takes: params, state and buffers."""
     at = {name: carry.get(name) for name in CARRY}
     return at | {"buffers": None} if is_absent(at["buffers"]) else at
 
@@ -195,7 +195,8 @@ def hyper_at(eta: Tree, k: int) -> dict[str, Any]:
 def inputs_at(problem: Problem, given: Trees, k: int) -> dict[str, Tree]:
     """What step ``k`` depends on, as a function of a carry and of eta.
 
-    One function, for a selector or a schedule in hyper has tensors that no tree shows.
+    It has to run inside what is differentiated: ``constrain`` may put eta's tensors into
+    selectors and schedules, whose tensors are no leaves of a tree.
     """
     eta = ready(problem, given["eta"])
     settings = {"hyper": hyper_at(eta, k), "meta": meta_of(eta)}

@@ -11,7 +11,7 @@ from funcopt import tree
 from funcopt.errors import HyperparameterTypeError, RemoteTaskError, StructureError
 from funcopt.types import Tensor, Tree
 
-#: the sums over the tasks at hand, how many those are, and what stays where it is
+#: the sums over this rank's tasks, how many those are, and their aux, which stays here
 Part = tuple[Tree, int, Tree]
 
 

@@ -53,10 +53,10 @@ def steps_on(
 def _judged(
     problem: Problem, eta: Tree, carry: Carry, count: int, **how: Any
 ) -> tuple[Tensor, Carry, Tensor]:
-    """As `roll`, all steps in one loop, which is free to make any of them again.
+    """As `roll`, all steps in one `unroll`, which can then rematerialize them.
 
-    The outer loss after a step is one before the next: what comes beside its inner loss.
-    Before the first it is evaluated in vain.
+    The outer loss after a step is taken as the aux of the next step's inner loss, at the
+    same parameters. That of the first step is not used.
     """
 
     def both(params: Tree, batch: Tree, given: Trees, **buffers: Tree) -> Any:

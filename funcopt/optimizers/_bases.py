@@ -36,9 +36,7 @@ def _columns(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _made(x: Tensor, kind: Any) -> Tensor:
-    if (
-        torch.compiler.is_compiling()
-    ):  # at less cost to Dynamo where nobody differentiates
+    if torch.compiler.is_compiling():  # Dynamo traces `make` alone at less cost
         return Basis.apply(x, kind) if x.requires_grad else kind.make(x)
     if levels.pushing_twice():
         raise GradientLostError(
@@ -51,9 +49,9 @@ def _made(x: Tensor, kind: Any) -> Tensor:
 class Basis(torch.autograd.Function):
     """``kind.make(x)``, an orthogonal matrix q whose derivative is that of a turn.
 
-    dq = q·Ω with Ω = ``kind.turn(x, q, dx)``, skew and linear in dx, of which
-    ``kind.pull(x, q, Ω)`` is the adjoint. torch's own derivatives
-    of a basis are NaN where two eigenvalues are equal, or one is 0.
+    dq = q·Ω with Ω = ``kind.turn(x, q, dx)``, skew and linear in dx; ``kind.pull`` is the
+    adjoint of that map. torch's own derivatives of a basis are NaN where two eigenvalues
+    are equal, or one is 0.
     """
 
     @staticmethod

@@ -116,14 +116,14 @@ def root(x: Tensor) -> Tensor:
 
 
 def spare(*given: Any) -> Callable[..., dict[str, Any]]:
-    """What lets a result take the memory of a tensor that has served.
+    """``over``, by which a result takes the memory of a tensor that is needed no more.
 
-    ``torch.exp(x, **over(x))`` writes over x where nobody follows what is computed: over
-    a temporary, and over what was ``given`` to the rule in a donated step alone; of
-    several, over the first that may be. New memory is a third of an operation's traffic
-    where it lies in no cache; and of large blocks, which the C library gives back, the
-    system hands out each page anew, in up to half of a step's time. For rules of whole
-    leaves.
+    ``torch.exp(x, **over(x))`` writes over x where no derivative, transform or mode sees
+    it (`donation.is_plain`): over a temporary always, over what was ``given`` to the rule
+    only in a donated step; of several tensors, over the first that may be. New memory is
+    a third of an operation's traffic where it lies in no cache; and the pages of large
+    blocks, which the system hands out anew, take up to half of a step's time. For rules
+    of whole leaves.
     """
     if not donation.is_plain():
         return _over_none

@@ -1,4 +1,4 @@
-"""A step like an earlier one goes by what was found out then: its lanes."""
+"""A cache of lanes, so that a step like an earlier one goes the fast path."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ _MOST = 64  # structures of params that one optimizer remembers
 
 
 class _Seen:
-    """Trees of one structure that were stepped."""
+    """What is known of trees of one structure."""
 
     def __init__(
         self, structure: tree.Structure, slots: Sequence[str], vectors: Sequence[str]
@@ -25,7 +25,7 @@ class _Seen:
         self.structure, self.count = structure, structure.num_leaves
         self.lanes: Known[list[Lane]] = Known()
         with levels.outside():
-            #: a tensor: torch makes one of a number at each addition
+            #: kept as a tensor: torch makes one of a number at each addition
             self.one = torch.ones((), dtype=torch.int64, device="cpu")
         form = tree.form(structure)
         state = {**dict.fromkeys(slots, form), **dict.fromkeys(vectors)}
@@ -72,7 +72,7 @@ class Again:
         values: Callable[..., Sequence[dict[str, Any]]],
         donate: bool,
     ) -> tuple[tree.Structure, Sequence[Any], Tensor] | None:
-        """The structure, columns and steps of such a step; None if it is not."""
+        """The structure, columns and steps; None where the step goes the long way."""
         if not self._all:
             return None
         given, leaves = (grads, params, state), objects.load().leaves

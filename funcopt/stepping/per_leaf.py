@@ -36,7 +36,8 @@ class Hypers:
         # Trees of plain numbers give the same values at every call on one structure.
         self._constant = {k for k, v in self.arguments.items() if _is_constant(v)}
         self._constants = lru_cache(maxsize=32)(self._spread_constants)
-        self._last: tuple[Any, Any] = None, None  # which takes long to find: its hash
+        #: the last structure and its rows: to hash a structure takes long
+        self._last: tuple[Any, Any] = None, None
         self._varying = self.arguments.keys() - self._constant
         #: the arguments of which a leaf has one number, and not one per element
         self._scalar = {
@@ -120,7 +121,7 @@ class Hypers:
     def _shared(
         self, arguments: HyperMapping, varying: set[str], steps: Sequence[Any]
     ) -> dict[str, Any] | None:
-        """What varies, if it is the same for every leaf, whatever its shape."""
+        """The varying arguments, if each is one number that all leaves share; or None."""
         first = steps[0] if steps else None
         if not isinstance(first, int) or steps.count(first) != len(steps):
             return None
@@ -149,9 +150,9 @@ class Hypers:
 
 
 def _interned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, one object for those that are equal: so executors know which share.
+    """The rows, one object for those that are equal: executors tell them apart by ``id``.
 
-    Not for a compiler: it would make a graph for each tensor that it saw the id of.
+    Under a compiler they stay: it would guard on the id of each tensor, and recompile.
     """
     if torch.compiler.is_compiling():
         return rows
@@ -218,10 +219,10 @@ def _column(
 
 
 def _at(schedule: Schedule, count: Any) -> Any:
-    """Its value, and never the number 0.
+    """Its value, the number 0 as a tensor.
 
-    That is traced as a program of its own: a schedule that begins or ends at 0 would have
-    another kernel built in the midst of training.
+    A rule with the number 0 is a program of its own, without the terms that vanish: a
+    schedule that begins or ends at 0 would have a kernel built in the midst of training.
     """
     value = schedule(count)
     if isinstance(value, Real) and value == 0:
@@ -243,7 +244,7 @@ def _scalar(value: Any, name: str) -> Any:
 
 
 def _is_leaf_shaped(value: Any) -> bool:
-    """A complex number is a value for each part of a complex leaf, though it be 0-d."""
+    """Whether it has a value per element; a complex one has, for the parts of each."""
     return isinstance(value, Tensor) and (value.ndim > 0 or value.is_complex())
 
 

@@ -70,7 +70,7 @@ class Stepper:
             for slot, first in slots.items()
             if callable(first) and not spec.traceable
         }
-        #: whether tasks may go together: no element sees another
+        #: whether all tasks of a vmap can be one step: no element depends on another
         self.separable = spec.elementwise and not spec.totals
         self.again = Again(self.trees, [*self.vectors], self.measures)
         #: what steps the entries of a sparse gradient
@@ -163,7 +163,7 @@ class Stepper:
         donate: bool,
         execution: str | None,
     ) -> tuple[Sequence[Any], Tensor]:
-        """The columns and steps of a step that is looked at, and its lanes kept."""
+        """The columns and steps of a step that goes the long way; its lanes are kept."""
         check_leaves(g, p, trees, live, structure, self.forms)
         old = {
             slot: levels.scalars_of(state[slot]) if self.scalar[slot] else trees[slot]

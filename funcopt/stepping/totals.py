@@ -17,9 +17,9 @@ from funcopt.types import Tensor
 
 
 class Measure:
-    """Some of a rule's totals, which one sweep of the leaves gives.
+    """One of a `Spec`'s ``totals`` mappings: sums that one sweep of the leaves gives.
 
-    ``arguments`` are the keywords that its functions are given.
+    ``arguments`` are the keywords that their functions get.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A step looked at from scratch: groups that one rule steps, as one update of lists."""
+"""The adapter's step the long way: groups that share a rule, as one update of lists."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,7 +73,7 @@ def gather(
     layout: Layout,
     name: str,
 ) -> list[Batch]:
-    """What of the groups has gradients, by what chooses the rule."""
+    """The parameters that have gradients, in a batch for each rule (`Flags.key`)."""
     found: dict[Any, Batch] = {}
     order: list[Batch] = []
     for group in groups:
@@ -143,14 +143,14 @@ def step(
 ) -> None:
     """One update, written over parameters and state.
 
-    ``data`` are numbers of this step alone: by name, what each parameter's ``id`` gives.
+    ``data`` are values for this step alone: by name, a dict from a parameter's ``id``.
     """
     for which in _passes(batch):
         _step(batch.pick(which), data, differentiable)
 
 
 def _passes(batch: Batch) -> Iterator[list[int]]:
-    """What is stepped together, one after the other.
+    """Which parameters are stepped together, as a list for each of several updates.
 
     A parameter that a group names twice is stepped twice; what shares memory, as weights
     tied by their ``data``, one by one, so that each goes on from what the last has made.

@@ -22,7 +22,7 @@ EXECUTION: dict[str, Any] = {
 
 
 class Flags:
-    """One factory's keyword arguments, told apart."""
+    """A factory's keyword arguments: flags that choose the formula, and numbers."""
 
     def __init__(self, factory: Callable[..., Optimizer]) -> None:
         self.factory = factory
@@ -44,7 +44,7 @@ class Flags:
         self._made = lru_cache(maxsize=64)(self._make)
 
     def key(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What groups have in common that one rule steps."""
+        """What groups must have in common for one rule to step them."""
         flags = (
             (name, tuple(v) if isinstance(v := group[name], list) else v)
             for name in self.static
@@ -99,7 +99,7 @@ def number(value: Any) -> Any:
 
 
 def fixed(group: Mapping[str, Any], names: tuple[str, ...]) -> bool:
-    """Whether the values are what they were as long as they are the same objects."""
+    """Whether no value can change in place, as a tensor or a list can."""
     values = [group.get(name) for name in names]
     parts = (part for value in values if isinstance(value, tuple) for part in value)
     return not any(isinstance(x, (Tensor, list)) for x in (*values, *parts))

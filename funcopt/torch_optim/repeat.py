@@ -1,4 +1,4 @@
-"""A step like the last one: what was found out then holds, and is not asked again."""
+"""A cached plan of the adapter's step, for as long as nothing but numbers changes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ from funcopt.types import Tensor
 
 
 class _Row:
-    """A group's keyword arguments for the rule, read again when they may have changed."""
+    """A group's keyword arguments for the rule, made anew when its values change."""
 
     def __init__(self, batch: Batch, group: Group, known: Flags, kinds: Any) -> None:
         self.group, self._spec, self._known = group, batch.spec, known
@@ -47,7 +47,7 @@ class _Row:
 
 
 class _Way:
-    """Parameters of a batch that one kernel steps, by rows of scalars that they share."""
+    """Parameters of a batch that one lane steps, and how to read their scalars."""
 
     def __init__(self, batch: Batch, lane: Lane, known: Flags) -> None:
         self.batch, self._lane = batch, lane
@@ -57,7 +57,7 @@ class _Way:
         self._rows = [
             _Row(batch, batch.groups[i], known, lane.kinds) for i in self._firsts
         ]
-        self._given: list[Any] = []  #: what they were last
+        self._given: list[Any] = []  #: the groups' arguments in this step
         self._names = rule.scalars(lane.kinds)
         self.fixed = [*batch.params]
         for slot in batch.stepper.trees:
@@ -71,7 +71,10 @@ class _Way:
         self._outputs = [*scalar]
 
     def rows(self) -> list[list[Any]] | None:
-        """The scalars; None where they, or what they belong to, are others."""
+        """The rows of scalars.
+
+        None if a value is of another kind now, or leaves that shared a row no longer do.
+        """
         self._given = groups = [row.get() for row in self._rows]
         if None in groups:
             return None
@@ -110,10 +113,10 @@ class _Way:
 
 
 class Repeat:
-    """A step of all groups like the one that it was made from.
+    """The plan of a step of all groups.
 
-    It holds for as long as the same parameters have gradients, and the state is in the
-    tensors that it knows.
+    It holds for as long as groups and parameters are the same objects, the same ones have
+    gradients, and the state is in the tensors that the plan knows.
     """
 
     def __init__(
@@ -189,7 +192,7 @@ def repeat(
     batches: Sequence[Batch],
     known: Flags,
 ) -> Repeat | None:
-    """What does steps like this one, which is done; None if each has to be looked at."""
+    """A plan for steps like this one, which is done; None if there can be none."""
     ways = []
     for batch in batches:
         if not _simple(batch):

@@ -212,7 +212,7 @@ class Native(Sweeping):
 
 
 def _total(sums: array, leaves: Sequence[int]) -> float:
-    """In the order that `Sweeping` adds them in."""
+    """A row's sum over its leaves, added in the order of `Sweeping`."""
     return reduce(add, map(sums.__getitem__, leaves), 0.0)
 
 
