@@ -181,7 +181,7 @@ def difference(expected: Structure, found: Structure) -> str:
     return "; ".join(words)
 
 
-def some(names: list[str], most: int = 4) -> str:
-    """The first few names, quoted, and how many more there are."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"'{name}'" for name in names[:most]) + rest
+def some(names: list[str]) -> str:
+    """The first four names, quoted, and how many more there are."""
+    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(f"'{name}'" for name in names[:4]) + rest

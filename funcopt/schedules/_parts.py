@@ -50,8 +50,8 @@ def _wide(value: Any) -> Any:
 # Parameters ----------------------------------------------------------------------------
 
 
-def number(name: str, value: Number, low: float = 0.0, most: float = math.inf) -> Number:
-    """A float in [low, most], or a tensor, whose value is not looked at."""
+def number(name: str, value: Number, most: float = math.inf) -> Number:
+    """A float in [0, most], or a tensor, whose value is not looked at."""
     if isinstance(value, Tensor):
         return value
     if not isinstance(value, Real) or isinstance(value, bool):
@@ -59,9 +59,9 @@ def number(name: str, value: Number, low: float = 0.0, most: float = math.inf) -
             f"{name} takes a number or a 0-d tensor, not {value!r}"
         )
     value = float(value)
-    if not (low <= value <= most and math.isfinite(value)):
+    if not (0 <= value <= most and math.isfinite(value)):
         upper = f"{most:g}]" if most < math.inf else "inf)"
-        raise HyperparameterError(f"{name} must be in [{low:g}, {upper}, got {value}")
+        raise HyperparameterError(f"{name} must be in [0, {upper}, got {value}")
     return value
 
 

@@ -18,9 +18,10 @@ def choose(
 ) -> Tree:
     """``then()`` or ``otherwise()``, and only that, where the condition can be read.
 
-    It cannot under vmap, where tasks differ, nor without a wait on an accelerator: then
-    both are computed, and each tensor is chosen. ``guarded`` stands for ``then`` there,
-    if what is not chosen might not be finite.
+    It cannot be read under vmap, where tasks differ, nor on an accelerator without
+    waiting. There both are computed, and ``torch.where`` chooses; ``guarded`` is called
+    in place of ``then`` there, where that might give what is not finite when it is not
+    chosen, and so a NaN derivative.
     """
     if levels.readable(condition):
         return then() if bool(condition) else otherwise()

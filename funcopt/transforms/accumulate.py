@@ -109,7 +109,7 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
 
 
 def _zeros(p: Tensor) -> Tensor:
-    """In float32 at least: the mean of many halves is none."""
+    """In float32 at least: half precision would lose a mean's last increments."""
     return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
 
 

@@ -64,7 +64,7 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
         return {label: [name == label for name in names] for label in optimizers}
 
     def shares(overrides: Mapping[str, HyperValue]) -> dict[str, Any]:
-        """What of it each optimizer has."""
+        """Of the hyperparameters given, those of each optimizer."""
         for name in overrides:
             if not any(name in opt.hyper for opt in optimizers.values()):
                 raise unknown(name, hyper, "partition")

@@ -40,7 +40,7 @@ class ParameterStage(Stage):
 
 @dataclass(frozen=True)
 class _Part:
-    """A rule among others: where its slots and arguments stand in the joint rule's."""
+    """One rule of a joint rule, with the joint names of its slots and arguments."""
 
     spec: Spec
     slots: Sequence[str]
@@ -105,7 +105,7 @@ def joined(
     """
     middle = [rule] if rule else []
     names = _Names(taken)
-    own = [names.part(spec) for spec in middle]  # which chooses its names first
+    own = [names.part(spec) for spec in middle]  # first, so that it keeps its names
     first, last = [[names.part(spec) for spec in specs] for specs in (before, after)]
     parts = [*first, *own, *last]
 
