@@ -186,7 +186,7 @@ def test_a_frozen_leaf_is_no_unknown(opt: fo.Optimizer, many: bool):
 
     def estimate(goal: Tensor) -> Any:
         problem = fo.meta.Problem(
-            opt, inner, outer, 60, {**start, "gap": None}, batch=goal
+            opt, inner, outer, 30, {**start, "gap": None}, batch=goal
         )
         found = fo.meta.implicit(problem, {"meta": l2})
         return found.grads["meta"], found.diagnostics
