@@ -242,7 +242,7 @@ def _kernels(
 def _run(graph: Graph, inputs: list[Tensor]) -> Sequence[Tensor]:
     with torch.no_grad():
         given = [*inputs, *map(_resolved, graph.held)]
-        if not any(x.is_cuda for x in inputs):
+        if not any(x.is_cuda for x in given):
             return graph.run(*given)
         # The next replay writes over what this one gives.
         torch.compiler.cudagraph_mark_step_begin()
