@@ -364,6 +364,22 @@ def test_what_is_evaluated_goes_by_what_a_step_was_given(name: str):
     assert_same(found[2], found[0])
 
 
+def test_asgd_is_evaluated_at_its_average():
+    """torch.optim's ``ax``; before a first step, at the parameters."""
+    opt, params = fo.asgd(lr=0.1, t0=2.0), {"w": torch.linspace(-1, 1, 5).double()}
+    state, twin = opt.init(params), params["w"].clone().requires_grad_()
+    theirs = torch.optim.ASGD([twin], lr=0.1, t0=2.0)
+    assert torch.equal(opt.eval_params(state, params)["w"], params["w"])
+    for _ in range(6):
+        twin.grad = twin.detach().sin()
+        theirs.step()
+        params, state = opt.update({"w": params["w"].sin()}, state, params)
+    found = opt.eval_params(state, params)["w"]
+    # torch keeps eta in float32
+    torch.testing.assert_close(found, theirs.state[twin]["ax"], rtol=1e-9, atol=0)
+    assert not torch.equal(found, params["w"])
+
+
 def test_what_an_average_does_not_go_by_is_not_its_affair():
     """The names are those of `update`, in a chain too; an unknown one is refused."""
     p = {"w": torch.ones(2)}

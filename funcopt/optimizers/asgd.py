@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from funcopt.hyper import Hyper
-from funcopt.optimizer import Optimizer, elementwise
+from funcopt.optimizer import Optimizer, from_spec
 from funcopt.optimizers._parts import Number, coupled_decay, towards, where
+from funcopt.spec import Spec
 from funcopt.types import HyperValue, Tensor
 
 
@@ -34,6 +35,12 @@ def rule(
     eta = lr / (1 + lambd * lr * step) ** alpha
     mu = 1 / where(step - t0 > 1, step - t0, 1.0)
     return p, eta, mu, ax
+
+
+def evaluated(
+    p: Tensor, eta: Number, mu: Number, ax: Tensor, *, step: Any, **_: Any
+) -> Tensor:
+    return where(step > 0, ax, p)
 
 
 def asgd(
@@ -87,10 +94,10 @@ def asgd(
         >>> state = opt.init(p)
         >>> for _ in range(5):
         ...     p, state = opt.update(2 * p, state, p)      # the gradient of p²
-        >>> state["ax"]
+        >>> opt.eval_params(state, p)                   # the average, which is ax
         tensor([ 0.4723, -0.0945])
     """
-    return elementwise(
+    spec = Spec(
         partial(rule, maximize=maximize),
         name="asgd",
         slots={"eta": 0.0, "mu": 1.0, "ax": torch.zeros_like},
@@ -101,4 +108,6 @@ def asgd(
             "t0": Hyper(t0, low=-inf, scalar=(0,)),
             "weight_decay": Hyper(weight_decay),
         },
+        evaluated=evaluated,
     )
+    return from_spec(spec)
