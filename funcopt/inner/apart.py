@@ -1,11 +1,9 @@
 """Running a function apart from the graph, inside an autograd.Function.
 
-There a gradient by what the function closes over is lost; and where it is run once more
-on the way back, it draws other random numbers. Here the first raises, and the second are
-drawn again as they were.
+There a gradient by what the function closes over would be lost: here it raises.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -186,48 +184,3 @@ def _stripped(x: Tensor, below: int) -> Tensor:
     while _functorch.is_gradtrackingtensor(x) and _functorch.maybe_get_level(x) > below:
         x = _functorch.get_unwrapped(x)
     return x
-
-
-class Draws:
-    """The states of torch's random generators, of the CPU and of the tensors' devices."""
-
-    def __init__(self, tensors: Iterable[Any]) -> None:
-        self.states: dict[Any, Tensor] = {None: torch.get_rng_state()}
-        devices = {x.device for x in tensors if isinstance(x, Tensor)}
-        for device in devices - {torch.device("cpu")}:
-            module = torch.get_device_module(device)
-            if hasattr(module, "get_rng_state"):
-                self.states[device] = module.get_rng_state(device)
-
-    def moved(self) -> bool:
-        """Whether numbers have been drawn since."""
-        with levels.outside():
-            now = Draws([])._of(self.states)
-            return not all(torch.equal(now[d], s) for d, s in self.states.items())
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draw the same numbers within; the generators go on as if nothing were drawn."""
-        now = self._of(self.states)
-        self._restore(self.states)
-        try:
-            yield
-        finally:
-            self._restore(now)
-
-    @staticmethod
-    def _of(devices: Iterable[Any]) -> dict[Any, Tensor]:
-        return {
-            d: torch.get_rng_state()
-            if d is None
-            else torch.get_device_module(d).get_rng_state(d)
-            for d in devices
-        }
-
-    @staticmethod
-    def _restore(states: dict[Any, Tensor]) -> None:
-        for device, state in states.items():
-            if device is None:
-                torch.set_rng_state(state)
-            else:
-                torch.get_device_module(device).set_rng_state(state, device)

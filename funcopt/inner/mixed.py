@@ -21,7 +21,8 @@ from funcopt import derivatives
 from funcopt.derivatives import Layout, Trees
 from funcopt.errors import ExecutionError
 from funcopt.execution import levels
-from funcopt.inner.apart import Apart, ApartFunction, Draws, distinct
+from funcopt.inner.apart import Apart, ApartFunction, distinct
+from funcopt.inner.draws import Draws
 from funcopt.inner.loss import InnerLoss
 from funcopt.types import Tensor, Tree
 

@@ -16,7 +16,8 @@ from funcopt.derivatives import Layout
 from funcopt.errors import ExecutionError
 from funcopt.execution import levels
 from funcopt.inner import mixed
-from funcopt.inner.apart import Apart, ApartFunction, Draws, distinct
+from funcopt.inner.apart import Apart, ApartFunction, distinct
+from funcopt.inner.draws import Draws
 from funcopt.inner.loop import CARRY, Loop, Record, Unrolled
 from funcopt.types import Tensor, Tree
 

@@ -2,7 +2,7 @@
 
 from funcopt.inner.curvature import hvp, mixed_vp
 from funcopt.inner.step import Stepped
-from funcopt.inner.view import step_jvp, step_vjp, update_vjp
+from funcopt.inner.step_derivatives import step_jvp, step_vjp, update_vjp
 from funcopt.meta.adjoints import clip_adjoint
 from funcopt.meta.backward import (
     first_order,
@@ -39,7 +39,7 @@ from funcopt.meta.families import (
     step_weights,
 )
 from funcopt.meta.fixed_point import implicit, weight_update_implicit
-from funcopt.meta.guards import nonfinite
+from funcopt.meta.nonfinite import nonfinite
 from funcopt.meta.problem import Problem
 from funcopt.meta.rolling import advance
 from funcopt.meta.smoothness import metasmoothness

@@ -6,7 +6,7 @@ from funcopt import tree
 from funcopt.derivatives import Trees, is_smooth, vjp
 from funcopt.errors import GradientLostError
 from funcopt.execution import levels
-from funcopt.inner.apart import Draws
+from funcopt.inner.draws import Draws
 from funcopt.inner.loss import InnerLoss
 from funcopt.inner.step import Step
 from funcopt.meta.problem import (

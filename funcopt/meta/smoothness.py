@@ -6,7 +6,7 @@ import torch
 
 from funcopt import tree
 from funcopt.errors import HyperparameterError
-from funcopt.inner.apart import Draws
+from funcopt.inner.draws import Draws
 from funcopt.meta.estimate import check_eta
 from funcopt.meta.problem import Problem
 from funcopt.meta.rolling import advance

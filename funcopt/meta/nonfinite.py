@@ -1,4 +1,4 @@
-"""What to watch of a meta-gradient."""
+"""Which leaves of a meta-gradient are not finite."""
 
 import torch
 
