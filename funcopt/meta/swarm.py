@@ -73,7 +73,7 @@ class Swarm:
     def estimate(
         self, noise: Tree, weight: Tree, carry: Carry | None, window: int | None
     ) -> Estimate:
-        """A window at eta ± noise, its loss correlated with ``weight``."""
+        """A window at eta ± noise, and the mean of weight · (L₊ - L₋) / 2σ²."""
         problem, pairs = self.problem, self.particles
         start = stands_at(problem, carry)
         count = window_of(problem, start, window)

@@ -109,7 +109,8 @@ def strong_wolfe(
 def _inside(first: Point, second: Point, doubtful: Condition) -> tuple[Number, Condition]:
     """Where to divide an interval, and whether that came too close to an end.
 
-    The second time it does so, or at an end itself, a tenth of the interval is kept.
+    If it does so a second time, or is an end itself, it is moved a tenth of the interval
+    away from there.
     """
     least, most = _sorted(first.t, second.t)
     t = _cubic(first, second, least, most)
@@ -127,8 +128,8 @@ def _sorted(a: Number, b: Number) -> tuple[Number, Number]:
 def _cubic(a: Point, b: Point, least: Number, most: Number) -> Number:
     """The minimum of the cubic through both points, within bounds.
 
-    The middle of the bounds, where there is none; a bound, where it lies without end, as
-    of a straight line. Where torch has NaN, 0 by 0, it is the middle.
+    Where there is no minimum, and where torch has NaN (0 by 0), the middle of the bounds;
+    where it is infinitely far, as of a straight line, a bound.
     """
     swapped = a.t > b.t
     a, b = pick(swapped, b, a), pick(swapped, a, b)

@@ -12,9 +12,9 @@ from funcopt.types import Tensor
 
 
 def orthogonalized(x: Tensor, *how: Any, **out: Any) -> Tensor:
-    """`Orthogonalized` of a matrix, which Dynamo cannot trace as a Function.
+    """`Orthogonalized` of a matrix; where no derivative is asked for, the bare iteration.
 
-    Nor is it called as one where nothing asks for its derivative, which takes 0.1 ms.
+    The call of a Function takes 0.1 ms, and Dynamo cannot trace it.
     """
     if torch.compiler.is_compiling() or not levels.differentiating([x]):
         return _newton_schulz(x, *how, **out)
@@ -67,8 +67,8 @@ def _newton_schulz(
 ) -> Tensor:
     """The iteration in ``dtype``, by three products a step; of a stack, by batched ones.
 
-    What products of the last step but one lie in takes those of the next: to get as much
-    memory fifteen times costs an eighth of the products of a thousand rows.
+    A product is written into memory that the last step but one has left: to allocate it
+    fifteen times costs an eighth of the time of products of a thousand rows.
     """
     a, b, c = coefficients
     times, plus_times = torch.mm, torch.addmm
@@ -97,10 +97,10 @@ def _newton_schulz(
 
 
 def _is_faster_wide(y: Tensor) -> bool:
-    """Whether float32 makes half products of small matrices in less time.
+    """Whether products in float32, rounded to half, take less time than half products.
 
-    A CPU's products of them are added up in float32, too, and rounded once; but each
-    call costs 20 µs, except of the very smallest.
+    They give the same: a CPU adds half products up in float32, and rounds once. But a
+    half product's call costs 20 µs, except of the very smallest matrices.
     """
     least, most = _SMALL
     return (
@@ -160,10 +160,10 @@ def inverse_root(x: Tensor, power: int) -> Tensor:
 
 
 class InverseRoot(torch.autograd.Function):
-    """By eigenvalues; its derivative by `_newton`.
+    """The root by an eigendecomposition, its derivative by that of `_newton`.
 
-    That of eigenvectors is NaN where two eigenvalues are equal, as in the identity; and
-    products alone, of which there must be a hundred, take many times as long.
+    The derivative of eigenvectors is NaN where two eigenvalues are equal, as in the
+    identity; and `_newton` alone, with its hundred products, takes many times as long.
     """
 
     @staticmethod
@@ -196,7 +196,7 @@ class InverseRoot(torch.autograd.Function):
 
 
 def _regularized(x: Tensor) -> tuple[Tensor, float, Tensor]:
-    """x's norm, 1 in place of 0; what is added to eigenvalues beside it; the identity."""
+    """x's norm (1 for 0), what is added to eigenvalues, relative to it; the identity."""
     squares = (x * x).sum((-2, -1), keepdim=True)
     scale = torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 1.0)
     ridge = max(x.shape[-1], 1) * torch.finfo(x.dtype).eps
@@ -204,7 +204,7 @@ def _regularized(x: Tensor) -> tuple[Tensor, float, Tensor]:
 
 
 def _newton(x: Tensor, power: int) -> Tensor:
-    """The inverse root by a coupled Newton iteration: products, always as many."""
+    """The inverse root by a coupled Newton iteration: products in a fixed number."""
     scale, ridge, one = _regularized(x)
     m, root = x / scale + ridge * one, one
     for _ in range(_ROUNDS[x.dtype]):
@@ -230,7 +230,7 @@ def renewed(
 def either(
     condition: Any, make: Callable[[], Tensor], other: Callable[[], Tensor]
 ) -> Tensor:
-    """What one of two functions gives; both are called for a condition in a tensor."""
+    """What one of two functions gives; both are called if the condition is a tensor."""
     if isinstance(condition, bool):
         return make() if condition else other()
     return torch.where(condition, make(), other())  # unequal tasks: all pay

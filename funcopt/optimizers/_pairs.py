@@ -15,9 +15,10 @@ Slots = dict[str, Tensor]
 
 
 class Pairs:
-    """The last pairs y, s, the oldest first, with their ρ, which is 0 where none is yet.
+    """The last pairs y, s, the oldest first, and their ρ = 1 / s·y, 0 where none is yet.
 
-    And R: above its diagonal, which nobody looks at, s·y of each s and all later y.
+    And the matrix R of products s·y, of which only those above the diagonal are read: of
+    each s with all later y.
 
     Args:
         slots: the state.
@@ -31,7 +32,7 @@ class Pairs:
         known = min(self._size, most((ro > 0).sum(), self._size))
         self._ro = _Rows(ro, known)
         self._r = s[self._size - known :] @ y[self._size - known :].T
-        #: nobody follows what is computed
+        #: whether no derivative, transform or mode sees what is computed
         self.in_place = alone(ro)
         if self.in_place:
             self._y, self._s = (_Ring(rows, known, more, donate) for rows in (y, s))
