@@ -25,7 +25,6 @@ from funcopt.execution.rule import Kinds, Rule  # noqa: E402
 from funcopt.execution.trace import trace  # noqa: E402
 from funcopt.execution.triton import kernels, tables  # noqa: E402
 from funcopt.execution.triton.kernels import Triton  # noqa: E402
-from funcopt.execution.triton.tables import PerLeaf  # noqa: E402
 
 SHAPES = [(3, 5), (0,), (1,), (1030,), ()]
 WHICH = [0, 1, 1, 0, 1]  # the row of scalars of each leaf
@@ -247,16 +246,6 @@ def test_scalars_in_tensors_are_read_where_they_are():
     assert all(map(torch.equal, found[0][:1], expected[0][:1]))
     again = executor(streams, [[0.5, 0.9], [0.25, float(decay)]], [0, 1])
     for a, b in zip(found, again):
-        assert all(map(torch.equal, a, b))
-
-
-def test_a_vector_may_hold_each_leafs_scalar():
-    streams, executor = leaves((3, 5), (1030,)), Triton(PROGRAM, torch.float32)
-    lr, decay = [0.5, 0.25], torch.tensor([2, 3])  # whole numbers, as steps are
-    expected = executor(streams, [[x, int(y)] for x, y in zip(lr, decay)], [0, 1])
-    numbers = torch.tensor(lr, dtype=torch.float64)
-    found = executor(streams, [[PerLeaf(numbers), PerLeaf(decay)]], [0, 0])
-    for a, b in zip(found, expected):
         assert all(map(torch.equal, a, b))
 
 

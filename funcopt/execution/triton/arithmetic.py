@@ -25,14 +25,11 @@ def aligned(address, KIND: tl.constexpr):
 
 
 @triton.jit
-def scalar(table, entry, leaf, task):
-    """A scalar by its entry of four words; see `tables.words`."""
-    place, whole = tl.load(entry), tl.load(entry + 1)
-    place += tl.load(entry + 2) * leaf + tl.load(entry + 3) * task
-    place = tl.where(whole < 2, place, table.to(tl.int64) + place)
-    bits = tl.load(pointer(place, tl.int64))
-    number = bits.to(tl.float64, bitcast=True)
-    return tl.where(whole == 1, bits.to(tl.float64), number)
+def scalar(table, entry, task):
+    """A scalar by its entry of three words; see `tables.words`."""
+    place = tl.load(entry) + tl.load(entry + 2) * task
+    place = tl.where(tl.load(entry + 1) == 1, table.to(tl.int64) + place, place)
+    return tl.load(pointer(place, tl.float64))
 
 
 @triton.jit

@@ -78,9 +78,9 @@ _FINISH = """\
 def finish(groups, table, totals, partials, results, leaves, count, WIDTH: tl.constexpr):
     group = tl.program_id(0)
     number = tl.num_programs(0)
-    groups += 5 * group
-    leaf, row, task = tl.load(groups), tl.load(groups + 1), tl.load(groups + 2)
-    first, last = tl.load(groups + 3), tl.load(groups + 4)
+    groups += 4 * group
+    row, task = tl.load(groups), tl.load(groups + 1)
+    first, last = tl.load(groups + 2), tl.load(groups + 3)
     i = tl.arange(0, WIDTH)
     {zeros}
     for at in range(first, last, WIDTH):
@@ -238,7 +238,7 @@ class Printer:
         for v in sorted(needed):
             if program.is_input(v):
                 entry = ENTRY * self.numbers.index(v)
-                value = f"scalar(table, entries + {entry}, leaf, task)"
+                value = f"scalar(table, entries + {entry}, task)"
             elif program.op(v).name == "sum":
                 place = f"totals + {len(self.sums)} * group + {self.sums.index(v)}"
                 value = known.get(v) or f"tl.load({place})"

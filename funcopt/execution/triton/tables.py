@@ -28,7 +28,7 @@ class Layout:
     """How leaves of certain sizes are cut into blocks, and whose sums are added."""
 
     blocks: Tensor  #: [count, 6]: leaf, row, task, group, first element, end
-    groups: Tensor  #: [number, 5]: leaf (0 if pooled), row, task, first block, end
+    groups: Tensor  #: [number, 4]: row, task, first block, end
 
     @property
     def count(self) -> int:
@@ -70,21 +70,12 @@ def layout(
     first = torch.cat([last.new_zeros(1), last[:-1]])
     every = torch.arange(number)
     owner = every // tasks
-    leaf, row = (0 * owner, owner) if pooled else (owner, row[owner])
-    groups = torch.stack([leaf, row, every % tasks, first[:number], last], 1)
+    row = owner if pooled else row[owner]
+    groups = torch.stack([row, every % tasks, first[:number], last], 1)
     return Layout(blocks, groups)
 
 
-@dataclass(frozen=True)
-class PerLeaf:
-    """A scalar's value in a row: a vector on the device, with an entry for each leaf."""
-
-    values: Tensor
-
-
-# What a scalar's entry says of the words that it leads to.
-_FLOAT, _INTEGER, _IN_TABLE = range(3)
-ENTRY = 4  #: words of an entry
+ENTRY = 3  #: words of a scalar's entry
 
 
 def words(
@@ -93,10 +84,9 @@ def words(
     """The table of one call, and tensors that must live until its kernels are queued.
 
     First the address of every tensor, column after column; then an entry for each row
-    and scalar: its address, what lies there, and how many bytes further the next leaf's
-    and the next task's lie. A tensor on the device is read where it is, as float64 or
-    int64. A number that is known here follows at the end of the table; its address
-    counts from the table's start.
+    and scalar: its address, whether that counts from the table's start, and how many
+    bytes further the next task's lies. A tensor on the device is read where it is, as
+    float64. A number that is known here follows at the end of the table.
     """
     table, numbers = array("q"), array("d")
     for column in columns:
@@ -105,25 +95,14 @@ def words(
     alive: list[Tensor] = []
     for row in rows:
         for value in row:
-            each = isinstance(value, PerLeaf)
-            tensor = value.values if each else value
-            if isinstance(tensor, Tensor) and tensor.device == device:
-                whole = tensor.dtype is torch.int64
-                tensor = tensor if whole else tensor.to(torch.float64)
-                alive.append(tensor)
-                stride = 8 * tensor.stride(0) if tensor.ndim else 0
-                kind = _INTEGER if whole else _FLOAT
-                steps = (stride, 0) if each else (0, stride)
-                table.extend((tensor.data_ptr(), kind, *steps))
+            own = isinstance(value, Tensor) and value.ndim  # each task's
+            if isinstance(value, Tensor) and value.device == device:
+                value = value.to(torch.float64)
+                alive.append(value)
+                table.extend((value.data_ptr(), 0, 8 * value.stride(0) if own else 0))
                 continue
-            place = 8 * (end + len(numbers))
-            if isinstance(tensor, Tensor) and tensor.ndim:
-                numbers.extend(tensor.tolist())
-                steps = (8, 0) if each else (0, 8)
-            else:
-                numbers.append(float(tensor))
-                steps = (0, 0)
-            table.extend((place, _IN_TABLE, *steps))
+            table.extend((8 * (end + len(numbers)), 1, 8 if own else 0))
+            numbers.extend(value.tolist() if own else [float(value)])
     return table.tobytes() + numbers.tobytes(), alive
 
 
