@@ -64,7 +64,7 @@ def load() -> Objects:
     try:
         with levels.outside():
             return _in_c()
-    except (BuildError, OSError, AttributeError):
+    except (BuildError, OSError, AttributeError, RuntimeError):
         return InPython()
 
 
