@@ -24,6 +24,7 @@ from funcopt.errors import (
     UnknownHyperparameterError,
 )
 from funcopt.execution.choice import execution
+from funcopt.gradient_transformation import as_torchopt, from_transform
 from funcopt.inner.per_step import per_step
 from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.normal import normal_like
@@ -32,12 +33,7 @@ from funcopt.optimizers import *
 from funcopt.plan import plan
 from funcopt.schedules.schedule import Schedule
 from funcopt.select import by_name
-from funcopt.torch_optim.bridges import (
-    as_torchopt,
-    from_torch,
-    from_transform,
-    to_torch,
-)
+from funcopt.torch_optim.bridges import from_torch, to_torch
 from funcopt.transforms import *
 from funcopt.tree import detach
 

@@ -78,6 +78,7 @@ FLOORS = {
     "funcopt.stepping.stepper": 4,
     "funcopt.stepping": 4.1,
     "funcopt.optimizer": 4.5,
+    "funcopt.gradient_transformation": 4.7,
     "funcopt.flat": 4.7,
     "funcopt.optimizers._line_search": 5,
     "funcopt.optimizers._pairs": 5,

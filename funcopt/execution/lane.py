@@ -102,6 +102,18 @@ class Lane(ABC):
         count = self._count
         return [tensors[k : k + count] for k in range(0, len(tensors), count)]
 
+    def leaves(
+        self,
+        tensors: list[Tensor],
+        numbers: Sequence[list[Any]],
+        hyper: Sequence[dict[str, Any]],
+    ) -> Leaves:
+        """What `run` is given, as what runs a rule leaf by leaf takes it."""
+        grads, params, *trees = self.columns(tensors)
+        slots, scalars = iter(trees), iter(numbers)
+        state = [next(scalars if scalar else slots) for scalar in self._rule.scalar]
+        return Leaves(self._rule, grads, params, state, numbers[-1], hyper)
+
     def may_write(self, tensors: list[Tensor], addresses: bytes) -> bool:
         """Whether no two of the tensors share memory, where all are to be written."""
         if addresses != self._apart:
@@ -199,18 +211,14 @@ class Whole(Lane):
             return None
         if donate and not self.may_write(tensors, objects.load().addresses(tensors)):
             return None
-        grads, params, *state = self.columns(tensors)
-        owners = [0] * len(params)
+        owners: Sequence[int] = [0] * self._count
         if len(rows) > 1:
-            owners = self._which or range(len(params))
+            owners = self._which or range(self._count)
         count = 1 + sum(self._rule.scalar)
-        *numbers, steps = [[rows[row][k] for row in owners] for k in range(count)]
+        numbers = [[rows[row][k] for row in owners] for k in range(count)]
         each = [self._zeros | dict(zip(self._names, row[count:])) for row in rows]
-        slots, scalars = iter(state), iter(numbers)
-        own = [next(scalars if scalar else slots) for scalar in self._rule.scalar]
         hyper = [each[row] for row in owners]
-        leaves = Leaves(self._rule, grads, params, own, steps, hyper)
-        return self._run(leaves, donate)
+        return self._run(self.leaves(tensors, numbers, hyper), donate)
 
 
 class Referred(Lane):
@@ -223,10 +231,7 @@ class Referred(Lane):
         hyper: Sequence[dict[str, Any]],
         donate: bool,
     ) -> Sequence[Column] | None:
-        grads, params, *trees = self.columns(tensors)
-        slots, scalars, steps = iter(trees), iter(numbers), numbers[-1]
-        state = [next(scalars if scalar else slots) for scalar in self._rule.scalar]
-        leaves = Leaves(self._rule, grads, params, state, steps, hyper)
+        leaves = self.leaves(tensors, numbers, hyper)
         return None if donate or leaves.tasks else reference.of_leaves(leaves)
 
     def step(
