@@ -1,1 +1,1 @@
-"""How a rule runs on lists of leaves: it knows no tree and no optimizer."""
+"""How a rule runs on lists of leaves: of trees it knows the form, no optimizer at all."""
