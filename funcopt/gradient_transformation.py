@@ -47,23 +47,25 @@ def as_torchopt(opt: Optimizer) -> GradientTransformation:
     """
     check_optimizer(opt, "as_torchopt")
 
-    def update(
-        updates: Tree,
-        state: Any,
-        params: Tree = None,
-        *,
-        inplace: bool = False,
-        **extra: Any,
-    ) -> tuple[Tree, Any]:
-        del inplace
-        if params is None:
-            raise HyperparameterTypeError(
-                f"{opt.name} needs the parameters: update(grads, state, params=params)"
-            )
-        new, state = opt.update(updates, state, params, **extra)
-        return tree.map(torch.sub, new, params), state
+    return GradientTransformation(opt.init, functools.partial(_updates, opt))
 
-    return GradientTransformation(opt.init, update)
+
+def _updates(
+    opt: Optimizer,
+    updates: Tree,
+    state: Any,
+    params: Tree = None,
+    *,
+    inplace: bool = False,
+    **extra: Any,
+) -> tuple[Tree, Any]:
+    del inplace
+    if params is None:
+        raise HyperparameterTypeError(
+            f"{opt.name} needs the parameters: update(grads, state, params=params)"
+        )
+    new, state = opt.update(updates, state, params, **extra)
+    return tree.map(torch.sub, new, params), state
 
 
 def from_transform(tx: Any) -> Optimizer:
@@ -99,22 +101,25 @@ def from_transform(tx: Any) -> Optimizer:
         # TorchOpt's writes over gradients.
         transform = functools.partial(transform, inplace=False)
 
-    def update(
-        grads: Tree,
-        state: Any,
-        params: Tree,
-        *,
-        donate: bool = False,
-        execution: str | None = None,
-        **extra: Any,
-    ) -> tuple[Tree, Any]:
-        del donate
-        if execution is not None:  # which wrappers hand on, and only ours knows
-            extra["execution"] = execution
-        updates, state = transform(grads, state, params=params, **extra)
-        flat, structure = tree.flatten(params)
-        moves = tree.flatten_like(structure, updates, "updates")
-        new = [p if u is None else p + u for p, u in zip(flat, moves)]
-        return tree.unflatten(structure, new), state
-
+    update = functools.partial(_applied, transform)
     return Optimizer(tx.init, update, type(tx).__name__)
+
+
+def _applied(
+    transform: Callable[..., Any],
+    grads: Tree,
+    state: Any,
+    params: Tree,
+    *,
+    donate: bool = False,
+    execution: str | None = None,
+    **extra: Any,
+) -> tuple[Tree, Any]:
+    del donate
+    if execution is not None:  # which wrappers hand on, and only ours knows
+        extra["execution"] = execution
+    updates, state = transform(grads, state, params=params, **extra)
+    flat, structure = tree.flatten(params)
+    moves = tree.flatten_like(structure, updates, "updates")
+    new = [p if u is None else p + u for p, u in zip(flat, moves)]
+    return tree.unflatten(structure, new), state

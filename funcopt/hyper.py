@@ -41,6 +41,10 @@ class Hyper:
     optional: tuple[int, ...] = ()
     scalar: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        # A copy: what the caller does to his dict later is not this optimizer's affair.
+        object.__setattr__(self, "value", tree.map(lambda x: x, self.value))
+
     def arguments(self, name: str, value: HyperValue) -> dict[str, HyperValue]:
         """The rule's arguments that ``value`` for ``name`` sets, numbers checked."""
         if not self.parts:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,14 +46,14 @@ def is_given() -> bool:
 
 def kept(rule: RuleFunction) -> RuleFunction:
     """The rule, for a caller that needs the arguments afterwards, unchanged."""
+    return partial(_kept, rule)
 
-    def call(*args: Any, **given: Any) -> tuple[Any, ...]:
-        if not is_given():
-            return rule(*args, **given)
-        with running(given=False):
-            return rule(*args, **given)
 
-    return call
+def _kept(rule: RuleFunction, *args: Any, **given: Any) -> tuple[Any, ...]:
+    if not is_given():
+        return rule(*args, **given)
+    with running(given=False):
+        return rule(*args, **given)
 
 
 def check(

@@ -43,9 +43,6 @@ class Rule:
     forms: dict[Any, Any] = field(default_factory=dict)  #: what its calls have in common
     recycler: Recycler = field(default_factory=Recycler)  #: of its steps' results
 
-    def __deepcopy__(self, memo: Any) -> "Rule":
-        return self  # a value but for its caches
-
     def kinds(self, values: Mapping[str, Any]) -> Kinds:
         """What each hyperparameter is, of those of one leaf."""
         return tuple(_kind(values[name]) for name in self.hyper)

@@ -36,6 +36,21 @@ def rule(
     return p, initial, max_distance, sum_sq
 
 
+def distance_sq(g: Tensor, p: Tensor, initial: Tensor, *_: Any, **__: Any) -> Tensor:
+    return ((p - initial) * (p - initial)).sum()
+
+
+def norm_sq(g: Tensor, p: Tensor, *_: Any, **__: Any) -> Tensor:
+    return (p * p).sum()
+
+
+def grad_sq(
+    g: Tensor, p: Tensor, *_: Any, weight_decay: Number, maximize: bool, **__: Any
+) -> Tensor:
+    g = coupled_decay(-g if maximize else g, p, weight_decay)
+    return (g * g).sum()
+
+
 def dog(
     lr: HyperValue = 1.0,
     reps_rel: HyperValue = 1e-6,
@@ -91,17 +106,6 @@ def dog(
         >>> p
         tensor([ 0.2197, -0.0439])
     """
-
-    def distance_sq(g: Tensor, p: Tensor, initial: Tensor, *_: Any, **__: Any) -> Tensor:
-        return ((p - initial) * (p - initial)).sum()
-
-    def norm_sq(g: Tensor, p: Tensor, *_: Any, **__: Any) -> Tensor:
-        return (p * p).sum()
-
-    def grad_sq(g: Tensor, p: Tensor, *_: Any, weight_decay: Number, **__: Any) -> Tensor:
-        g = coupled_decay(-g if maximize else g, p, weight_decay)
-        return (g * g).sum()
-
     return elementwise(
         partial(rule, maximize=maximize),
         name="dog",
@@ -112,5 +116,9 @@ def dog(
             "eps": Hyper(eps, scalar=(0,)),
             "weight_decay": Hyper(weight_decay),
         },
-        totals={"distance_sq": distance_sq, "norm_sq": norm_sq, "grad_sq": grad_sq},
+        totals={
+            "distance_sq": distance_sq,
+            "norm_sq": norm_sq,
+            "grad_sq": partial(grad_sq, maximize=maximize),
+        },
     )

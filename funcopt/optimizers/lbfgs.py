@@ -1,6 +1,7 @@
 """L-BFGS: a quasi-Newton step along what the last gradients tell of the curvature."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -250,36 +251,36 @@ def lbfgs(
         raise HyperparameterError(
             f"line_search_fn must be 'strong_wolfe' or None, got {line_search_fn!r}"
         )
-
-    def slots(x: Tensor) -> Slots:
-        return {
-            "func_evals": x.new_zeros((), dtype=torch.int64),
-            "n_iter": x.new_zeros((), dtype=torch.int64),
-            "d": torch.zeros_like(x),
-            "t": x.new_zeros(()),
-            "old_dirs": zeros((history_size, x.shape[0]), x),
-            "old_stps": zeros((history_size, x.shape[0]), x),
-            "ro": x.new_zeros(history_size),
-            "H_diag": x.new_ones(()),
-            "prev_flat_grad": torch.zeros_like(x),
-            "prev_loss": x.new_zeros(()),
-        }
-
     fixed = {
         "max_iter": max_iter,
         "max_eval": max_eval,
         "search": line_search_fn is not None,
     }
     return flat(
-        lambda *args, **hyper: rule(*args, **fixed, **hyper),
+        partial(rule, **fixed),
         name="lbfgs",
-        slots=slots,
+        slots=partial(_slots, history_size),
         hyper={
             "lr": Hyper(lr),
             "tolerance_grad": Hyper(tolerance_grad),
             "tolerance_change": Hyper(tolerance_change),
         },
     )
+
+
+def _slots(history_size: int, x: Tensor) -> Slots:
+    return {
+        "func_evals": x.new_zeros((), dtype=torch.int64),
+        "n_iter": x.new_zeros((), dtype=torch.int64),
+        "d": torch.zeros_like(x),
+        "t": x.new_zeros(()),
+        "old_dirs": zeros((history_size, x.shape[0]), x),
+        "old_stps": zeros((history_size, x.shape[0]), x),
+        "ro": x.new_zeros(history_size),
+        "H_diag": x.new_ones(()),
+        "prev_flat_grad": torch.zeros_like(x),
+        "prev_loss": x.new_zeros(()),
+    }
 
 
 def _check_count(name: str, count: int) -> None:

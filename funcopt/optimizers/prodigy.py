@@ -76,6 +76,17 @@ def rule(
     return p, exp_avg, exp_avg_sq, s, initial, d, d_max, d_numerator
 
 
+def progress_of(g: Tensor, p: Tensor, *slots: Any, **given: Any) -> Tensor:
+    _, _, s, initial, d, *_ = slots
+    g, _, _, d, step_size = advanced(g, p, s, d, **given)
+    return (g * (initial - p)).sum() * (d / given["d0"] * step_size)
+
+
+def size_of(g: Tensor, p: Tensor, *slots: Any, **given: Any) -> Tensor:
+    _, _, s, _, d, *_ = slots
+    return advanced(g, p, s, d, **given)[2].abs().sum()
+
+
 def prodigy(
     lr: HyperValue = 1.0,
     betas: tuple[HyperValue, HyperValue] = (0.9, 0.999),
@@ -149,16 +160,6 @@ def prodigy(
         "decoupled_weight_decay": decoupled_weight_decay,
         "use_bias_correction": use_bias_correction,
     }
-
-    def progress(g: Tensor, p: Tensor, *slots: Any, **given: Any) -> Tensor:
-        _, _, s, initial, d, *_ = slots
-        g, _, _, d, step_size = advanced(g, p, s, d, **flags, **given)
-        return (g * (initial - p)).sum() * (d / given["d0"] * step_size)
-
-    def size(g: Tensor, p: Tensor, *slots: Any, **given: Any) -> Tensor:
-        _, _, s, _, d, *_ = slots
-        return advanced(g, p, s, d, **flags, **given)[2].abs().sum()
-
     optional: dict[str, Hyper] = {}
     if beta3 is not None:
         optional["beta3"] = Hyper(beta3, below=1.0, scalar=(0,))
@@ -181,5 +182,8 @@ def prodigy(
             "d_coef": Hyper(d_coef, scalar=(0,)),
             **optional,
         },
-        totals={"progress": progress, "size": size},
+        totals={
+            "progress": partial(progress_of, **flags),
+            "size": partial(size_of, **flags),
+        },
     )

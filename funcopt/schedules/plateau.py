@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -76,46 +77,66 @@ def reduce_on_plateau(
         >>> values
         [0.4, 0.4, 0.4, 0.2, 0.2]
     """
-    value = number("value", value)
-    sign = 1 if one_of("mode", mode, ("min", "max")) == "min" else -1
-    relative = one_of("threshold_mode", threshold_mode, ("rel", "abs")) == "rel"
-    factor, min_lr = number("factor", factor, most=1.0), number("min_lr", min_lr)
+    factor = number("factor", factor, most=1.0)
     if isinstance(factor, float) and factor == 1:
         raise HyperparameterError("factor must be below 1, got 1")
-    patience = whole("patience", patience, low=0)
-    cooldown = whole("cooldown", cooldown, low=0)
-    threshold, eps = number("threshold", threshold), number("eps", eps)
+    its = _Follower(
+        value=number("value", value),
+        sign=1 if one_of("mode", mode, ("min", "max")) == "min" else -1,
+        factor=factor,
+        patience=whole("patience", patience, low=0),
+        threshold=number("threshold", threshold),
+        relative=one_of("threshold_mode", threshold_mode, ("rel", "abs")) == "rel",
+        cooldown=whole("cooldown", cooldown, low=0),
+        min_lr=number("min_lr", min_lr),
+        eps=number("eps", eps),
+    )
+    return Plateau(its.init, its.update)
 
-    def init() -> State:
+
+@dataclass(frozen=True, eq=False)
+class _Follower:
+    """The functions of a `Plateau`."""
+
+    value: Number
+    sign: int  #: 1 where a smaller metric is better, else -1
+    factor: Number
+    patience: int
+    threshold: float
+    relative: bool
+    cooldown: int
+    min_lr: Number
+    eps: float
+
+    def init(self) -> State:
         # A copy: what its owner writes into a tensor is not this state's affair.
-        first = torch.as_tensor(value, dtype=torch.float64).clone()
+        first = torch.as_tensor(self.value, dtype=torch.float64).clone()
         zero = torch.zeros((), dtype=torch.int64, device=first.device)
         return {
             "value": first,
-            "best": torch.full_like(first.detach(), sign * math.inf),
+            "best": torch.full_like(first.detach(), self.sign * math.inf),
             "cooldown_counter": zero,
             "num_bad_epochs": zero.clone(),
         }
 
-    def update(metric: Any, state: State) -> tuple[Tensor, State]:
+    def update(self, metric: Any, state: State) -> tuple[Tensor, State]:
         old, best, waiting, bad = (state[key] for key in _KEYS)
         metric = _measured(metric, best)
-        wanted = best * (1 - sign * threshold) if relative else best - sign * threshold
-        better = metric < wanted if sign > 0 else metric > wanted
+        margin = self.sign * self.threshold
+        wanted = best * (1 - margin) if self.relative else best - margin
+        better = metric < wanted if self.sign > 0 else metric > wanted
         bad = torch.where(better | (waiting > 0), 0, bad + 1)
         waiting = (waiting - 1).clamp(min=0)
-        falls = bad > patience
-        smaller = old * factor
-        smaller = where(smaller > min_lr, smaller, min_lr)
-        new = torch.where(falls & (old - smaller > eps), smaller, old)
+        falls = bad > self.patience
+        smaller = old * self.factor
+        smaller = where(smaller > self.min_lr, smaller, self.min_lr)
+        new = torch.where(falls & (old - smaller > self.eps), smaller, old)
         return new, {
             "value": new,
             "best": torch.where(better, metric, best),
-            "cooldown_counter": torch.where(falls, cooldown, waiting),
+            "cooldown_counter": torch.where(falls, self.cooldown, waiting),
             "num_bad_epochs": torch.where(falls, 0, bad),
         }
-
-    return Plateau(init, update)
 
 
 _KEYS = ("value", "best", "cooldown_counter", "num_bad_epochs")

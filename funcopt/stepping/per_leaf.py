@@ -29,10 +29,6 @@ class Hypers:
                 self.arguments[name] = None
             else:
                 self.arguments |= hyper.arguments(name, hyper.value)
-        # A copy: what the caller does to his dict later is not this optimizer's affair.
-        self.arguments = {
-            name: select.copied(value) for name, value in self.arguments.items()
-        }
         # Trees of plain numbers give the same values at every call on one structure.
         self._constant = {k for k, v in self.arguments.items() if _is_constant(v)}
         self._constants = lru_cache(maxsize=32)(self._spread_constants)
@@ -45,6 +41,9 @@ class Hypers:
             for name, hyper in declared.items()
             for place in hyper.scalar
         }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hypers, (self.declared, self.owner)
 
     def check_start(self, params: Sequence[Any]) -> None:
         """Raises if a value is the very tree of parameters: ``fo.adamw(params)``."""

@@ -76,6 +76,9 @@ class Stepper:
         #: what steps the entries of a sparse gradient
         self.lazy = Stepper(replace(spec, sparse="")) if spec.sparse else None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stepper, (self.spec,)  # what it has beside is made of that
+
     def init(self, params: Tree) -> State:
         """The state before the first step; see `Optimizer`."""
         leaves, structure = tree.flatten(params)

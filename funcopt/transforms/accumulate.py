@@ -1,6 +1,7 @@
 """One step for the mean gradient of several calls."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,41 +55,56 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
     check_optimizer(opt, "accumulate")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise HyperparameterError(f"accumulate takes k ≥ 1 calls for a step, got {k!r}")
+    mean_of = from_spec(Spec(_towards_mean, "accumulate", {}, {}))
+    its = _Accumulate(opt, k, mean_of)
+    name = f"accumulate({opt.name})"
+    return Optimizer(its.init, its.update, name, opt.hyper, eval_params=its.eval_params)
 
-    # The mean in the parameter's place, the gradients given to a leaf as its steps.
-    mean_of = from_spec(
-        Spec(lambda g, mean, *, step: (towards(mean, g, 1 / step),), "accumulate", {}, {})
-    )
 
-    def init(params: Tree) -> State:
+@dataclass(frozen=True, eq=False)
+class _Accumulate:
+    """The functions of `accumulate`."""
+
+    opt: Optimizer
+    k: int
+    #: the mean in the parameter's place, the gradients given to a leaf as its steps
+    mean_of: Optimizer
+
+    def init(self, params: Tree) -> State:
         mean = tree.map(_zeros, params)
         return {
-            "optimizer": opt.init(params),
+            "optimizer": self.opt.init(params),
             "mean": mean,
-            "given": mean_of.init(mean)["step"],
+            "given": self.mean_of.init(mean)["step"],
             "calls": counter(params),
         }
 
     def update(
-        grads: Tree, state: State, params: Tree, *, donate: bool = False, **given: Any
+        self,
+        grads: Tree,
+        state: State,
+        params: Tree,
+        *,
+        donate: bool = False,
+        **given: Any,
     ) -> tuple[Tree, State]:
         if donate:
             donation.check_trees(grads, state, params)
         wide = tree.map(lambda mean, g: None if g is None else g.to(mean.dtype),
                         state["mean"], grads)  # fmt: skip
-        mean, counts = mean_of.update(wide, {"step": state["given"]}, state["mean"])
+        mean, counts = self.mean_of.update(wide, {"step": state["given"]}, state["mean"])
         calls = state["calls"] + 1
 
         def step() -> tuple[Tree, Sequence[Tree]]:
             ready = _ready(mean, counts["step"], grads, params)
-            new, inner = opt.update(
+            new, inner = self.opt.update(
                 ready, state["optimizer"], params, donate=donate, **given
             )
             again = tree.map(torch.zeros_like, (mean, counts["step"], calls))
             return new, (inner, *again)
 
         new, kept = choose(
-            calls >= k,
+            calls >= self.k,
             step,
             lambda: (params, (state["optimizer"], mean, counts["step"], calls)),
         )
@@ -97,15 +113,12 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
             return donation.write_over((params, state), (new, new_state))
         return new, new_state
 
-    return Optimizer(
-        init,
-        update,
-        f"accumulate({opt.name})",
-        opt.hyper,
-        eval_params=lambda state, params, **given: opt.eval_params(
-            state["optimizer"], params, **given
-        ),
-    )
+    def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
+        return self.opt.eval_params(state["optimizer"], params, **given)
+
+
+def _towards_mean(g: Tensor, mean: Tensor, *, step: Any) -> tuple[Tensor, ...]:
+    return (towards(mean, g, 1 / step),)
 
 
 def _zeros(p: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Parameter stages that keep an average of the iterates beside them."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,21 @@ from funcopt.optimizers._parts import Number, average, towards, where
 from funcopt.spec import Spec
 from funcopt.transforms.stage import ParameterStage
 from funcopt.types import HyperValue, Tensor
+
+
+def _ema(
+    new: Tensor, old: Tensor, ema: Tensor, *, step: Any, decay: Number
+) -> tuple[Tensor, ...]:
+    return new, average(ema, new, decay)
+
+
+def _debiased(p: Tensor, ema: Tensor, *, step: Any, decay: Number) -> Tensor:
+    weight = where(step > 0, 1 - decay**step, 1.0)
+    return where(step > 0, ema / weight, p)
+
+
+def _average(p: Tensor, average: Tensor, *_: Any, **__: Any) -> Tensor:
+    return average
 
 
 def ema(decay: HyperValue, *, debias: bool = True) -> ParameterStage:
@@ -45,25 +61,22 @@ def ema(decay: HyperValue, *, debias: bool = True) -> ParameterStage:
         >>> p, opt.eval_params(state, p)        # (1/4 · -1 + 1/2 · -2) / (3/4)
         (tensor([-2.]), tensor([-1.6667]))
     """
-
-    def rule(
-        new: Tensor, old: Tensor, ema: Tensor, *, step: Any, decay: Number
-    ) -> tuple[Tensor, ...]:
-        return new, average(ema, new, decay)
-
-    def evaluated(p: Tensor, ema: Tensor, *, step: Any, decay: Number) -> Tensor:
-        if not debias:
-            return ema
-        weight = where(step > 0, 1 - decay**step, 1.0)
-        return where(step > 0, ema / weight, p)
-
-    first = torch.zeros_like if debias else torch.clone
+    first, evaluated = (
+        (torch.zeros_like, _debiased) if debias else (torch.clone, _average)
+    )
     return ParameterStage(
         Spec(
-            rule, "ema", {"ema": first}, {"decay": Hyper(decay, below=1.0)},
+            _ema, "ema", {"ema": first}, {"decay": Hyper(decay, below=1.0)},
             evaluated=evaluated,
         )
     )  # fmt: skip
+
+
+def _polyak(
+    new: Tensor, old: Tensor, mean: Tensor, *, step: Any, start: Number
+) -> tuple[Tensor, ...]:
+    since = step - start
+    return new, towards(mean, new, 1 / where(since > 1, since, 1.0))
 
 
 def polyak(start: HyperValue = 0.0) -> ParameterStage:
@@ -96,22 +109,28 @@ def polyak(start: HyperValue = 0.0) -> ParameterStage:
         >>> p, opt.eval_params(state, p)
         (tensor([-2.]), tensor([-1.5000]))
     """
-
-    def rule(
-        new: Tensor, old: Tensor, mean: Tensor, *, step: Any, start: Number
-    ) -> tuple[Tensor, ...]:
-        since = step - start
-        return new, towards(mean, new, 1 / where(since > 1, since, 1.0))
-
-    def evaluated(p: Tensor, mean: Tensor, *, step: Any, start: Number) -> Tensor:
-        return mean
-
     return ParameterStage(
         Spec(
-            rule, "polyak", {"average": torch.clone}, {"start": Hyper(start)},
-            evaluated=evaluated,
+            _polyak, "polyak", {"average": torch.clone}, {"start": Hyper(start)},
+            evaluated=_average,
         )
     )  # fmt: skip
+
+
+def _lookahead(
+    new: Tensor,
+    old: Tensor,
+    slow: Tensor,
+    since: Number,
+    *,
+    step: Any,
+    alpha: Number,
+    k: int,
+) -> tuple[Any, ...]:
+    since = since + 1
+    due = since >= k
+    slow = where(due, towards(slow, new, alpha), slow)
+    return where(due, slow, new), slow, where(due, 0.0, since)
 
 
 def lookahead(k: int = 5, alpha: HyperValue = 0.5) -> ParameterStage:
@@ -149,20 +168,9 @@ def lookahead(k: int = 5, alpha: HyperValue = 0.5) -> ParameterStage:
     if not isinstance(k, int) or k < 1:
         raise HyperparameterError(f"lookahead takes k ≥ 1 steps, got {k!r}")
 
-    def rule(
-        new: Tensor, old: Tensor, slow: Tensor, since: Number, *, step: Any, alpha: Number
-    ) -> tuple[Any, ...]:
-        since = since + 1
-        due = since >= k
-        slow = where(due, towards(slow, new, alpha), slow)
-        return where(due, slow, new), slow, where(due, 0.0, since)
-
-    def evaluated(p: Tensor, slow: Tensor, since: Number, **_: Any) -> Tensor:
-        return slow
-
     return ParameterStage(
         Spec(
-            rule, "lookahead", {"slow": torch.clone, "since": 0.0},
-            {"alpha": Hyper(alpha, most=1.0)}, evaluated=evaluated,
+            partial(_lookahead, k=k), "lookahead", {"slow": torch.clone, "since": 0.0},
+            {"alpha": Hyper(alpha, most=1.0)}, evaluated=_average,
         )
     )  # fmt: skip

@@ -1,13 +1,23 @@
 """An optimizer that moves only where its step and the gradient agree."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from funcopt.errors import HyperparameterTypeError
 from funcopt.execution import donation
 from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.optimizers._parts import count
-from funcopt.types import Tensor
+from funcopt.types import RuleFunction, Tensor
+
+
+def _cautious(
+    inner: RuleFunction, sign: float, g: Tensor, p: Tensor, *slots: Any, **given: Any
+) -> tuple[Any, ...]:
+    new, *state = inner(g, p, *slots, **given)
+    agrees = ((p - new) * g * sign > 0).to(p.dtype)
+    share = (agrees.sum() / count(p)).clamp(min=1e-3)
+    return p + (new - p) * agrees / share, *state
 
 
 def cautious(opt: Optimizer, *, maximize: bool = False) -> Optimizer:
@@ -55,19 +65,11 @@ def cautious(opt: Optimizer, *, maximize: bool = False) -> Optimizer:
             "a leaf; take fo.adam and dense gradients"
         )
     spec, sign = opt.spec, -1.0 if maximize else 1.0
-    inner = donation.kept(spec.rule)
-
-    def rule(g: Tensor, p: Tensor, *slots: Any, **given: Any) -> tuple[Any, ...]:
-        new, *state = inner(g, p, *slots, **given)
-        agrees = ((p - new) * g * sign > 0).to(p.dtype)
-        share = (agrees.sum() / count(p)).clamp(min=1e-3)
-        return p + (new - p) * agrees / share, *state
-
     name = f"cautious({spec.name})"
     return from_spec(
         replace(
             spec,
-            rule=rule,
+            rule=partial(_cautious, donation.kept(spec.rule), sign),
             name=name,
             elementwise=False,
             norms=spec.traceable,

@@ -1,5 +1,7 @@
 """One Optimizer from an optimizer and what is done before and after it."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from funcopt import tree
@@ -86,8 +88,7 @@ def _name(link: Any) -> str:
 
 def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> Optimizer:
     """The links one by one, for an optimizer that is more than one rule."""
-    main = "optimizer"
-    links = {main: opt}
+    links = {_MAIN: opt}
     hyper: dict[str, HyperValue] = dict(opt.hyper)
     for key, specs, sides in (
         ("gradient_stages", before, (before, [])),
@@ -97,13 +98,30 @@ def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> 
             links[key] = from_spec(joined(sides[0], None, sides[1], name, hyper))
             hyper |= links[key].hyper
 
-    # What no link has is the optimizer's to know (lbfgs has a loss_fn), or to refuse.
     owner = {name: key for key, link in links.items() for name in link.hyper}
+    its = _InTurn(name, links, owner)
+    return Optimizer(its.init, its.update, name, hyper, eval_params=its.eval_params)
 
-    def init(params: Tree) -> State:
-        return {key: link.init(params) for key, link in links.items()}
+
+#: the state's key of a chain's optimizer
+_MAIN = "optimizer"
+
+
+@dataclass(frozen=True, eq=False)
+class _InTurn:
+    """The functions of a chain whose links are called one by one."""
+
+    name: str
+    links: Mapping[str, Optimizer]
+    #: hyperparameter → the link that has it; what no link has is the optimizer's to know
+    #: (lbfgs has a loss_fn), or to refuse
+    owner: Mapping[str, str]
+
+    def init(self, params: Tree) -> State:
+        return {key: link.init(params) for key, link in self.links.items()}
 
     def update(
+        self,
         grads: Tree,
         state: State,
         params: Tree,
@@ -112,10 +130,10 @@ def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> 
         execution: str | None = None,
         **overrides: HyperValue,
     ) -> tuple[Tree, State]:
-        if not isinstance(state, dict) or state.keys() != links.keys():
+        if not isinstance(state, dict) or state.keys() != self.links.keys():
             raise StructureError(
-                f"{name} keeps a state for each of {sorted(links)}; this one is another "
-                "optimizer's; use opt.init(params)"
+                f"{self.name} keeps a state for each of {sorted(self.links)}; this one "
+                "is another optimizer's; use opt.init(params)"
             )
         if donate:
             donation.check_trees(grads, state, params)
@@ -123,8 +141,10 @@ def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> 
 
         def run(key: str, values: Tree) -> Tree:
             """A link's step, of the leaves that have a gradient."""
-            given = {k: v for k, v in overrides.items() if owner.get(k, main) == key}
-            made, new_state[key] = links[key].update(
+            given = {
+                k: v for k, v in overrides.items() if self.owner.get(k, _MAIN) == key
+            }
+            made, new_state[key] = self.links[key].update(
                 _where_given(values, grads, params),
                 state[key],
                 params,
@@ -133,22 +153,20 @@ def _in_turn(before: list[Any], opt: Optimizer, after: list[Any], name: str) -> 
             )
             return made
 
-        new = run("gradient_stages", grads) if "gradient_stages" in links else grads
-        new = run("optimizer", new)
-        new = run("parameter_stages", new) if "parameter_stages" in links else new
-        new_state = {key: new_state[key] for key in links}
+        new = run("gradient_stages", grads) if "gradient_stages" in self.links else grads
+        new = run(_MAIN, new)
+        new = run("parameter_stages", new) if "parameter_stages" in self.links else new
+        new_state = {key: new_state[key] for key in self.links}
         if donate:
             return donation.write_over(params, new), donation.write_over(state, new_state)
         return new, new_state
 
-    def eval_params(state: State, params: Tree, **overrides: HyperValue) -> Tree:
-        stages = links.get("parameter_stages")
+    def eval_params(self, state: State, params: Tree, **overrides: HyperValue) -> Tree:
+        stages = self.links.get("parameter_stages")
         averages = stages and stages.spec and stages.spec.evaluated
-        last = "parameter_stages" if averages else main
-        given = {k: v for k, v in overrides.items() if owner.get(k, last) == last}
-        return links[last].eval_params(state[last], params, **given)
-
-    return Optimizer(init, update, name, hyper, eval_params=eval_params)
+        last = "parameter_stages" if averages else _MAIN
+        given = {k: v for k, v in overrides.items() if self.owner.get(k, last) == last}
+        return self.links[last].eval_params(state[last], params, **given)
 
 
 def _where_given(values: Tree, grads: Tree, params: Tree) -> Tree:

@@ -11,6 +11,13 @@ from funcopt.transforms.stage import GradientStage
 from funcopt.types import HyperValue, Tensor
 
 
+def _clip_by_global_norm(
+    g: Tensor, p: Tensor, *, step: Any, max_norm: Number, eps: Number, norm_sq: Tensor
+) -> tuple[Tensor, ...]:
+    scale = max_norm / (root(norm_sq) + eps)
+    return (g * scale.clamp(max=1.0),)
+
+
 def clip_by_global_norm(max_norm: HyperValue, eps: HyperValue = 1e-6) -> GradientStage:
     r"""Scale all gradients alike where their common norm is too large.
 
@@ -46,16 +53,9 @@ def clip_by_global_norm(max_norm: HyperValue, eps: HyperValue = 1e-6) -> Gradien
         >>> opt.update(grads, opt.init(params), params)[0]
         {'a': tensor([-3.0000]), 'b': tensor([-4.0000])}
     """
-
-    def rule(
-        g: Tensor, p: Tensor, *, step: Any, max_norm: Number, eps: Number, norm_sq: Tensor
-    ) -> tuple[Tensor, ...]:
-        scale = max_norm / (root(norm_sq) + eps)
-        return (g * scale.clamp(max=1.0),)
-
     return GradientStage(
         Spec(
-            rule,
+            _clip_by_global_norm,
             "clip_by_global_norm",
             slots={},
             hyper={"max_norm": Hyper(max_norm), "eps": Hyper(eps)},
@@ -63,6 +63,12 @@ def clip_by_global_norm(max_norm: HyperValue, eps: HyperValue = 1e-6) -> Gradien
             sparse="rows",
         )
     )
+
+
+def _clip_by_value(
+    g: Tensor, p: Tensor, *, step: Any, max_value: Number
+) -> tuple[Tensor, ...]:
+    return (g.clamp(-max_value, max_value),)
 
 
 def clip_by_value(max_value: HyperValue) -> GradientStage:
@@ -89,14 +95,17 @@ def clip_by_value(max_value: HyperValue) -> GradientStage:
         >>> opt.update(torch.tensor([3.0, -0.25]), opt.init(p), p)[0]
         tensor([-0.5000,  0.2500])
     """
-
-    def rule(g: Tensor, p: Tensor, *, step: Any, max_value: Number) -> tuple[Tensor, ...]:
-        return (g.clamp(-max_value, max_value),)
-
     hyper = {"max_value": Hyper(max_value)}
     return GradientStage(
-        Spec(rule, "clip_by_value", slots={}, hyper=hyper, sparse="rows")
+        Spec(_clip_by_value, "clip_by_value", slots={}, hyper=hyper, sparse="rows")
     )
+
+
+def _clip_by_block_rms(
+    g: Tensor, p: Tensor, *, step: Any, threshold: Number
+) -> tuple[Tensor, ...]:
+    rms = root((g * g).sum() / count(g))
+    return (g / (rms / threshold).clamp(min=1.0),)
 
 
 def clip_by_block_rms(threshold: HyperValue) -> GradientStage:
@@ -126,14 +135,16 @@ def clip_by_block_rms(threshold: HyperValue) -> GradientStage:
         >>> opt.update(torch.tensor([3.0, 3.0]), opt.init(p), p)[0]
         tensor([-1., -1.])
     """
-
-    def rule(g: Tensor, p: Tensor, *, step: Any, threshold: Number) -> tuple[Tensor, ...]:
-        rms = root((g * g).sum() / count(g))
-        return (g / (rms / threshold).clamp(min=1.0),)
-
     hyper = {"threshold": Hyper(threshold)}
-    spec = Spec(rule, "clip_by_block_rms", {}, hyper, elementwise=False, norms=True)
+    spec = Spec(
+        _clip_by_block_rms, "clip_by_block_rms", {}, hyper, elementwise=False, norms=True
+    )
     return GradientStage(spec)
+
+
+def _normalize(g: Tensor, p: Tensor, *, step: Any, norm_sq: Tensor) -> tuple[Tensor, ...]:
+    # Not g / root: what stands for √0 in float64 is nothing in float32.
+    return (g * torch.where(norm_sq > 0, 1 / root(norm_sq), 0.0),)
 
 
 def normalize() -> GradientStage:
@@ -158,14 +169,9 @@ def normalize() -> GradientStage:
         >>> opt.update(torch.tensor([3.0, 4.0]), opt.init(p), p)[0]
         tensor([-0.6000, -0.8000])
     """
-
-    def rule(g: Tensor, p: Tensor, *, step: Any, norm_sq: Tensor) -> tuple[Tensor, ...]:
-        # Not g / root: what stands for √0 in float64 is nothing in float32.
-        return (g * torch.where(norm_sq > 0, 1 / root(norm_sq), 0.0),)
-
     totals = [{"norm_sq": _squares}]
     return GradientStage(
-        Spec(rule, "normalize", slots={}, hyper={}, totals=totals, sparse="rows")
+        Spec(_normalize, "normalize", slots={}, hyper={}, totals=totals, sparse="rows")
     )
 
 

@@ -12,6 +12,10 @@ from funcopt.transforms.stage import GradientStage
 from funcopt.types import HyperValue, Tensor
 
 
+def _zero_nans(g: Tensor, p: Tensor, *, step: Any) -> tuple[Tensor, ...]:
+    return (torch.where(g == g, g, 0.0),)
+
+
 def zero_nans() -> GradientStage:
     r"""Put 0 for every element of a gradient that is not a number.
 
@@ -35,11 +39,13 @@ def zero_nans() -> GradientStage:
         >>> opt.update(torch.tensor([float("nan"), 1.0]), opt.init(p), p)[0]
         tensor([ 0., -1.])
     """
+    return GradientStage(Spec(_zero_nans, "zero_nans", slots={}, hyper={}, sparse="rows"))
 
-    def rule(g: Tensor, p: Tensor, *, step: Any) -> tuple[Tensor, ...]:
-        return (torch.where(g == g, g, 0.0),)
 
-    return GradientStage(Spec(rule, "zero_nans", slots={}, hyper={}, sparse="rows"))
+def _centralize(g: Tensor, p: Tensor, *, step: Any) -> tuple[Tensor, ...]:
+    if g.ndim < 2 or not g.numel():
+        return (g,)
+    return (g - g.mean(tuple(range(1, g.ndim)), keepdim=True),)
 
 
 def centralize() -> GradientStage:
@@ -67,13 +73,15 @@ def centralize() -> GradientStage:
         >>> opt.update(torch.tensor([[1.0, 3.0]]), opt.init(p), p)[0]
         tensor([[ 1., -1.]])
     """
+    return GradientStage(
+        Spec(_centralize, "centralize", slots={}, hyper={}, elementwise=False)
+    )
 
-    def rule(g: Tensor, p: Tensor, *, step: Any) -> tuple[Tensor, ...]:
-        if g.ndim < 2 or not g.numel():
-            return (g,)
-        return (g - g.mean(tuple(range(1, g.ndim)), keepdim=True),)
 
-    return GradientStage(Spec(rule, "centralize", slots={}, hyper={}, elementwise=False))
+def _add_noise(
+    g: Tensor, p: Tensor, *, step: Any, eta: Number, gamma: Number, noise: Number
+) -> tuple[Tensor, ...]:
+    return (g + sqrt(eta / step**gamma) * noise,)
 
 
 def add_noise(
@@ -107,12 +115,6 @@ def add_noise(
         >>> opt.update(torch.ones(2), opt.init(p), p, noise=noise)[0]
         tensor([-1.1541, -0.9707])
     """
-
-    def rule(
-        g: Tensor, p: Tensor, *, step: Any, eta: Number, gamma: Number, noise: Number
-    ) -> tuple[Tensor, ...]:
-        return (g + sqrt(eta / step**gamma) * noise,)
-
     hyper = {
         "eta": Hyper(eta),
         "gamma": Hyper(gamma),
@@ -120,7 +122,13 @@ def add_noise(
             noise, low=-inf, wanted="as fo.normal_like(params, generator) draws it"
         ),
     }
-    return GradientStage(Spec(rule, "add_noise", slots={}, hyper=hyper))
+    return GradientStage(Spec(_add_noise, "add_noise", slots={}, hyper=hyper))
+
+
+def _add_decayed_weights(
+    g: Tensor, p: Tensor, *, step: Any, weight_decay: Number
+) -> tuple[Tensor, ...]:
+    return (coupled_decay(g, p, weight_decay),)
 
 
 def add_decayed_weights(weight_decay: HyperValue) -> GradientStage:
@@ -148,11 +156,7 @@ def add_decayed_weights(weight_decay: HyperValue) -> GradientStage:
         >>> opt.update(torch.zeros(2), opt.init(p), p)[0]
         tensor([0.5000, 0.5000])
     """
-
-    def rule(
-        g: Tensor, p: Tensor, *, step: Any, weight_decay: Number
-    ) -> tuple[Tensor, ...]:
-        return (coupled_decay(g, p, weight_decay),)
-
     hyper = {"weight_decay": Hyper(weight_decay)}
-    return GradientStage(Spec(rule, "add_decayed_weights", slots={}, hyper=hyper))
+    return GradientStage(
+        Spec(_add_decayed_weights, "add_decayed_weights", slots={}, hyper=hyper)
+    )

@@ -1,5 +1,6 @@
 """Half-precision parameters, stepped in float32."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,14 +58,26 @@ def master_weights(opt: Optimizer, *, stochastic: bool = False) -> Optimizer:
         (tensor([0.9961], dtype=torch.bfloat16), tensor([0.9950]))
     """
     check_optimizer(opt, "master_weights")
+    its = _MasterWeights(opt, stochastic)
+    name = f"master_weights({opt.name})"
+    return Optimizer(its.init, its.update, name, opt.hyper, eval_params=its.eval_params)
 
-    def init(params: Tree) -> State:
-        if stochastic:
+
+@dataclass(frozen=True, eq=False)
+class _MasterWeights:
+    """The functions of `master_weights`."""
+
+    opt: Optimizer
+    stochastic: bool
+
+    def init(self, params: Tree) -> State:
+        if self.stochastic:
             _check_rounding(params)
         master = tree.map(lambda p: p.float() if p.dtype in _HALF else None, params)
-        return {"optimizer": opt.init(_stepped(master, params)), "master": master}
+        return {"optimizer": self.opt.init(_stepped(master, params)), "master": master}
 
     def update(
+        self,
         grads: Tree,
         state: State,
         params: Tree,
@@ -73,7 +86,7 @@ def master_weights(opt: Optimizer, *, stochastic: bool = False) -> Optimizer:
         generator: torch.Generator | None = None,
         **given: Any,
     ) -> tuple[Tree, State]:
-        if stochastic and not isinstance(generator, torch.Generator):
+        if self.stochastic and not isinstance(generator, torch.Generator):
             raise HyperparameterTypeError(
                 "master_weights(stochastic=True) draws from an explicit generator: "
                 f"update(..., generator=torch.Generator()), not {generator!r}"
@@ -84,23 +97,25 @@ def master_weights(opt: Optimizer, *, stochastic: bool = False) -> Optimizer:
         def rounded(w: Tensor, p: Tensor) -> Tensor:
             if w.dtype is p.dtype:
                 return w
-            return _at_random(w, generator) if generator and stochastic else w.to(p.dtype)
+            return (
+                _at_random(w, generator)
+                if generator and self.stochastic
+                else w.to(p.dtype)
+            )
 
         old = _stepped(state["master"], params)
         wide = tree.map(lambda w, g: None if g is None else g.to(w.dtype), old, grads)
-        new, inner = opt.update(wide, state["optimizer"], old, donate=donate, **given)
+        new, inner = self.opt.update(
+            wide, state["optimizer"], old, donate=donate, **given
+        )
         master = tree.map(lambda p, w: w if p.dtype in _HALF else None, params, new)
         made = tree.map(rounded, new, params), {"optimizer": inner, "master": master}
         return donation.write_over((params, state), made) if donate else made
 
-    def eval_params(state: State, params: Tree, **given: Any) -> Tree:
+    def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
         master = _stepped(state["master"], params)
-        found = opt.eval_params(state["optimizer"], master, **given)
+        found = self.opt.eval_params(state["optimizer"], master, **given)
         return tree.map(lambda x, p: x.to(p.dtype), found, params)
-
-    return Optimizer(
-        init, update, f"master_weights({opt.name})", opt.hyper, eval_params=eval_params
-    )
 
 
 def _stepped(master: Tree, params: Tree) -> Tree:

@@ -1,6 +1,7 @@
 """Different rules for different leaves; none for frozen ones."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from funcopt import select, tree
@@ -53,34 +54,53 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
     for label, opt in optimizers.items():
         check_optimizer(opt, f"partition's {label!r}")
 
-    def split(structure: tree.Structure) -> dict[str, list[bool]]:
-        names = select.per_leaf(labels, structure, "labels")
+    hyper: dict[str, HyperValue] = {}
+    for label, opt in optimizers.items():
+        for name, value in opt.hyper.items():
+            hyper.setdefault(name, select.ByLabel(labels))[label] = value
+    its = _Partition(optimizers, labels, hyper)
+    return Optimizer(
+        its.init, its.update, "partition", hyper, eval_params=its.eval_params
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Partition:
+    """The functions of `partition`."""
+
+    optimizers: Mapping[str, Optimizer]
+    labels: Any
+    hyper: Mapping[str, HyperValue]
+
+    def _split(self, structure: tree.Structure) -> dict[str, list[bool]]:
+        names = select.per_leaf(self.labels, structure, "labels")
         for path, name in zip(tree.paths(structure), names):
-            if name not in optimizers:
+            if name not in self.optimizers:
                 raise HyperparameterError(
                     f"'{path}' has the label {name!r}, but the optimizers are "
-                    f"{sorted(optimizers)}"
+                    f"{sorted(self.optimizers)}"
                 )
-        return {label: [name == label for name in names] for label in optimizers}
+        return {label: [name == label for name in names] for label in self.optimizers}
 
-    def shares(overrides: Mapping[str, HyperValue]) -> dict[str, Any]:
+    def _shares(self, overrides: Mapping[str, HyperValue]) -> dict[str, Any]:
         """Of the hyperparameters given, those of each optimizer."""
         for name in overrides:
-            if not any(name in opt.hyper for opt in optimizers.values()):
-                raise unknown(name, hyper, "partition")
+            if not any(name in opt.hyper for opt in self.optimizers.values()):
+                raise unknown(name, self.hyper, "partition")
         return {
             label: {k: v for k, v in overrides.items() if k in opt.hyper}
-            for label, opt in optimizers.items()
+            for label, opt in self.optimizers.items()
         }
 
-    def init(params: Tree) -> State:
+    def init(self, params: Tree) -> State:
         leaves, structure = tree.flatten(params)
         return {
-            label: optimizers[label].init(_keep(leaves, structure, mine))
-            for label, mine in split(structure).items()
+            label: self.optimizers[label].init(_keep(leaves, structure, mine))
+            for label, mine in self._split(structure).items()
         }
 
     def update(
+        self,
         grads: Tree,
         state: State,
         params: Tree,
@@ -89,13 +109,13 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
         execution: str | None = None,
         **overrides: HyperValue,
     ) -> tuple[Tree, State]:
-        given = shares(overrides)
+        given = self._shares(overrides)
         leaves, structure = tree.flatten(params)
         gradients = tree.flatten_like(structure, grads, "grads")
-        if not isinstance(state, Mapping) or state.keys() != optimizers.keys():
+        if not isinstance(state, Mapping) or state.keys() != self.optimizers.keys():
             raise StructureError(
-                f"partition keeps a state for each of {sorted(optimizers)}; this one is "
-                "another optimizer's; use opt.init(params)"
+                f"partition keeps a state for each of {sorted(self.optimizers)}; this "
+                "one is another optimizer's; use opt.init(params)"
             )
         if donate:  # all or nothing: a part may not step before another refuses
             donation.check_trees(gradients, leaves, state)
@@ -103,9 +123,9 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
         if donate and overrides.get("loss_fn"):  # a part is not to see another's step
             start = [x if x is None else x.clone() for x in leaves]
         merged, new_state = list(leaves), {}
-        for label, mine in split(structure).items():
+        for label, mine in self._split(structure).items():
             its = _with_loss_of_part(given[label], start, structure, mine)
-            its_params, new_state[label] = optimizers[label].update(
+            its_params, new_state[label] = self.optimizers[label].update(
                 _keep(gradients, structure, mine),
                 state[label],
                 _keep(leaves, structure, mine),
@@ -118,22 +138,16 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Any) -> Optimizer:
                     merged[i] = leaf
         return tree.unflatten(structure, merged), new_state
 
-    def eval_params(state: State, params: Tree, **overrides: HyperValue) -> Tree:
-        given = shares(overrides)
+    def eval_params(self, state: State, params: Tree, **overrides: HyperValue) -> Tree:
+        given = self._shares(overrides)
         leaves, structure = tree.flatten(params)
         merged = list(leaves)
-        for label, mine in split(structure).items():
+        for label, mine in self._split(structure).items():
             its = _keep(leaves, structure, mine)
-            its = optimizers[label].eval_params(state[label], its, **given[label])
+            its = self.optimizers[label].eval_params(state[label], its, **given[label])
             found = tree.leaves(its)
             merged = [x if keep else y for x, y, keep in zip(found, merged, mine)]
         return tree.unflatten(structure, merged)
-
-    hyper: dict[str, HyperValue] = {}
-    for label, opt in optimizers.items():
-        for name, value in opt.hyper.items():
-            hyper.setdefault(name, select.ByLabel(labels))[label] = value
-    return Optimizer(init, update, "partition", hyper, eval_params=eval_params)
 
 
 def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
@@ -164,10 +178,20 @@ def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
         {'body': tensor([1.]), 'head': tensor([0.])}
     """
     check_optimizer(opt, "freeze")
-    frozen = select.copied(frozen)
+    its = _Freeze(opt, select.copied(frozen))
+    name = f"freeze({opt.name})"
+    return Optimizer(its.init, its.update, name, opt.hyper, eval_params=its.eval_params)
 
-    def active(structure: tree.Structure) -> list[bool]:
-        flags = select.per_leaf(frozen, structure, "frozen")
+
+@dataclass(frozen=True, eq=False)
+class _Freeze:
+    """The functions of `freeze`."""
+
+    opt: Optimizer
+    frozen: Any
+
+    def _active(self, structure: tree.Structure) -> list[bool]:
+        flags = select.per_leaf(self.frozen, structure, "frozen")
         for path, flag in zip(tree.paths(structure), flags):
             if not isinstance(flag, bool):
                 raise HyperparameterError(
@@ -175,11 +199,12 @@ def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
                 )
         return [not flag for flag in flags]
 
-    def init(params: Tree) -> State:
+    def init(self, params: Tree) -> State:
         leaves, structure = tree.flatten(params)
-        return opt.init(_keep(leaves, structure, active(structure)))
+        return self.opt.init(_keep(leaves, structure, self._active(structure)))
 
     def update(
+        self,
         grads: Tree,
         state: State,
         params: Tree,
@@ -190,8 +215,8 @@ def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
     ) -> tuple[Tree, State]:
         leaves, structure = tree.flatten(params)
         gradients = tree.flatten_like(structure, grads, "grads")
-        moving = active(structure)
-        its_params, state = opt.update(
+        moving = self._active(structure)
+        its_params, state = self.opt.update(
             _keep(gradients, structure, moving),
             state,
             _keep(leaves, structure, moving),
@@ -205,16 +230,12 @@ def freeze(opt: Optimizer, frozen: Any) -> Optimizer:
         ]
         return tree.unflatten(structure, merged), state
 
-    def eval_params(state: State, params: Tree, **overrides: HyperValue) -> Tree:
+    def eval_params(self, state: State, params: Tree, **overrides: HyperValue) -> Tree:
         leaves, structure = tree.flatten(params)
-        moving = active(structure)
-        found = opt.eval_params(state, _keep(leaves, structure, moving), **overrides)
+        moving = self._active(structure)
+        found = self.opt.eval_params(state, _keep(leaves, structure, moving), **overrides)
         rows = zip(tree.leaves(found), leaves, moving)
         return tree.unflatten(structure, [x if moves else p for x, p, moves in rows])
-
-    return Optimizer(
-        init, update, f"freeze({opt.name})", opt.hyper, eval_params=eval_params
-    )
 
 
 def _keep(leaves: list[Any], structure: tree.Structure, mine: list[bool]) -> Tree:

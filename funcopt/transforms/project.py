@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from funcopt import projections
@@ -10,6 +11,12 @@ from funcopt.hyper import Hyper
 from funcopt.spec import Spec
 from funcopt.transforms.stage import ParameterStage
 from funcopt.types import HyperValue, Tensor
+
+
+def _project(
+    onto: Callable[..., Tensor], new: Tensor, old: Tensor, *, step: Any, **values: Any
+) -> tuple[Tensor, ...]:
+    return (onto(new, **values),)
 
 
 def project(onto: Callable[..., Tensor], **hyper: HyperValue) -> ParameterStage:
@@ -45,10 +52,8 @@ def project(onto: Callable[..., Tensor], **hyper: HyperValue) -> ParameterStage:
             f"project takes a function of a leaf, as fo.projections.box, not {onto!r}"
         )
 
-    def rule(new: Tensor, old: Tensor, *, step: Any, **values: Any) -> tuple[Tensor, ...]:
-        return (onto(new, **values),)
-
     elementwise, norms = projections.KINDS.get(onto, (False, False))
     declared = {name: Hyper(value, low=-math.inf) for name, value in hyper.items()}
     name = f"project_{getattr(onto, '__name__', 'own')}"
+    rule = partial(_project, onto)
     return ParameterStage(Spec(rule, name, {}, declared, elementwise, norms))

@@ -1,6 +1,8 @@
 """Steps by the gradient at the worst point nearby."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,21 +59,34 @@ def sam(opt: Optimizer, rho: HyperValue = 0.05, *, adaptive: bool = False) -> Op
     """
     check_optimizer(opt, "sam")
 
-    # The climb is a step of its own, uphill, by a rule that knows the common norm.
-    def rule(
-        g: Tensor, p: Tensor, *, step: Any, rho: Number, norm_sq: Tensor
-    ) -> tuple[Tensor, ...]:
-        scale = rho * torch.where(norm_sq > 0, 1 / root(norm_sq), 0.0)
-        return (p + (p * p * g if adaptive else g) * scale,)
+    rule = partial(_climbed, adaptive=adaptive)
+    totals = [{"norm_sq": partial(_norm_sq, adaptive=adaptive)}]
+    its = _Sam(opt, from_spec(Spec(rule, "sam", {}, {"rho": Hyper(rho)}, totals=totals)))
+    hyper = {**opt.hyper, "rho": rho, "loss_fn": None}
+    name = f"sam({opt.name})"
+    return Optimizer(opt.init, its.update, name, hyper, eval_params=its.eval_params)
 
-    def norm_sq(g: Tensor, p: Tensor, **_: Any) -> Tensor:
-        return (p * p * g * g if adaptive else g * g).sum()
 
-    climb = from_spec(
-        Spec(rule, "sam", {}, {"rho": Hyper(rho)}, totals=[{"norm_sq": norm_sq}])
-    )
+def _climbed(
+    g: Tensor, p: Tensor, *, step: Any, rho: Number, norm_sq: Tensor, adaptive: bool
+) -> tuple[Tensor, ...]:
+    scale = rho * torch.where(norm_sq > 0, 1 / root(norm_sq), 0.0)
+    return (p + (p * p * g if adaptive else g) * scale,)
+
+
+def _norm_sq(g: Tensor, p: Tensor, *, adaptive: bool, **_: Any) -> Tensor:
+    return (p * p * g * g if adaptive else g * g).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class _Sam:
+    """The functions of `sam`."""
+
+    opt: Optimizer
+    climb: Optimizer  #: whose step is uphill, by a rule that knows the common norm
 
     def update(
+        self,
         grads: Tree,
         state: State,
         params: Tree,
@@ -86,19 +101,16 @@ def sam(opt: Optimizer, rho: HyperValue = 0.05, *, adaptive: bool = False) -> Op
                 f"loss_fn=a function of params that gives the loss), not {loss_fn!r}"
             )
         far = {} if rho is None else {"rho": rho}
-        above, _ = climb.update(grads, climb.init(params), params, **far)
+        above, _ = self.climb.update(grads, self.climb.init(params), params, **far)
         steep = _gradient(loss_fn, above, grads)
-        if "loss_fn" in opt.hyper:
+        if "loss_fn" in self.opt.hyper:
             given["loss_fn"] = loss_fn
-        return opt.update(steep, state, params, **given)
+        return self.opt.update(steep, state, params, **given)
 
-    def eval_params(state: State, params: Tree, **given: Any) -> Tree:
+    def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
         for name in ("rho", "loss_fn"):  # what is evaluated is not what was climbed to
             given.pop(name, None)
-        return opt.eval_params(state, params, **given)
-
-    hyper = {**opt.hyper, "rho": rho, "loss_fn": None}
-    return Optimizer(opt.init, update, f"sam({opt.name})", hyper, eval_params=eval_params)
+        return self.opt.eval_params(state, params, **given)
 
 
 def _gradient(loss_fn: Callable[[Tree], Tensor], params: Tree, like: Tree) -> Tree:

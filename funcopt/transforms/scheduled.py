@@ -1,6 +1,7 @@
 """An Optimizer with other values for its hyperparameters."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from funcopt import select
 from funcopt.hyper import unknown
@@ -52,19 +53,27 @@ def scheduled(opt: Optimizer, **hyper: HyperValue) -> Optimizer:
             for name, value in opt.spec.hyper.items()
         }
         return from_spec(replace(opt.spec, hyper=declared))
-
-    def update(
-        grads: Tree, state: State, params: Tree, **given: HyperValue
-    ) -> tuple[Tree, State]:
-        return opt.update(grads, state, params, **{**hyper, **given})
-
-    def eval_params(state: State, params: Tree, **given: HyperValue) -> Tree:
-        return opt.eval_params(state, params, **{**hyper, **given})
-
+    its = _Scheduled(opt, hyper)
     return replace(
         opt,
-        update=update,
-        eval_params=eval_params,
+        update=its.update,
+        eval_params=its.eval_params,
         name=f"scheduled({opt.name})",
         hyper={**opt.hyper, **hyper},
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Scheduled:
+    """The functions of `scheduled`, for an optimizer that is made of others."""
+
+    opt: Optimizer
+    hyper: Mapping[str, HyperValue]
+
+    def update(
+        self, grads: Tree, state: State, params: Tree, **given: HyperValue
+    ) -> tuple[Tree, State]:
+        return self.opt.update(grads, state, params, **{**self.hyper, **given})
+
+    def eval_params(self, state: State, params: Tree, **given: HyperValue) -> Tree:
+        return self.opt.eval_params(state, params, **{**self.hyper, **given})

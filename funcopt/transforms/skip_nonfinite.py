@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,19 +50,37 @@ def skip_nonfinite(opt: Optimizer) -> Optimizer:
         (tensor([0., 0.]), tensor(1))
     """
     check_optimizer(opt, "skip_nonfinite")
+    its = _SkipNonfinite(opt)
+    name = f"skip_nonfinite({opt.name})"
+    return Optimizer(its.init, its.update, name, opt.hyper, eval_params=its.eval_params)
 
-    def init(params: Tree) -> State:
-        return {"optimizer": opt.init(params), "skipped": counter(params)}
+
+@dataclass(frozen=True, eq=False)
+class _SkipNonfinite:
+    """The functions of `skip_nonfinite`."""
+
+    opt: Optimizer
+
+    def init(self, params: Tree) -> State:
+        return {"optimizer": self.opt.init(params), "skipped": counter(params)}
 
     def update(
-        grads: Tree, state: State, params: Tree, *, donate: bool = False, **given: Any
+        self,
+        grads: Tree,
+        state: State,
+        params: Tree,
+        *,
+        donate: bool = False,
+        **given: Any,
     ) -> tuple[Tree, State]:
         if donate:
             donation.check_trees(grads, state, params)
         finite = _all_finite(grads, state["skipped"].device)
 
         def step(grads: Tree, donate: bool) -> tuple[Tree, State]:
-            return opt.update(grads, state["optimizer"], params, donate=donate, **given)
+            return self.opt.update(
+                grads, state["optimizer"], params, donate=donate, **given
+            )
 
         def clean(g: Tensor) -> Tensor:
             return torch.where(finite, g, 0.0)
@@ -78,15 +97,8 @@ def skip_nonfinite(opt: Optimizer) -> Optimizer:
             return donation.write_over((params, state), (new, new_state))
         return new, new_state
 
-    return Optimizer(
-        init,
-        update,
-        f"skip_nonfinite({opt.name})",
-        opt.hyper,
-        eval_params=lambda state, params, **given: opt.eval_params(
-            state["optimizer"], params, **given
-        ),
-    )
+    def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
+        return self.opt.eval_params(state["optimizer"], params, **given)
 
 
 def _all_finite(grads: Tree, device: torch.device) -> Tensor:

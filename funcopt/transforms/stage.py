@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, final
 
 from funcopt.errors import HyperparameterTypeError
@@ -91,6 +92,44 @@ class _Names:
         return found
 
 
+@dataclass(frozen=True, eq=False)
+class _Joint:
+    """Rules one after another, as the functions of one."""
+
+    slots: Sequence[str]
+    parts: Sequence[_Part]
+
+    def rule(self, g: Tensor, p: Tensor, *state: Any, **given: Any) -> tuple[Any, ...]:
+        held = dict(zip(self.slots, state))
+        return self._through(self.parts, g, p, held, given), *held.values()
+
+    def total(
+        self,
+        k: int,
+        total: Callable[..., Tensor],
+        g: Tensor,
+        p: Tensor,
+        *state: Any,
+        **given: Any,
+    ) -> Tensor:
+        """A sum that the k-th asks for, of what comes to it."""
+        held = dict(zip(self.slots, state))
+        x = self._through(self.parts[:k], g, p, held, given)
+        return self.parts[k].call(total, (x, p), held, given)
+
+    def evaluated(self, p: Tensor, *state: Any, **given: Any) -> Tensor:
+        held = dict(zip(self.slots, state))
+        part = [part for part in self.parts if part.spec.evaluated][-1]
+        return part.call(part.spec.evaluated, (p,), held, given)
+
+    def _through(
+        self, some: Sequence[_Part], x: Tensor, p: Tensor, held: Any, given: Any
+    ) -> Tensor:
+        for part in some:
+            x = part.step(x, p, held, given)
+        return x
+
+
 def joined(
     before: Sequence[Spec],
     rule: Spec | None,
@@ -108,35 +147,10 @@ def joined(
     own = [names.part(spec) for spec in middle]  # first, so that it keeps its names
     first, last = [[names.part(spec) for spec in specs] for specs in (before, after)]
     parts = [*first, *own, *last]
-
-    def through(
-        some: Sequence[_Part], g: Tensor, p: Tensor, held: Any, given: Any
-    ) -> Any:
-        x = g
-        for part in some:
-            x = part.step(x, p, held, given)
-        return x
-
-    def all_in_turn(g: Tensor, p: Tensor, *state: Any, **given: Any) -> tuple[Any, ...]:
-        held = dict(zip(names.slots, state))
-        return through(parts, g, p, held, given), *held.values()
-
-    def measured(k: int, total: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def measure(g: Tensor, p: Tensor, *state: Any, **given: Any) -> Tensor:
-            held = dict(zip(names.slots, state))
-            x = through(parts[:k], g, p, held, given)
-            return parts[k].call(total, (x, p), held, given)
-
-        return measure
-
-    def evaluated(p: Tensor, *state: Any, **given: Any) -> Tensor:
-        held = dict(zip(names.slots, state))
-        part = [part for part in parts if part.spec.evaluated][-1]
-        return part.call(part.spec.evaluated, (p,), held, given)
-
+    joint = _Joint(tuple(names.slots), parts)
     specs = [part.spec for part in parts]
     return Spec(
-        all_in_turn,
+        joint.rule,
         name,
         names.slots,
         names.hyper,
@@ -144,11 +158,14 @@ def joined(
         norms=all(spec.traceable for spec in specs),
         matrices=any(spec.matrices for spec in specs),
         totals=[
-            {part.arguments[key]: measured(k, total) for key, total in totals.items()}
+            {
+                part.arguments[key]: partial(joint.total, k, total)
+                for key, total in totals.items()
+            }
             for k, part in enumerate(parts)
             for totals in part.spec.totals
         ],
-        evaluated=evaluated if any(spec.evaluated for spec in specs) else None,
+        evaluated=joint.evaluated if any(spec.evaluated for spec in specs) else None,
         sparse=_sparse(before, rule, after),
     )
 

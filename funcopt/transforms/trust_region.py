@@ -9,6 +9,15 @@ from funcopt.transforms.stage import ParameterStage
 from funcopt.types import HyperValue, Tensor
 
 
+def _trust_region(
+    new: Tensor, old: Tensor, *, step: Any, ratio: Number, floor: Number
+) -> tuple[Tensor, ...]:
+    moved = new - old
+    longest = ratio * root((old * old).sum()).clamp(min=floor)
+    scale = (longest / root((moved * moved).sum())).clamp(max=1.0)
+    return (old + scale * moved,)
+
+
 def trust_region(ratio: HyperValue, floor: HyperValue = 1e-3) -> ParameterStage:
     r"""Shorten each leaf's step to a share of the leaf's own length.
 
@@ -40,15 +49,6 @@ def trust_region(ratio: HyperValue, floor: HyperValue = 1e-3) -> ParameterStage:
         >>> opt.update(torch.tensor([5.0, 0.0]), opt.init(p), p)[0]
         tensor([2.5000, 4.0000])
     """
-
-    def rule(
-        new: Tensor, old: Tensor, *, step: Any, ratio: Number, floor: Number
-    ) -> tuple[Tensor, ...]:
-        moved = new - old
-        longest = ratio * root((old * old).sum()).clamp(min=floor)
-        scale = (longest / root((moved * moved).sum())).clamp(max=1.0)
-        return (old + scale * moved,)
-
     hyper = {"ratio": Hyper(ratio), "floor": Hyper(floor)}
-    spec = Spec(rule, "trust_region", {}, hyper, elementwise=False, norms=True)
+    spec = Spec(_trust_region, "trust_region", {}, hyper, elementwise=False, norms=True)
     return ParameterStage(spec)
