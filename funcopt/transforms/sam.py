@@ -10,6 +10,7 @@ import torch
 from funcopt import tree
 from funcopt.errors import HyperparameterTypeError
 from funcopt.hyper import Hyper
+from funcopt.listed import Listed
 from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.optimizers._parts import Number, root
 from funcopt.spec import Spec
@@ -115,13 +116,11 @@ class _Sam:
 
 def _gradient(loss_fn: Callable[[Tree], Tensor], params: Tree, like: Tree) -> Tree:
     """Of the leaves that have one in ``like``."""
-    leaves, structure = tree.flatten(params)
-    given = [g is not None for g in tree.flatten_like(structure, like, "grads")]
 
-    def loss(moving: list[Tensor]) -> Tensor:
-        rest = iter(moving)
-        merged = [next(rest) if move else x for x, move in zip(leaves, given)]
-        return loss_fn(tree.unflatten(structure, merged))
+    def loss(moving: Tree) -> Tensor:
+        return loss_fn(tree.map(lambda p, x: p if x is None else x, params, moving))
 
-    found = iter(torch.func.grad(loss)([x for x, move in zip(leaves, given) if move]))
-    return tree.unflatten(structure, [next(found) if move else None for move in given])
+    moving = tree.map(lambda p, g: p if g is not None else None, params, like)
+    listed = Listed(loss, moving)
+    grads, _ = listed.grad(*listed.inputs)
+    return listed.like_first(grads)
