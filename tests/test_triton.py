@@ -305,7 +305,7 @@ def test_long_leaves_are_walked(monkeypatch: pytest.MonkeyPatch):
     streams, which = leaves((5000,), (2048,), (1,)), [0, 1, 0]
     short = Triton(PROGRAM, torch.float32)(streams, ROWS, which)
     monkeypatch.setattr(tables, "_PROGRAMS", 2)
-    plan = tables.layout([5000, 2048, 1], which, 2, 0, False)
+    plan = tables.block_layout([5000, 2048, 1], which, 2, 0, False)
     assert plan.blocks[:, 4:].tolist() == [[0, 3072], [3072, 5000], [0, 2048], [0, 1]]
     walked = Triton(PROGRAM, torch.float32)(streams, ROWS, which)
     for a, b in zip(short[:2], walked[:2]):

@@ -17,7 +17,13 @@ import torch
 from funcopt.execution.executor import BuildError, Column, Executor, empty_like
 from funcopt.execution.program import Program
 from funcopt.execution.triton.source import DTYPES, Printer
-from funcopt.execution.triton.tables import BLOCK, Layout, Uploads, layout, words
+from funcopt.execution.triton.tables import (
+    BLOCK,
+    BlockLayout,
+    Uploads,
+    block_layout,
+    words,
+)
 from funcopt.types import Tensor
 
 _OLDEST = (3, 2)
@@ -47,7 +53,7 @@ class Triton(Executor):
             raise BuildError(f"there is no Triton kernel for {error}") from error
         self._kernels = [[_kernel(text) for text in pair] for pair in texts]
         self._warps = [printer.warps(k) for k in passes]
-        self._layouts: OrderedDict[Any, Layout] = OrderedDict()
+        self._layouts: OrderedDict[Any, BlockLayout] = OrderedDict()
         self._uploads = Uploads()
 
     def __call__(
@@ -109,7 +115,7 @@ class Triton(Executor):
         tasks: int,
         pooled: bool,
         device: torch.device,
-    ) -> Layout:
+    ) -> BlockLayout:
         """The layout on the device: from the last few, or made."""
         sizes = tuple(map(Tensor.numel, leaves))
         key = (sizes, tuple(which), rows, tasks, pooled, device)
@@ -117,8 +123,8 @@ class Triton(Executor):
         if found is not None:
             self._layouts.move_to_end(key)
             return found
-        made = layout(sizes, which, rows, tasks, pooled)
-        made = Layout(made.blocks.to(device), made.groups.to(device))
+        made = block_layout(sizes, which, rows, tasks, pooled)
+        made = BlockLayout(made.blocks.to(device), made.groups.to(device))
         self._layouts[key] = made
         if len(self._layouts) > _LAYOUTS:
             self._layouts.popitem(last=False)

@@ -24,7 +24,7 @@ _pointers = Tensor.data_ptr
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """How leaves of certain sizes are cut into blocks, and whose sums are added."""
 
     blocks: Tensor  #: [count, 6]: leaf, row, task, group, first element, end
@@ -39,9 +39,9 @@ class Layout:
         return self.groups.shape[0]
 
 
-def layout(
+def block_layout(
     sizes: Sequence[int], which: Sequence[int], rows: int, tasks: int, pooled: bool
-) -> Layout:
+) -> BlockLayout:
     """The layout of leaves of these sizes, on the CPU.
 
     A group is what has a sum of its own: a leaf, or with ``pooled`` a row, in each task.
@@ -72,7 +72,7 @@ def layout(
     owner = every // tasks
     row = owner if pooled else row[owner]
     groups = torch.stack([row, every % tasks, first[:number], last], 1)
-    return Layout(blocks, groups)
+    return BlockLayout(blocks, groups)
 
 
 ENTRY = 3  #: words of a scalar's entry
