@@ -18,7 +18,7 @@ from funcopt.hyper import unknown
 from funcopt.torch_optim import batch, checkpoint
 from funcopt.torch_optim import functional as functions
 from funcopt.torch_optim.flags import Flags
-from funcopt.torch_optim.layout import Layout
+from funcopt.torch_optim.layout import StateLayout
 from funcopt.torch_optim.repeat import Repeat, repeat
 from funcopt.types import State, Tensor, Tree
 
@@ -33,7 +33,7 @@ class Adapter(Optimizer):
     """
 
     flags: ClassVar[Flags]  #: the keyword arguments of the factory behind the class
-    layout: ClassVar[Layout] = Layout()
+    layout: ClassVar[StateLayout] = StateLayout()
 
     _repeat: Repeat | None = None
 

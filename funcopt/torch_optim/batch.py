@@ -10,12 +10,11 @@ import torch
 from funcopt.errors import ExecutionError, LeafError, StructureError
 from funcopt.execution import layout, levels
 from funcopt.normal import normal_like
-from funcopt.optimizer import Optimizer
 from funcopt.spec import Spec
 from funcopt.stepping.stepper import Stepper
 from funcopt.torch_optim import flags, shards
 from funcopt.torch_optim.flags import Flags
-from funcopt.torch_optim.layout import Layout
+from funcopt.torch_optim.layout import StateLayout
 from funcopt.types import Tensor
 
 Group = dict[str, Any]
@@ -30,7 +29,7 @@ class Batch:
 
     stepper: Stepper
     name: str
-    layout: Layout
+    layout: StateLayout
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
@@ -70,7 +69,7 @@ def gather(
     groups: Sequence[Group],
     state: Mapping[Tensor, dict[str, Any]],
     known: Flags,
-    layout: Layout,
+    layout: StateLayout,
     name: str,
 ) -> list[Batch]:
     """The parameters that have gradients, in a batch for each rule (`Flags.key`)."""
@@ -79,7 +78,7 @@ def gather(
     for group in groups:
         key = known.key(group)
         if key not in found:
-            found[key] = Batch(stepper_of(known.optimizer(key)), name, layout)
+            found[key] = Batch(known.stepper(key), name, layout)
         batch = found[key]
         row = flags.row(batch.spec, group)
         for p in group["params"]:
@@ -97,13 +96,6 @@ def gather(
         keeps = layout.counts or batch.spec.slots
         batch.states.append(state[p] if keeps else {})
     return [batch for batch in found.values() if batch.params]
-
-
-def stepper_of(opt: Optimizer) -> Stepper:
-    """What the optimizer's ``update`` is a method of."""
-    stepper = getattr(opt.update, "__self__", None)
-    assert isinstance(stepper, Stepper)
-    return stepper
 
 
 def _check(

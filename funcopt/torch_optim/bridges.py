@@ -10,9 +10,9 @@ from funcopt import tree
 from funcopt.errors import ExecutionError, HyperparameterTypeError
 from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.spec import Spec
+from funcopt.stepping.per_leaf import Hypers
 from funcopt.torch_optim import functional, lbfgs
 from funcopt.torch_optim.adapter import Adapter
-from funcopt.torch_optim.batch import stepper_of
 from funcopt.torch_optim.generated import FACTORIES, class_of
 from funcopt.types import State, Tensor, Tree
 
@@ -109,9 +109,8 @@ def to_torch(
     state = opt.init(params) if state is None else state
     leaves, structure = tree.flatten(params)
     held = [None if p is None else _parameter(p) for p in leaves]
-    rows = stepper_of(opt).hypers.per_leaf(
-        {}, structure, leaves, (state["step"] + 1).tolist()
-    )
+    numbers = Hypers(spec.hyper, spec.name)
+    rows = numbers.per_leaf({}, structure, leaves, (state["step"] + 1).tolist())
     slots = {name: slot in spec.slots for name, slot in _BY_SLOT.items()}
     static = {**_bound(spec), **slots}
     known = inspect.signature(cls).parameters
@@ -130,9 +129,9 @@ def to_torch(
     defaults = {k: v for k, v in {**static, **first}.items() if k in known}
     optimizer = cls(**{**defaults, "params": [*groups.values()]})
     for group in optimizer.param_groups:
-        own = cls.flags.optimizer(cls.flags.key(group)).spec
-        if own is None or _formula(own) != _formula(spec):
-            others = _bound(own) if own else {}
+        own = cls.flags.stepper(cls.flags.key(group)).spec
+        if _formula(own) != _formula(spec):
+            others = _bound(own)
             asked = (f"{k}={v!r}" for k, v in static.items() if others.get(k, v) != v)
             raise HyperparameterTypeError(
                 f"torch_optim.{title} cannot step as this {opt.name} does: it has no "

@@ -10,7 +10,7 @@ from funcopt import tree
 from funcopt.checks import FormOf
 from funcopt.errors import CheckpointError
 from funcopt.torch_optim.flags import Flags
-from funcopt.torch_optim.layout import Layout
+from funcopt.torch_optim.layout import StateLayout
 from funcopt.types import Tensor
 
 StateDict = dict[str, Any]
@@ -42,7 +42,7 @@ def by_name(state_dict: StateDict) -> StateDict:
 
 
 def fitted(
-    state_dict: StateDict, groups: Groups, flags: Flags, layout: Layout, owner: str
+    state_dict: StateDict, groups: Groups, flags: Flags, layout: StateLayout, owner: str
 ) -> StateDict:
     """The checkpoint in the order of the optimizer's parameters, in tensors of its own.
 
@@ -122,8 +122,7 @@ def restore_numbers(
     A sum of many steps would soon stand still in a parameter's bfloat16.
     """
     for saved, group in zip(state_dict["param_groups"], groups):
-        spec = flags.optimizer(flags.key(group)).spec
-        assert spec is not None
+        spec = flags.stepper(flags.key(group)).spec
         numbers = [slot for slot, first in spec.slots.items() if not callable(first)]
         for key, p in zip(saved["params"], group["params"]):
             entry = state_dict["state"].get(key) or {}
@@ -149,15 +148,14 @@ def _check_state(
     p: Tensor,
     group: Mapping[str, Any],
     flags: Flags,
-    layout: Layout,
+    layout: StateLayout,
     owner: str,
     key: Any,
 ) -> None:
     if not state:
         return
     where = f"of parameter {key!r}"
-    spec = flags.optimizer(flags.key(group)).spec
-    assert spec is not None
+    spec = flags.stepper(flags.key(group)).spec
     if layout.counts and "step" not in state:
         raise CheckpointError(
             f"the checkpoint is another optimizer's: {owner} counts steps, and the state "

@@ -10,6 +10,7 @@ import torch
 
 from funcopt.optimizer import Optimizer
 from funcopt.spec import Spec
+from funcopt.stepping.stepper import Stepper
 from funcopt.types import Tensor
 
 #: what torch.optim's groups say of how a step is run; ours follow `differentiable`
@@ -63,12 +64,14 @@ class Flags:
         gone = any(group[name] == 0 for name in self.vanishing)
         return ("nesterov",) if gone else ()
 
-    def optimizer(self, key: tuple[Any, ...]) -> Optimizer:
+    def stepper(self, key: tuple[Any, ...]) -> Stepper:
         """What steps the groups of this key; its numbers are the factory's own."""
         return self._made(key)
 
-    def _make(self, key: tuple[Any, ...]) -> Optimizer:
-        return self.factory(**dict(key))
+    def _make(self, key: tuple[Any, ...]) -> Stepper:
+        spec = self.factory(**dict(key)).spec
+        assert spec is not None
+        return Stepper(spec)
 
 
 def row(spec: Spec, group: Mapping[str, Any]) -> dict[str, Any]:

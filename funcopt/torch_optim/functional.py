@@ -12,7 +12,7 @@ from funcopt.spec import Spec
 from funcopt.stepping import complex_leaves, vectors
 from funcopt.torch_optim import checkpoint
 from funcopt.torch_optim.flags import Flags
-from funcopt.torch_optim.layout import Layout
+from funcopt.torch_optim.layout import StateLayout
 from funcopt.transforms.partition import partition
 from funcopt.types import State, Tensor, Tree
 
@@ -21,7 +21,7 @@ States = Mapping[Tensor, dict[str, Any]]
 
 
 def extract(
-    groups: Groups, states: States, flags: Flags, layout: Layout
+    groups: Groups, states: States, flags: Flags, layout: StateLayout
 ) -> tuple[Optimizer, Tree, State]:
     """An Optimizer, and copies of the parameters and of their state.
 
@@ -48,7 +48,7 @@ def restore(
     groups: Groups,
     states: MutableMapping[Tensor, dict[str, Any]],
     flags: Flags,
-    layout: Layout,
+    layout: StateLayout,
 ) -> None:
     """Write what `extract` gave, or what steps made of it, over parameters and state."""
     keys = [flags.key(group) for group in groups]
@@ -58,12 +58,12 @@ def restore(
     each = {"0": state} if len(kinds) == 1 else state
     columns: dict[Any, dict[str, list[Any]]] = {}
     for label, key in enumerate(kinds):
-        spec = _spec(flags.optimizer(key))
+        spec = flags.stepper(key).spec
         columns[key] = slot_columns(each.get(str(label), {}), spec, structure)
     rows = []
     for i, (group, p) in enumerate(_places(groups)):
         key = flags.key(group)
-        spec, found = _spec(flags.optimizer(key)), columns[key]
+        spec, found = flags.stepper(key).spec, columns[key]
         values = {slot: column[i] for slot, column in found.items()}
         check_fits(tree.paths(structure)[i], new[i], p, spec, values)
         rows.append((group, p, new[i], spec, values))
@@ -122,7 +122,7 @@ def write(
     p: Tensor,
     group: Mapping[str, Any],
     spec: Spec,
-    layout: Layout,
+    layout: StateLayout,
     values: Mapping[str, Any],
 ) -> None:
     """The step and slots of one leaf as ``state[p]``; nothing before the first step."""
@@ -169,11 +169,6 @@ def _copy(p: Tensor) -> Tensor:
     return p.detach().clone()
 
 
-def _spec(opt: Optimizer) -> Spec:
-    assert opt.spec is not None
-    return opt.spec
-
-
 def _optimizer(key: tuple[Any, ...], groups: Groups, flags: Flags) -> Optimizer:
     """What steps the groups of this key, with the numbers of each."""
     static = {name: value for name, value in key if name not in flags.numbers}
@@ -205,10 +200,11 @@ def _state(
     groups: Groups,
     params: list[Any],
     states: States,
-    layout: Layout,
+    layout: StateLayout,
 ) -> State:
     """The functional state of the groups with this label; other leaves are None."""
-    spec = _spec(opt)
+    spec = opt.spec
+    assert spec is not None
     structure = tree.flatten(params)[1]
     of = {id(group): name for group, name in zip(groups, labels)}
     place = _places(groups)

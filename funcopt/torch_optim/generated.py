@@ -10,14 +10,14 @@ import torch
 from funcopt import optimizers
 from funcopt.torch_optim.adapter import Adapter
 from funcopt.torch_optim.flags import EXECUTION, Flags
-from funcopt.torch_optim.layout import Layout
+from funcopt.torch_optim.layout import StateLayout
 
 #: how torch.optim writes the state of what differs from most
 _LAYOUTS = {
-    "sgd": Layout(counts=""),
-    "muon": Layout(counts=""),
-    "sparse_adam": Layout(counts="int"),
-    "rmsprop": Layout(order=("square_avg", "momentum_buffer", "grad_avg")),
+    "sgd": StateLayout(counts=""),
+    "muon": StateLayout(counts=""),
+    "sparse_adam": StateLayout(counts="int"),
+    "rmsprop": StateLayout(order=("square_avg", "momentum_buffer", "grad_avg")),
 }
 
 #: names that are not their parts with capitals
@@ -60,9 +60,9 @@ def class_of(title: str) -> type[Adapter]:
     twin = _TORCH.get(title.lower())
     if twin is not None:
         # Its constructor, with its signature and its errors; its keys of groups.
-        members["layout"] = _LAYOUTS.get(name, Layout())
+        members["layout"] = _LAYOUTS.get(name, StateLayout())
         return type(title, (Adapter, twin), members)
-    members["layout"] = Layout(own=True)
+    members["layout"] = StateLayout(own=True)
     members["__init__"] = _constructor(flags)
     return type(title, (Adapter,), members)
 

@@ -12,7 +12,7 @@ from funcopt.types import Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class StateLayout:
     """How one class writes the state of a parameter.
 
     ``counts`` says what holds the number of steps: a 0-d tensor, a Python int, or nothing
