@@ -1,6 +1,7 @@
 """Orthogonal bases made of matrices, with derivatives that are finite everywhere."""
 
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +36,16 @@ def _columns(x: Tensor, order: Tensor) -> Tensor:
     return torch.gather(x, -1, order.unsqueeze(-2).expand_as(x))
 
 
-def _made(x: Tensor, kind: Any) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A matrix's basis q, and its derivative as a turn: dq = q·Ω, Ω skew."""
+
+    make: Callable[[Tensor], Tensor]  #: x → q
+    turn: Callable[[Tensor, Tensor, Tensor], Tensor]  #: (x, q, dx) → Ω, linear in dx
+    pull: Callable[[Tensor, Tensor, Tensor], Tensor]  #: (x, q, ·), the adjoint of that
+
+
+def _made(x: Tensor, kind: Kind) -> Tensor:
     if torch.compiler.is_compiling():  # Dynamo traces `make` alone at less cost
         return Basis.apply(x, kind) if x.requires_grad else kind.make(x)
     if levels.pushing_twice():
@@ -47,15 +57,14 @@ def _made(x: Tensor, kind: Any) -> Tensor:
 
 
 class Basis(torch.autograd.Function):
-    """``kind.make(x)``, an orthogonal matrix q whose derivative is that of a turn.
+    """The basis of x that ``kind`` makes, with the derivative that it has.
 
-    dq = q·Ω with Ω = ``kind.turn(x, q, dx)``, skew and linear in dx; ``kind.pull`` is the
-    adjoint of that map. torch's own derivatives of a basis are NaN where two eigenvalues
-    are equal, or one is 0.
+    torch's own derivatives of a basis are NaN where two eigenvalues are equal, or one
+    is 0.
     """
 
     @staticmethod
-    def forward(x: Tensor, kind: Any) -> Tensor:
+    def forward(x: Tensor, kind: Kind) -> Tensor:
         return kind.make(x)
 
     @staticmethod
@@ -83,7 +92,7 @@ class BasisEverywhere(Basis):
         return (q @ ctx.kind.turn(x, q, tangent)).contiguous()
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, kind: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Any, x: Tensor, kind: Kind) -> tuple[Tensor, int]:
         return BasisEverywhere.apply(x.movedim(in_dims[0], 0), kind), 0
 
 
@@ -99,7 +108,7 @@ def _over_gaps(x: Tensor, q: Tensor, turn: Tensor) -> Tensor:
     return torch.where(apart, turn / torch.where(apart, gaps, 1.0), 0.0)
 
 
-EIGENVECTORS = SimpleNamespace(
+EIGENVECTORS = Kind(
     make=_eigenvectors,
     turn=lambda x, q, dx: _over_gaps(x, q, q.mT @ dx @ q),
     pull=lambda x, q, turn: q @ _over_gaps(x, q, turn) @ q.mT,
@@ -135,9 +144,7 @@ def _orthonormal_pull(x: Tensor, q: Tensor, turn: Tensor) -> Tensor:
     return q @ torch.linalg.solve_triangular(r, below.mT, upper=True).mT
 
 
-ORTHONORMAL = SimpleNamespace(
-    make=_orthonormal, turn=_orthonormal_turn, pull=_orthonormal_pull
-)
+ORTHONORMAL = Kind(_orthonormal, _orthonormal_turn, _orthonormal_pull)
 
 
 def _rounding(values: Tensor) -> Tensor:
