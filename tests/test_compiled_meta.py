@@ -371,6 +371,20 @@ def test_what_is_refused(name: str, traced: Any):
     assert re.search(words, str(caught.value)), str(caught.value)
 
 
+def test_what_is_refused_is_so_after_a_graph_was_made(traced: Any):
+    meta = fo.meta.value_and_grad(times, tasks="vmap", compile=True)
+    meta(ONE, TWO)
+    for theta, kind in ((ONE.as_subclass(Odd), fo.LeafError), (1.0, fo.LeafError)):
+        with pytest.raises(kind):
+            meta(theta, TWO)
+    for given in ((ONE.clone().requires_grad_(), TWO), (ONE, TWO * CLOSED)):
+        with pytest.raises(fo.GradientLostError, match="an input requires grad"):
+            meta(*given)
+    with pytest.raises(fo.GradientLostError, match="a transform"):
+        torch.func.grad(lambda t: meta(t, TWO)[0])(ONE)
+    assert meta(ONE, TWO) == (1.0, 1.0) and len(traced) == 1
+
+
 def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch):
     def fails(*_: Any) -> None:
         raise RuntimeError("\n  no g++\n a long trace")

@@ -18,15 +18,6 @@ from funcopt.types import Tensor, Tree
 _MOST_GRAPHS = 16
 _PLAIN = {Tensor, torch.nn.Parameter}
 
-# What is used twice is kept rather than computed twice, and the ends of loops are
-# scalar: a third less to compile for Adam's inner loop, which runs no slower.
-_ON_CPU = {
-    "realize_reads_threshold": 1,
-    "realize_opcount_threshold": 10,
-    "cpp.enable_loop_tail_vec": False,
-}
-_ON_CUDA = {"triton.cudagraphs": True}  # as mode="reduce-overhead"; not run on a GPU yet
-
 
 # What writes into a copy of its first argument. Where that is expanded, as vmap expands
 # what all tasks share, Inductor's kernels write into one task's for all of them
@@ -40,13 +31,25 @@ _WRITING = {
 
 
 class Graph(NamedTuple):
-    """One compiled graph, and what it needs beside its arguments."""
+    """One compiled graph, what it is for, and what it needs beside its arguments."""
 
     run: Callable[..., Sequence[Tensor]]
+    structures: list[tree.Structure]
+    kinds: list[Any]  #: of the arguments' leaves
+    settings: Any
+    devices: Sequence[str]  #: of all of them
     #: what the function closes over: read at each call, so changes in place are seen
     held: list[Tensor]
-    kinds: list[Any]  #: of what is held: a module may be cast, or moved
+    held_kinds: list[Any]  #: a module may be cast, or moved
     rebuild: Callable[[Sequence[Any]], Tree]
+
+    def is_for(self, structures: list[tree.Structure], kinds: list[Any]) -> bool:
+        return (
+            self.kinds == kinds
+            and self.structures == structures
+            and self.settings == _settings(self.devices)
+            and self.held_kinds == [*map(_kind, self.held)]
+        )
 
 
 class Compiled:
@@ -70,25 +73,27 @@ class Compiled:
     def __init__(self, function: Callable[..., Tree], name: str) -> None:
         self.function = function
         self.name = name
-        self._graphs: dict[Any, Graph] = {}
+        self._graphs: tuple[Graph, ...] = ()  # the last used first
 
     def __call__(self, *trees: Tree) -> Tree:
-        split = [tree.flatten(given) for given in trees]
-        leaves = [_resolved(x) for found, _ in split for x in found]
-        inputs = [x for x in leaves if x is not None]
-        structures = tuple(structure for _, structure in split)
-        key = structures, tuple(map(_kind, leaves)), _settings(inputs)
-        graph = self._graphs.get(key)
-        if graph and graph.kinds != [*map(_kind, graph.held)]:
-            graph = None
-        self._check(inputs, graph.held if graph else [])
-        if graph is not None:
-            return graph.rebuild(_run(graph, inputs))
-        graph, results = self._first(trees, inputs)
-        if len(self._graphs) >= _MOST_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]  # the oldest
-        self._graphs[key] = graph
-        return graph.rebuild(results)
+        done = self.again(*trees)
+        return self._first(trees) if done is None else done
+
+    def again(self, *trees: Tree) -> Tree | None:
+        """What a graph made earlier for such arguments gives; None without one."""
+        leaves, structures = _flat(trees)
+        kinds = [*map(_kind, leaves)]
+        for graph in self._graphs:
+            if graph.is_for(structures, kinds):
+                break
+        else:
+            return None
+        if graph is not self._graphs[0]:
+            self._graphs = (graph, *(x for x in self._graphs if x is not graph))
+        inputs = [_resolved(x) for x in leaves if x is not None]
+        if levels.differentiating([*inputs, *graph.held]):
+            self._check(inputs, graph.held)
+        return graph.rebuild(_run(graph, inputs))
 
     def _check(self, inputs: Sequence[Any], held: Sequence[Tensor]) -> None:
         for x in inputs:
@@ -101,10 +106,11 @@ class Compiled:
         check_no_graph(inputs, what, "an input")
         check_no_graph(held, what, "a tensor that it closes over")
 
-    def _first(
-        self, trees: Sequence[Tree], inputs: list[Tensor]
-    ) -> tuple[Graph, Sequence[Tensor]]:
-        """A new graph, and what it gives; some that the compiler takes do not run."""
+    def _first(self, trees: Sequence[Tree]) -> Tree:
+        """What a new graph gives; some that the compiler takes do not run."""
+        leaves, structures = _flat(trees)
+        inputs = [_resolved(x) for x in leaves if x is not None]
+        self._check(inputs, [])
         try:
             with torch.no_grad():
                 traced, held, rebuild = _traced(self.function, trees, inputs)
@@ -117,27 +123,39 @@ class Compiled:
                 "keep numbers as tensors, or leave out compile=True"
             ) from error
         self._check(inputs, held)
+        devices = sorted({x.device.type for x in (*inputs, *held)})
+        kinds, held_kinds = ([*map(_kind, each)] for each in (leaves, held))
+        settings = _settings(devices)
         try:
             run = _kernels(traced, [*inputs, *map(_resolved, held)])
-            graph = Graph(run, held, [*map(_kind, held)], rebuild)
-            return graph, _run(graph, inputs)
+            graph = Graph(
+                run, structures, kinds, settings, devices, held, held_kinds, rebuild
+            )
+            results = _run(graph, inputs)
         except Exception as error:
             raise CompileError(
                 f"torch's compiler failed on {self.name}: {_reason(error)}. On a CPU it "
                 "needs a C++ compiler (on the PATH, or named by CXX); or leave out "
                 "compile=True"
             ) from error
+        self._graphs = (graph, *self._graphs)[:_MOST_GRAPHS]
+        return rebuild(results)
 
 
-def _resolved(x: Tensor | None) -> Any:
+def _flat(trees: Sequence[Tree]) -> tuple[list[Any], list[tree.Structure]]:
+    """All leaves, and the structure of each tree."""
+    split = [tree.flatten(given) for given in trees]
+    return [x for found, _ in split for x in found], [form for _, form in split]
+
+
+def _resolved(x: Tensor) -> Any:
     """The same numbers as they are in memory, which is all that a kernel looks at."""
-    return None if x is None else x.resolve_conj().resolve_neg()
+    return x.resolve_conj().resolve_neg() if x.is_neg() or x.is_conj() else x
 
 
-def _settings(inputs: Sequence[Tensor]) -> Any:
-    """The settings of torch's that stand in a trace."""
-    kinds = sorted({x.device.type for x in inputs})
-    on = [torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)]
+def _settings(devices: Sequence[str]) -> Any:
+    """The settings of torch's that stand in a trace for these kinds of devices."""
+    on = [torch.get_autocast_dtype(k) for k in devices if torch.is_autocast_enabled(k)]
     return torch.get_default_dtype(), *on
 
 
@@ -145,8 +163,11 @@ def _is_expanded(x: Tensor) -> bool:
     return any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape))
 
 
-def _kind(x: Tensor | None) -> Any:
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+def _kind(x: Any) -> Any:
+    """What a graph depends on; of no graph where it is no plain tensor."""
+    if type(x) not in _PLAIN:
+        return type(x)
+    return x.shape, x.stride(), x.dtype, x.device
 
 
 def _traced(
@@ -226,23 +247,15 @@ class _Lifting(TorchDispatchMode):
 def _kernels(
     graph: torch.fx.GraphModule, inputs: list[Tensor]
 ) -> Callable[..., Sequence[Tensor]]:
-    import torch._inductor
-    from torch._inductor import config
+    from funcopt.meta.inductor import kernels  # the compiler takes long to import
 
-    options = _ON_CUDA if any(x.is_cuda for x in inputs) else _ON_CPU
-    with torch.no_grad(), config.patch(options):
-        return torch._inductor.standalone_compile(
-            graph,
-            [x.detach() for x in inputs],
-            dynamic_shapes="from_example_inputs",
-            donate_graph_module=True,
-        )
+    return kernels(graph, inputs)
 
 
 def _run(graph: Graph, inputs: list[Tensor]) -> Sequence[Tensor]:
     with torch.no_grad():
         given = [*inputs, *map(_resolved, graph.held)]
-        if not any(x.is_cuda for x in given):
+        if "cuda" not in graph.devices:
             return graph.run(*given)
         # The next replay writes over what this one gives.
         torch.compiler.cudagraph_mark_step_begin()

@@ -1,6 +1,6 @@
 """The mean of a task loss over a batch of tasks, and its gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from operator import itemgetter
@@ -20,6 +20,9 @@ from funcopt.meta.ranks import Part, over_ranks
 from funcopt.types import Tensor, Tree
 
 Randomness = Literal["error", "different", "same"]
+
+#: theta and a batch of tasks → the sums of losses and gradients, and each task's aux
+Sums = Mapping[str, Callable[[Tree, Tree], tuple[Tensor, Tree, Tree]]]
 
 
 def value_and_grad(
@@ -129,14 +132,8 @@ def value_and_grad(
         loss, aux = listed.rebuild(out)
         return loss.sum(0), listed.like_first([g.sum(0) for g in grads]), aux
 
-    # theta, a batch of tasks → the sums of losses and gradients, and each task's aux
-    sums: dict[str, Callable[[Tree, Tree], tuple[Tensor, Tree, Tree]]]
-    sums = {"loop": alone, "vmap": together}
-    if compile:
-        sums = {path: Compiled(part, "meta-step") for path, part in sums.items()}
-
-    def total(theta: Tree, task_batch: Tree) -> Part:
-        """The sums over these tasks, their number, and each one's aux."""
+    def at_once(theta: Tree, task_batch: Tree) -> tuple[str, int, int]:
+        """How the tasks are run, how many of them at once, and how many there are."""
         check_floats(theta, "theta")
         count = tree.leading_axis(task_batch, "tasks")
         if not count:
@@ -144,8 +141,13 @@ def value_and_grad(
                 "tasks has 0 entries in its leading axis; give one or more"
             )
         path = choose(theta, count) if tasks == "auto" else tasks
-        size = 1 if path == "loop" else chunk_size or count
-        seed = torch.get_rng_state() if randomness == "same" else None
+        return path, 1 if path == "loop" else chunk_size or count, count
+
+    def total(sums: Sums, theta: Tree, task_batch: Tree) -> Part:
+        """The sums over these tasks, their number, and each one's aux."""
+        path, size, count = at_once(theta, task_batch)
+        several = size < count
+        seed = torch.get_rng_state() if several and randomness == "same" else None
         added: Tree = None
         auxes: list[Tree] = []
         # A derivative of the meta-gradient is one that torch has wrong of norm layers.
@@ -154,24 +156,44 @@ def value_and_grad(
         for start in range(0, count, size):
             if seed is not None:
                 torch.set_rng_state(seed)
-            some = tree.map(itemgetter(slice(start, start + size)), task_batch)
+            some = slice(start, start + size)
             with exact():
-                loss, grads, aux = sums[path](theta, some)
+                loss, grads, aux = sums[path](
+                    theta,
+                    tree.map(itemgetter(some), task_batch) if several else task_batch,
+                )
             parts = {"loss": loss, "theta": grads}
             added = tree.map(torch.add, added, parts) if start else parts
             auxes.append(aux)
         if process_group is not None:
             check_no_graph(tree.leaves(added), "a sum over ranks", "theta or a task")
-        return added, count, tree.map(lambda *rows: torch.cat(rows), *auxes)
+        aux = tree.map(lambda *rows: torch.cat(rows), *auxes) if several else auxes[0]
+        return added, count, aux
 
-    def mean_value_and_grad(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
-        part = partial(total, theta, task_batch)
+    def mean(sums: Sums, theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
+        part = partial(total, sums, theta, task_batch)
         alone = process_group is None
         added, count, aux = part() if alone else over_ranks(part, process_group)
         loss, grads = tree.map(lambda x: x / count, added).values()
         return ((loss, aux) if has_aux else loss), grads
 
-    return mean_value_and_grad
+    sums: Sums = {"loop": alone, "vmap": together}
+    plain = partial(mean, sums)
+    if not compile:
+        return plain
+    whole = Compiled(plain, "meta-step")
+    by_parts = partial(mean, {n: Compiled(f, "meta-step") for n, f in sums.items()})
+
+    def compiled(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
+        if process_group is not None:
+            return by_parts(theta, task_batch)
+        done = whole.again(theta, task_batch)
+        if done is not None:
+            return done
+        _, size, count = at_once(theta, task_batch)
+        return (by_parts if size < count else whole)(theta, task_batch)
+
+    return compiled
 
 
 def choose(theta: Tree, count: int) -> Literal["vmap", "loop"]:

@@ -1,0 +1,76 @@
+"""How torch's compiler, Inductor, makes kernels of a flat graph."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._inductor
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from funcopt.types import Tensor
+
+
+def kernels(
+    graph: torch.fx.GraphModule, inputs: Sequence[Tensor]
+) -> Callable[..., Sequence[Tensor]]:
+    """The graph compiled, for inputs like these."""
+    options = _ON_CUDA if any(x.is_cuda for x in inputs) else _ON_CPU
+    with torch.no_grad(), config.patch({**options, **_EVERYWHERE}):
+        return torch._inductor.standalone_compile(
+            graph,
+            [x.detach() for x in inputs],
+            dynamic_shapes="from_example_inputs",
+            donate_graph_module=True,
+        )
+
+
+class _Once(CustomGraphPass):
+    """What is computed twice from the same is computed once.
+
+    Each step of an inner loop computes anew what does not depend on it, and Inductor
+    looks for that only in graphs that it has differentiated itself.
+    """
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        *nodes, output = graph.nodes
+        # Results that are equal stay tensors of their own.
+        given = {_memory(node) for node in output.all_input_nodes}
+        known: dict[str, torch.fx.Node] = {}
+        for node in nodes:
+            if _gives_the_same_again(node) and _memory(node) not in given:
+                first = known.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
+                if first is not node:
+                    node.replace_all_uses_with(first)
+                    graph.erase_node(node)
+
+    def uuid(self) -> bytes:
+        """What the compiler's cache on disk knows this pass by."""
+        return get_hash_for_files((__file__,))
+
+
+def _gives_the_same_again(node: torch.fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    known = target.namespace in ("aten", "prims")
+    return known and not random and not target._schema.is_mutable
+
+
+def _memory(node: torch.fx.Node) -> Any:
+    """The same of a tensor and its views."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else node
+
+
+# What is used twice is kept rather than computed twice, and the ends of loops are
+# scalar: a third less to compile for Adam's inner loop, which runs no slower.
+_ON_CPU = {
+    "realize_reads_threshold": 1,
+    "realize_opcount_threshold": 10,
+    "cpp.enable_loop_tail_vec": False,
+}
+_ON_CUDA = {"triton.cudagraphs": True}  # as mode="reduce-overhead"; not run on a GPU yet
+_EVERYWHERE = {"post_grad_custom_pre_pass": _Once()}
