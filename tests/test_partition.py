@@ -1,11 +1,14 @@
 """Optimizers made of optimizers: each leaf goes its own way, frozen ones stay."""
 
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from trees import assert_close
 
 import funcopt as fo
 from funcopt import tree
@@ -22,6 +25,7 @@ def random_tree(seed: int) -> dict[str, Any]:
 
 
 PARAMS = random_tree(1)
+FULL = {"body": {"weight": "adam", "bias": "sgd"}, "head": ["sgd", "sgd"]}
 LABELS: dict[str, Any] = {
     "prefix": {"body": "adam", "head": "sgd"},
     "full": {"body": {"weight": "adam", "bias": "adam"}, "head": ["sgd", "sgd"]},
@@ -307,3 +311,107 @@ def test_a_group_may_be_given_as_an_iterator_and_is_not_changed():
 def test_no_groups_and_empty_groups():
     assert fo.from_param_groups([]) == ([], {})
     assert fo.from_param_groups([{"params": []}], lr=0.1) == ([[]], {"lr": 0.1})
+
+
+# torch.compile -------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    head: Any
+    body: Any
+
+
+ONE, TWO = torch.linspace(-1.0, 1.0, 3), torch.linspace(2.0, 1.0, 2)
+#: trees of which the first leaf is one part, so that branches hold nothing of the other
+DIVIDED: dict[str, Any] = {
+    "dicts": {"b": {"y": ONE, "x": TWO}, "a": {"y": ONE, "x": TWO}},
+    "a dict of one": [ONE, {"a": TWO}],
+    "lists in a dict": {"l": [ONE, TWO], "m": ONE},
+    "tuples in a dict": {"l": (ONE, TWO), "m": ONE},
+    "a named tuple": {"p": Pair({"w": ONE}, TWO), "a": {"w": TWO, "b": None}},
+    "ordered": OrderedDict(b=OrderedDict(y=ONE, x=TWO), a={"y": ONE}),
+}
+
+
+def divided(params: Any) -> dict[str, fo.Optimizer]:
+    first, *_ = tree.paths(tree.flatten(params)[1])
+    labels = fo.by_name({first: "a"}, default="b")
+    frozen = fo.by_name({first: True}, default=False)
+    parted = fo.partition({"a": SGD, "b": ADAM}, labels)
+    return {
+        "partition": parted,
+        "freeze": fo.freeze(ADAM, frozen),
+        "the other frozen": fo.freeze(ADAM, fo.by_name({first: False}, default=True)),
+        "both": fo.freeze(parted, frozen),
+        "twice": fo.partition({"a": parted, "b": SGD}, labels),
+        "chain": fo.chain(fo.clip_by_global_norm(1.0), parted, fo.ema(0.5)),
+        "accumulate": fo.accumulate(parted, 2),
+        "around": fo.freeze(fo.master_weights(fo.skip_nonfinite(ADAM)), frozen),
+    }
+
+
+def check_compiled(params: Any, opt: fo.Optimizer, backend: str) -> None:
+    """One graph, the same numbers, and dicts whose keys have the same order."""
+
+    def step(grads: Any, state: Any, params: Any) -> Any:
+        return opt.update(grads, state, params)
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    state = opt.init(params)
+    for _ in range(2):
+        expected = step(params, state, params)
+        found = compiled(params, state, params)
+        assert_close(present(found), present(expected), 1e-6)
+        keys = [repr(tree.map(lambda _: 0, x)) for x in (found, expected)]
+        assert keys[0] == keys[1]
+        params, state = expected
+
+
+def test_compiled():
+    check_compiled(PARAMS, fo.partition({"adam": ADAM, "sgd": SGD}, FULL), "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIVIDED)
+def test_compiled_of_any_tree(name: str):
+    check_compiled(DIVIDED[name], divided(DIVIDED[name])["both"], "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", divided(DIVIDED["dicts"]))
+def test_compiled_of_any_composition(way: str):
+    params = DIVIDED["dicts"]
+    check_compiled(params, divided(params)[way], "aot_eager")
+
+
+def test_compiled_with_numbers_for_branches():
+    """A dict without a tensor, of floats and not of None."""
+    rates = {"body": {"weight": 0.1, "bias": 0.2}, "head": 0.3}
+
+    def step(params: Any, state: Any) -> Any:
+        return ADAM.update(params, state, params, lr=rates, betas=(0.8, {**BETAS}))
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    state = ADAM.init(PARAMS)
+    assert_same(compiled(PARAMS, state), step(PARAMS, state))
+
+
+BETAS = {"body": 0.9, "head": [0.99, 0.999]}
+
+
+def test_a_gradient_through_a_compiled_partition():
+    opt = fo.partition({"adam": ADAM, "sgd": SGD}, FULL)
+    state = opt.init(PARAMS)
+
+    def after(rate: Tensor) -> Tensor:
+        params, _ = opt.update(PARAMS, state, PARAMS, lr={"body": rate, "head": 0.1})
+        return torch.stack([x.square().sum() for x in tree.leaves(params)]).sum()
+
+    rate = torch.tensor(0.3, requires_grad=True)
+    (expected,) = torch.autograd.grad(after(rate), rate)
+    compiled: Callable[[Tensor], Tensor] = torch.compile(
+        after, fullgraph=True, backend="aot_eager"
+    )
+    (found,) = torch.autograd.grad(compiled(rate), rate)
+    assert torch.allclose(found, expected)

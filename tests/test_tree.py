@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from optree import PyTreeSpec
 
 import funcopt as fo
-from funcopt import tree
+from funcopt import traced_tree, tree
 
 
 class Point(NamedTuple):
@@ -101,11 +102,50 @@ def test_any_tree(whole: Any):
 @given(nested, nested)
 def test_any_difference_is_told(one: Any, other: Any):
     expected, found = tree.flatten(one)[1], tree.flatten(other)[1]
+    assert isinstance(expected, PyTreeSpec) and isinstance(found, PyTreeSpec)
     if expected.is_prefix(found):
         assert len(tree.flatten_like(expected, other, "it")) == len(tree.leaves(one))
     else:
         with pytest.raises(fo.StructureError, match="^it must have the structure"):
             tree.flatten_like(expected, other, "it")
+
+
+def in_order(whole: Any) -> str:
+    """With the order of a dict's keys, which equality does not see."""
+    return repr(whole)
+
+
+@given(nested, nested)
+def test_a_traced_tree_is_no_other(one: Any, other: Any):
+    leaves, structure = traced_tree.flatten(one)
+    expected, of_optree = tree.flatten(one)
+    assert leaves == expected and structure.num_leaves == len(leaves)
+    assert structure.entries() == of_optree.entries()
+    assert structure.is_leaf() == of_optree.is_leaf()
+    assert tree.paths(structure) == tree.paths(of_optree)
+    numbers = list(range(len(leaves)))
+    rebuilt = tree.unflatten(structure, numbers)
+    assert in_order(rebuilt) == in_order(tree.unflatten(of_optree, numbers))
+    try:
+        found = of_optree.flatten_up_to(other)
+    except ValueError:
+        with pytest.raises(ValueError):
+            structure.flatten_up_to(other)
+    else:
+        assert structure.flatten_up_to(other) == found
+
+
+ORDERS = [
+    {"b": 1, "a": {"d": 2, "c": None}},
+    OrderedDict(b=1, a=2),
+    defaultdict(list, b=1, a=2),
+]
+
+
+@pytest.mark.parametrize("one", [*(x for x, _, _ in TREES.values()), *ORDERS])
+@pytest.mark.parametrize("other", ORDERS)
+def test_a_traced_tree_has_the_order_of_its_keys(one: Any, other: Any):
+    test_a_traced_tree_is_no_other.hypothesis.inner_test(one, other)  # type: ignore[attr-defined]
 
 
 # expected, found, and what the message says of it
