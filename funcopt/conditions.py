@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from funcopt.execution import levels
+from funcopt.execution import levels, reading
 from funcopt.types import Tensor
 
 Condition: TypeAlias = Tensor | bool
@@ -19,7 +19,7 @@ def everywhere(condition: Condition) -> bool:
     """Whether it is seen to hold, for every task of a batch; False if nothing is seen."""
     if isinstance(condition, bool):
         return condition
-    found = levels.seen(condition)
+    found = reading.seen(condition)
     return found is not None and bool(found.all())
 
 
@@ -35,7 +35,7 @@ def decided(condition: Condition) -> bool | None:
     """
     if isinstance(condition, bool):
         return condition
-    found = levels.seen(condition)
+    found = reading.seen(condition)
     if found is None or not found.is_cpu:
         return None
     if not found.ndim:
@@ -53,11 +53,11 @@ def where(condition: Condition, a: Any, b: Any) -> Any:
 
 def most(counts: Tensor, otherwise: int) -> int:
     """The largest number of all tasks; ``otherwise`` where none can be seen."""
-    found = levels.seen(counts)
+    found = reading.seen(counts)
     return otherwise if found is None or not found.numel() else int(found.max())
 
 
 def alone(x: Tensor) -> bool:
     """Whether neither autograd nor a transform nor a mode follows what is computed."""
     followed = torch.is_grad_enabled() or levels.inside() or levels.pushing()
-    return not followed and levels.readable(x)
+    return not followed and reading.readable(x)

@@ -11,8 +11,9 @@ from torch.autograd import forward_ad
 from torch.func import functionalize, grad, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from funcopt.execution import levels
-from funcopt.execution.levels import differentiating, is_tracked, readable, scalars_of
+from funcopt.execution import levels, reading
+from funcopt.execution.levels import differentiating, is_tracked
+from funcopt.execution.reading import readable, scalars_of
 
 Probe = Callable[..., Any]  #: asked of the tensors that the update would see
 Context = Callable[[Probe], None]  #: sets up one situation and calls the probe in it
@@ -319,4 +320,4 @@ def test_scalars_of_nothing_are_none():
 
 def test_compiling_is_not_readable(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not levels.readable(torch.tensor([3, 7]))
+    assert not reading.readable(torch.tensor([3, 7]))

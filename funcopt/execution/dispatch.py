@@ -13,6 +13,7 @@ from funcopt.execution import (
     fused_autograd,
     layout,
     levels,
+    reading,
     reference,
     stacked,
 )
@@ -56,7 +57,7 @@ def step(
     if donate:
         donation.check(leaves.grads, [leaves.params, *leaves.state], leaves.tensors())
     if len(groups) == 1 and len(groups[0].which) == len(leaves.params):
-        readable = all(levels.readable(x) and not levels.is_tracked(x) for x in vectors)
+        readable = all(reading.readable(x) and not levels.is_tracked(x) for x in vectors)
         free = readable and name is None and choice.is_free()
         lane = _lane(leaves, groups[0]) if free else None
         return _run(leaves, groups[0], donate), lane

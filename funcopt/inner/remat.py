@@ -14,7 +14,7 @@ import torch
 from funcopt import derivatives, tree
 from funcopt.derivatives import Layout
 from funcopt.errors import ExecutionError
-from funcopt.execution import levels
+from funcopt.execution import reading
 from funcopt.inner import mixed
 from funcopt.inner.apart import Apart, ApartFunction, distinct
 from funcopt.inner.draws import Draws
@@ -233,7 +233,7 @@ class _Call:
         then = losses.detach()  # by whole numbers: a DTensor takes no list of them
         difference = (made - torch.stack([then[k] for k in again])).abs()
         scale = torch.finfo(losses.dtype).eps ** 0.5 * losses.detach().abs().amax()
-        wrong = levels.seen(difference > 10 * scale)
+        wrong = reading.seen(difference > 10 * scale)
         if wrong is not None and bool(wrong.any()):
             raise ExecutionError(
                 "with remat, steps are made again on the way back, and a loss was not "

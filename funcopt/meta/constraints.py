@@ -12,7 +12,7 @@ from funcopt.errors import (
     LeafError,
     StructureError,
 )
-from funcopt.execution import levels
+from funcopt.execution import reading
 from funcopt.types import Tensor
 
 
@@ -282,9 +282,9 @@ def _below(x: Tensor) -> Tensor:
 
 def _inside(name: str, y: Tensor, allowed: Tensor) -> Tensor:
     """``y``; raises where a value that can be seen is not allowed."""
-    seen = levels.seen(allowed)
+    seen = reading.seen(allowed)
     if seen is not None and not bool(seen.all()):
-        worst = levels.seen(y)
+        worst = reading.seen(y)
         given = "" if worst is None else f": {worst[~seen].flatten()[0].item():g}"
         raise HyperparameterError(
             f"{name}.inverse got a value that {name} cannot give{given}"

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from funcopt.conditions import Condition, Number, alone, everywhere, most, where
-from funcopt.execution import levels
+from funcopt.execution import reading
 from funcopt.types import Tensor
 
 Slots = dict[str, Tensor]
@@ -157,7 +157,7 @@ def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     not written yet takes neither memory nor time.
     """
     size = math.prod(shape) * like.element_size()
-    if size < _LARGE or not levels.readable(like) or not hasattr(mmap, "MAP_ANONYMOUS"):
+    if size < _LARGE or not reading.readable(like) or not hasattr(mmap, "MAP_ANONYMOUS"):
         return like.new_zeros(shape)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype).view(*shape)

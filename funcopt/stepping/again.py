@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
-from funcopt.execution import levels
+from funcopt.execution import levels, reading
 from funcopt.execution.guard import Known
 from funcopt.execution.lane import Lane
 from funcopt.execution.native import objects
@@ -90,7 +90,7 @@ class Again:
         some, count = len(tensors) - len(self._vectors), seen.count
         steps, *others = tensors[some:]
         del tensors[some:]
-        read = levels.scalars_of if levels.inside() else torch.Tensor.tolist
+        read = reading.scalars_of if levels.inside() else torch.Tensor.tolist
         counts = read(steps)
         first = counts[0]
         if type(first) is int and counts.count(first) == count:  # mostly, and soon told

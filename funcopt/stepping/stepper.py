@@ -17,7 +17,7 @@ from funcopt.checks import (
     check_real,
     check_state,
 )
-from funcopt.execution import batched, choice, dispatch, levels
+from funcopt.execution import batched, choice, dispatch, reading
 from funcopt.execution.lane import Lane
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
@@ -169,11 +169,11 @@ class Stepper:
         """The columns and steps of a step that goes the long way; its lanes are kept."""
         check_leaves(g, p, trees, live, structure, self.forms)
         old = {
-            slot: levels.scalars_of(state[slot]) if self.scalar[slot] else trees[slot]
+            slot: reading.scalars_of(state[slot]) if self.scalar[slot] else trees[slot]
             for slot in self.slots
         }
         steps = vectors.next_steps(state["step"], live)
-        numbers = levels.scalars_of(steps)
+        numbers = reading.scalars_of(steps)
         hyper = values(structure, p, numbers)
         live_g, live_p, *slots = [
             picked(column, live) for column in (g, p, *old.values())
@@ -220,7 +220,7 @@ class Stepper:
     ) -> tuple[Tree, State]:
         """A step by gradients of which some are sparse."""
         assert self.lazy is not None
-        hyper = given["values"](structure, p, levels.scalars_of(state["step"] + 1))
+        hyper = given["values"](structure, p, reading.scalars_of(state["step"] + 1))
         g = sparse_rows.check(g, p, structure, hyper)
         here = [x if sparse_rows.are_among([y]) else y for x, y in zip(p, g)]
         check_leaves(here, p, trees, live, structure, self.forms)
@@ -240,13 +240,13 @@ class Stepper:
         p, structure = tree.flatten(params)
         check_state(state, ("step", *self.slots), self.vectors, structure, self.spec.name)
         columns = [
-            levels.scalars_of(state[slot])
+            reading.scalars_of(state[slot])
             if self.scalar[slot]
             else tree.flatten_like(structure, state[slot], f"state['{slot}']")
             for slot in self.slots
         ]
-        steps = levels.scalars_of(state["step"])
-        last = levels.scalars_of(state["step"].clamp(min=1))  # a schedule's first is 0
+        steps = reading.scalars_of(state["step"])
+        last = reading.scalars_of(state["step"].clamp(min=1))  # a schedule's first is 0
         values = self.hypers.per_leaf(overrides, structure, p, last)
         parts = complex_leaves.parts
         new = [

@@ -10,7 +10,7 @@ from typing import Any
 
 from funcopt import tree
 from funcopt.errors import FuncoptError
-from funcopt.execution import levels
+from funcopt.execution import levels, reading
 from funcopt.execution.batched import Tasks
 from funcopt.execution.executor import PerTask
 from funcopt.types import State, Tensor, Tree
@@ -82,7 +82,7 @@ def _per_task(tasks: Tasks, row: Mapping[str, Any]) -> dict[str, Any] | None:
     for name, x in row.items():
         value, axis = tasks.off(x) if isinstance(x, Tensor) else (x, None)
         if axis is not None:
-            if value.ndim > 1 or levels.is_tracked(value) or not levels.readable(value):
+            if value.ndim > 1 or levels.is_tracked(value) or not reading.readable(value):
                 return None
             value = PerTask(value)
         found[name] = value
@@ -91,7 +91,7 @@ def _per_task(tasks: Tasks, row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _shared(vector: Tensor, axis: int | None) -> Tensor | None:
     """The vector of every task, if it is the same and can be read."""
-    if levels.is_tracked(vector) or not levels.readable(vector):
+    if levels.is_tracked(vector) or not reading.readable(vector):
         return None
     if axis is None:
         return vector

@@ -8,7 +8,7 @@ import torch
 
 from funcopt import tree
 from funcopt.errors import HyperparameterError
-from funcopt.execution import donation, levels
+from funcopt.execution import donation, reading
 from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.optimizers._parts import towards
 from funcopt.spec import Spec
@@ -131,7 +131,7 @@ def _ready(mean: Tree, given: Tensor, grads: Tree, params: Tree) -> Tree:
     means, structure = tree.flatten(mean)
     rows = zip(
         means,
-        levels.scalars_of(given),
+        reading.scalars_of(given),
         tree.flatten_like(structure, grads, "grads"),
         tree.flatten_like(structure, params, "params"),
     )
