@@ -6,11 +6,24 @@ from typing import Any, TypeAlias
 import torch
 
 from funcopt import tree
-from funcopt.errors import GradientLostError, LeafError, StructureError
+from funcopt.errors import (
+    GradientLostError,
+    HyperparameterError,
+    LeafError,
+    StructureError,
+)
 from funcopt.execution import levels
 from funcopt.types import State, Tensor
 
 Form: TypeAlias = tuple[Any, ...]  #: shape, dtype, device and layout
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """``value`` must be a whole number that is not less than ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise HyperparameterError(
+            f"{name} must be a whole number ≥ {least}, got {value!r}"
+        )
 
 
 def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:

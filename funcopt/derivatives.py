@@ -38,13 +38,13 @@ def vjp(
     wanted = [*given] if wrt is None else [*wrt]
     _check_names(wanted, given, "wrt")
     chosen = {name: given[name] for name in wanted}
-    layout = Layout(chosen)
+    layout = SmoothLeaves(chosen)
     variables, constants = layout.split(chosen)
-    made: list[Layout] = []
+    made: list[SmoothLeaves] = []
 
     def of_variables(values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         result = function({**given, **layout.filled(values, constants)})
-        made[:] = [Layout(result)]
+        made[:] = [SmoothLeaves(result)]
         smooth, others = made[0].split(result)
         return [*smooth, values[-1]], others
 
@@ -71,18 +71,18 @@ def jvp(
     """
     _check_names(tangents, given, "tangents")
     chosen = {name: given[name] for name in tangents}
-    layout = Layout(chosen)
+    layout = SmoothLeaves(chosen)
     variables, constants = layout.split(chosen)
     along = layout.aligned(tangents, variables, "tangents")
     moving = [i for i, t in enumerate(along) if t is not None]
-    made: list[Layout] = []
+    made: list[SmoothLeaves] = []
 
     def of_moving(values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         merged = list(variables)
         for i, value in zip(moving, values):
             merged[i] = value
         result = function({**given, **layout.filled(merged, constants)})
-        made[:] = [Layout(result)]
+        made[:] = [SmoothLeaves(result)]
         smooth, others = made[0].split(result)
         return [*smooth, values[-1]], others
 
@@ -137,7 +137,7 @@ def added(*columns: Sequence[Tensor | None]) -> list[Tensor | None]:
     return sums
 
 
-class Layout:
+class SmoothLeaves:
     """The structures of several trees, and which leaves are smooth, or tensors."""
 
     def __init__(self, trees: Trees) -> None:

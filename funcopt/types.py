@@ -1,4 +1,4 @@
-"""The type names that annotations use."""
+"""The type names that annotations use, and which tensors are plain."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -29,3 +29,6 @@ LossFunction: TypeAlias = Callable[..., Any]
 InitFunction: TypeAlias = Callable[[Tree], State]
 UpdateFunction: TypeAlias = Callable[..., tuple[Tree, State]]
 HyperMapping: TypeAlias = Mapping[str, HyperValue]
+
+#: tensors whose operations are torch's own
+PLAIN = {Tensor, torch.nn.Parameter}

@@ -531,14 +531,14 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
     "no step to have a rate": (
         lambda: family("lslr", steps=0),
         fo.HyperparameterError,
-        "steps must be at least 1, a whole number, got 0",
+        "steps must be a whole number ≥ 1, got 0",
     ),
     "half a step": (
         lambda: family("lslr").adapt(
             theta_of("lslr"), one(tasks_of_test, 0)[0], steps=1.5
         ),
         fo.HyperparameterError,
-        "a whole number, got 1.5",
+        "steps must be a whole number ≥ 0, got 1.5",
     ),
     "a list of weights": (
         lambda: family("lslr").task_loss(theta_of("lslr"), one(tasks_of_test, 0), [1.0]),
@@ -602,7 +602,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
             family("maml"), params(), one(tasks_of_test, 0)[0], steps=-1
         ),
         fo.HyperparameterError,
-        "steps must be at least 0",
+        "steps must be a whole number ≥ 0",
     ),
 }
 

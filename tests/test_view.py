@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 
 import funcopt as fo
 from funcopt import tree
-from funcopt.derivatives import Layout, is_smooth
+from funcopt.derivatives import SmoothLeaves, is_smooth
 
 FEW = ("sgd", "lamb", "prodigy")  # the quick run's
 SOME = [
@@ -116,7 +116,7 @@ def check_step(opt: fo.Optimizer, given: dict[str, Any]) -> None:
     assert tree.leaves(found["state"].get("step")) == [None]
 
     # by autograd, through `unroll`
-    layout = Layout(given)
+    layout = SmoothLeaves(given)
     values, others = layout.split(given)
     values = [x.clone().requires_grad_() for x in values]
     out = one_step(opt, layout.filled(values, others))
@@ -196,7 +196,7 @@ def test_a_pullback_without_gradients_of_its_own(opt: fo.Optimizer):
 
 def grad_of_loss(of_loss: dict[str, Any]) -> Any:
     chosen = {"params": of_loss["params"]}
-    layout = Layout(chosen)
+    layout = SmoothLeaves(chosen)
 
     def value(values: list[Tensor]) -> Tensor:
         args = {**of_loss, **layout.filled(values, [])}

@@ -20,7 +20,7 @@ from funcopt.execution.native.kernels import Native
 from funcopt.execution.program import Program
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.execution.trace import UntraceableError
-from funcopt.types import Tensor
+from funcopt.types import PLAIN
 
 
 def _triton(program: Program, stored: torch.dtype) -> Executor:
@@ -43,7 +43,6 @@ _observer: ContextVar["list[Group] | None"] = ContextVar("observer", default=Non
 # costs. Measured on meta-steps of the sinusoid network, looped and vmapped.
 _WORTH, _WORTH_INSIDE, _WORTH_LARGE = 6, 12, 4
 _MANY = 1 << 15
-_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 @contextmanager
@@ -253,5 +252,5 @@ def untouchable(leaves: Leaves) -> str | None:
     """Why only torch's own operations may touch these tensors, or None."""
     if torch._C._len_torch_dispatch_stack():
         return "a mode watches each operation"
-    types = {*map(type, chain(leaves.grads, leaves.params, *leaves.state))} - _PLAIN
+    types = {*map(type, chain(leaves.grads, leaves.params, *leaves.state))} - PLAIN
     return f"{types.pop().__name__} is a tensor subclass" if types else None

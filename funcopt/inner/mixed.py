@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from funcopt import derivatives
-from funcopt.derivatives import Layout, Trees
+from funcopt.derivatives import SmoothLeaves, Trees
 from funcopt.errors import ExecutionError
 from funcopt.execution import levels
 from funcopt.inner.apart import Apart, ApartFunction, distinct
@@ -55,7 +55,7 @@ class _Call:
     def __init__(self, loss: InnerLoss, given: dict[str, Tree]) -> None:
         self.loss = loss
         self.apart = Apart()
-        self.inputs = Layout(given)
+        self.inputs = SmoothLeaves(given)
         self.names = self.inputs.names()
         self.draws: Draws | None = None
 
@@ -65,7 +65,7 @@ class _Call:
         grads, (loss, aux, buffers) = self.loss.grad(**given)
         self.draws = draws if draws.moved() else None
         trees: Trees = dict(zip(_OUTPUTS, (grads, loss, aux, buffers)))
-        self.outputs = Layout(trees)
+        self.outputs = SmoothLeaves(trees)
         values, others = self.outputs.split(trees)
         self.smooth_outputs = len(values)
         self.output_names = self.outputs.names()
@@ -120,13 +120,13 @@ class _Call:
         given = self._given([*smooth, *saved[len(smooth) :]])
         grads, rest = self.loss.grad(**given)
         trees: Trees = dict(zip(_OUTPUTS, (grads, *rest)))
-        return Layout(trees).split(trees)[0]
+        return SmoothLeaves(trees).split(trees)[0]
 
     def _results(self, smooth: Sequence[Tensor], saved: Sequence[Tensor]) -> list[Tensor]:
         """The loss, and the smooth leaves of aux and buffers."""
         loss, aux, buffers = self.loss(**self._given([*smooth, *saved[len(smooth) :]]))
         trees: Trees = {"loss": loss, "aux": aux, "buffers": buffers}
-        return Layout(trees).split(trees)[0]
+        return SmoothLeaves(trees).split(trees)[0]
 
 
 def by_forward(tensors: Iterable[Tensor]) -> bool:

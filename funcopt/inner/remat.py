@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from funcopt import derivatives, tree
-from funcopt.derivatives import Layout
+from funcopt.derivatives import SmoothLeaves
 from funcopt.errors import ExecutionError
 from funcopt.execution import reading
 from funcopt.inner import mixed
@@ -29,7 +29,7 @@ Bars = Sequence[Tensor | None]
 def run(loop: Loop, carry: Trees, shared: Trees, segment: int) -> Unrolled:
     """As ``loop.run``, with the states kept at every ``segment`` steps only."""
     given = {**carry, **shared}
-    call = _Call(loop, Layout(given), segment)
+    call = _Call(loop, SmoothLeaves(given), segment)
     values, others = call.inputs.split(given)
     found = _Sweep.apply(call, *values, *others)
     return Unrolled(**call.outputs.filled(*call.parts(found)[::2]))
@@ -50,7 +50,7 @@ class _Sweep(ApartFunction):
 class _Call:
     """One loop: the layout of its tensors, and the generators' states of each segment."""
 
-    def __init__(self, loop: Loop, inputs: Layout, segment: int) -> None:
+    def __init__(self, loop: Loop, inputs: SmoothLeaves, segment: int) -> None:
         self.loop = loop
         self.inputs = inputs
         self.apart = Apart()
@@ -76,7 +76,7 @@ class _Call:
         losses, aux = record.stacked()
         found: Trees = {**carry, "losses": losses, "aux": aux}
         states: Trees = {"kept": kept}
-        self.outputs, self.kept = Layout(found), Layout(states)
+        self.outputs, self.kept = SmoothLeaves(found), SmoothLeaves(states)
         (values, others), (kept_values, kept_others) = (
             self.outputs.split(found),
             self.kept.split(states),
@@ -194,7 +194,7 @@ class _Call:
         with _drawn(draws):
             grads, loss, *_ = step.gradient(at)
             of_grads: Trees = {"grads": grads}
-            layout = Layout(of_grads)
+            layout = SmoothLeaves(of_grads)
             slopes, _ = layout.split(of_grads)
 
             def update(values: Tensors) -> Tensors:
@@ -246,7 +246,7 @@ class _Call:
 def _smooth(trees: Trees, names: Sequence[str]) -> list[Tensor]:
     """The smooth leaves of the trees, in the order of the names."""
     chosen = {name: trees[name] for name in names}
-    return Layout(chosen).split(chosen)[0]
+    return SmoothLeaves(chosen).split(chosen)[0]
 
 
 def _drawn(draws: Draws | None) -> AbstractContextManager[Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from funcopt import tree
+from funcopt.checks import check_count
 from funcopt.errors import (
     HyperparameterError,
     HyperparameterTypeError,
@@ -132,8 +133,8 @@ def unroll(
             "buffers is a tree of tensors, as dict(module.named_buffers()), not "
             f"this {type(buffers).__name__}"
         )
-    if window is not None and not (isinstance(window, int) and window >= 1):
-        raise HyperparameterError(f"window must be a whole number ≥ 1, got {window}")
+    if window is not None:
+        check_count("window", window)
     if hyper is not None and not isinstance(hyper, Mapping):
         raise HyperparameterTypeError(
             f"hyper is a dict of names and values, as {{'lr': 0.1}}, not {hyper!r}"
@@ -174,20 +175,12 @@ def _segment(remat: str | int | None, steps: int, grad_mode: str) -> int:
     return 1 if remat == "step" else max(1, round(steps**0.5))
 
 
-def check_steps(steps: int, least: int = 0) -> None:
-    """Raise for what is no number of steps."""
-    if not isinstance(steps, int) or steps < least:
-        raise HyperparameterError(
-            f"steps must be at least {least}, a whole number, got {steps!r}"
-        )
-
-
 def number_of_steps(batch: Tree, batches: Tree, steps: int | None) -> int:
     """How many there are, by ``steps`` and ``batches``; raises where they disagree."""
     if batches is None:
         if steps is None:
             raise StructureError("say how many steps: give steps=, or batches=")
-        check_steps(steps)
+        check_count("steps", steps, least=0)
         return steps
     if batch is not None:
         raise StructureError("give batch (every step's) or batches (one each), not both")

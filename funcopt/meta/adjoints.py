@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from funcopt.derivatives import Layout
+from funcopt.derivatives import SmoothLeaves
 from funcopt.errors import HyperparameterError, UnknownHyperparameterError
 from funcopt.execution import levels
 from funcopt.optimizer import Optimizer, check_optimizer
@@ -71,7 +71,7 @@ def clip_adjoint(opt: Optimizer, max_norm: float = math.inf) -> Optimizer:
     ) -> tuple[Tree, State]:
         params, state = opt.update(grads, state, params, **given)
         carry = {"params": params, "state": state}
-        layout = Layout(carry)
+        layout = SmoothLeaves(carry)
         values, others = layout.split(carry)
         probe = torch.as_tensor(adjoint_norm, dtype=torch.float64)
         guarded = layout.filled(_Guard.apply(max_norm, probe, *values), others)

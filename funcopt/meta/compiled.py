@@ -13,10 +13,9 @@ from funcopt import tree
 from funcopt.checks import check_no_graph
 from funcopt.errors import CompileError, LeafError
 from funcopt.execution import choice, levels
-from funcopt.types import Tensor, Tree
+from funcopt.types import PLAIN, Tensor, Tree
 
 _MOST_GRAPHS = 16
-_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 # What writes into a copy of its first argument. Where that is expanded, as vmap expands
@@ -97,7 +96,7 @@ class Compiled:
 
     def _check(self, inputs: Sequence[Any], held: Sequence[Tensor]) -> None:
         for x in inputs:
-            if type(x) not in _PLAIN and not levels.inside():
+            if type(x) not in PLAIN and not levels.inside():
                 raise LeafError(
                     f"{self.name} is compiled for plain tensors, but was given a "
                     f"{type(x).__name__}; leave out compile=True"
@@ -165,7 +164,7 @@ def _is_expanded(x: Tensor) -> bool:
 
 def _kind(x: Any) -> Any:
     """What a graph depends on; of no graph where it is no plain tensor."""
-    if type(x) not in _PLAIN:
+    if type(x) not in PLAIN:
         return type(x)
     return x.shape, x.stride(), x.dtype, x.device
 
@@ -228,7 +227,7 @@ class _Lifting(TorchDispatchMode):
     def input_of(self, x: Tensor) -> Tensor:
         from torch.fx.experimental import proxy_tensor
 
-        if type(x) not in _PLAIN:
+        if type(x) not in PLAIN:
             return x
         if id(x) not in self._inputs:
             mode: Any = proxy_tensor.get_proxy_mode()

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 
 from funcopt import tree
+from funcopt.checks import check_count
 from funcopt.derivatives import Trees, vjp
 from funcopt.errors import HyperparameterError
 from funcopt.inner.loop import CARRY
@@ -103,7 +104,7 @@ def implicit(
         raise HyperparameterError(
             f"solver is 'cg', 'neumann' or 'identity', not {solver!r}"
         )
-    _check_count(iterations)
+    check_count("iterations", iterations)
     if not 0 <= damping < float("inf"):
         raise HyperparameterError(f"damping must be in [0, inf), got {damping!r}")
     if not 0 < step_size < float("inf"):
@@ -197,7 +198,7 @@ def weight_update_implicit(
         {'hyper': {'lr': tensor(-0.0938)}}
     """
     check_eta("weight_update_implicit", problem, eta, carry)
-    _check_count(iterations)
+    check_count("iterations", iterations)
     step = Step(problem.opt, problem.inner_loss)
     with torch.no_grad():
         eta = tree.detach(eta)
@@ -226,8 +227,3 @@ def _kept(params: Tree, moving: Tree) -> Tree:
 def _end(problem: Problem, eta: Tree, carry: Carry | None) -> Carry:
     left = problem.steps - stands_at(problem, carry)
     return advance(problem, eta, left, carry=carry)
-
-
-def _check_count(iterations: int) -> None:
-    if not isinstance(iterations, int) or iterations < 1:
-        raise HyperparameterError(f"iterations must be at least 1, got {iterations!r}")

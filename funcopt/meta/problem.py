@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 
 from funcopt import tree
+from funcopt.checks import check_count
 from funcopt.derivatives import Trees, vjp
 from funcopt.errors import (
     HyperparameterError,
@@ -18,7 +19,7 @@ from funcopt.errors import (
 from funcopt.inner.loop import CARRY, is_absent
 from funcopt.inner.loss import InnerLoss
 from funcopt.inner.per_step import PerStep
-from funcopt.inner.unroll import check_steps, number_of_steps
+from funcopt.inner.unroll import number_of_steps
 from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import LossFunction, State, Tensor, Tree
 
@@ -103,7 +104,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         check_optimizer(self.opt, "Problem")
-        check_steps(self.steps, 1)
+        check_count("steps", self.steps)
         for name in ("inner_loss", "outer_loss", "constrain"):
             function = getattr(self, name)
             if not callable(function) and (name == "inner_loss" or function is not None):
@@ -170,8 +171,7 @@ def window_of(problem: Problem, start: int, window: int | None) -> int:
     left = problem.steps - start
     if window is None:
         return left
-    if not isinstance(window, int) or window < 1:
-        raise HyperparameterError(f"window must be a whole number ≥ 1, got {window!r}")
+    check_count("window", window)
     return min(window, left)
 
 

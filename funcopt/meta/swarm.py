@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from funcopt import select, tree
+from funcopt.checks import check_count
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.listed import Listed
 from funcopt.meta.estimate import Estimate
@@ -36,8 +37,7 @@ class Swarm:
         generator: torch.Generator,
         chunk_size: int | None,
     ) -> None:
-        if not isinstance(particles, int) or particles < 1:
-            raise HyperparameterError(f"particles must be at least 1, got {particles!r}")
+        check_count("particles", particles)
         self.problem, self.eta = problem, tree.detach(eta)
         self.particles, self.generator = particles, generator
         self.chunk_size = chunk_size

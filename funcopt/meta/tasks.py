@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from funcopt import tree
-from funcopt.checks import check_floats, check_no_graph
+from funcopt.checks import check_count, check_floats, check_no_graph
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.execution import levels
 from funcopt.func import exact_norms
@@ -113,8 +113,8 @@ def value_and_grad(
         raise HyperparameterError(
             f"randomness is 'error', 'different' or 'same', not {randomness!r}"
         )
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
-        raise HyperparameterError(f"chunk_size must be at least 1, got {chunk_size!r}")
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
 
     def value_and_aux(theta: Tree, task: Tree) -> tuple[Tensor, Tree]:
         return loss_and_aux(task_loss(theta, task), has_aux, "task_loss")

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from funcopt.checks import check_count
 from funcopt.conditions import Condition, Number, everywhere, most, no, where
 from funcopt.errors import HyperparameterError
 from funcopt.flat import Slope, flat
@@ -242,11 +243,11 @@ def lbfgs(
         >>> p
         tensor([1.0000, 1.0000])
     """
-    _check_count("max_iter", max_iter)
-    _check_count("history_size", history_size)
+    check_count("max_iter of lbfgs", max_iter)
+    check_count("history_size of lbfgs", history_size)
     if max_eval is None:
         max_eval = max_iter * 5 // 4
-    _check_count("max_eval", max_eval)
+    check_count("max_eval of lbfgs", max_eval)
     if line_search_fn not in (None, "strong_wolfe"):
         raise HyperparameterError(
             f"line_search_fn must be 'strong_wolfe' or None, got {line_search_fn!r}"
@@ -281,10 +282,3 @@ def _slots(history_size: int, x: Tensor) -> Slots:
         "prev_flat_grad": torch.zeros_like(x),
         "prev_loss": x.new_zeros(()),
     }
-
-
-def _check_count(name: str, count: int) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise HyperparameterError(
-            f"{name} of lbfgs must be a whole number ≥ 1, got {count!r}"
-        )

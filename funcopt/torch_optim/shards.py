@@ -3,18 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from funcopt.errors import ExecutionError
 from funcopt.spec import Spec
-from funcopt.types import Tensor
-
-_PLAIN = {Tensor, torch.nn.Parameter}
+from funcopt.types import PLAIN, Tensor
 
 
 def are_among(tensors: Iterable[Any]) -> bool:
     """Whether one of them is a DTensor."""
-    if {*map(type, tensors)} <= _PLAIN:
+    if {*map(type, tensors)} <= PLAIN:
         return False
     from torch.distributed.tensor import DTensor  # no import for those who have none
 
@@ -80,7 +76,7 @@ def _split_as(x: Any, p: Any) -> Any:
 
 def _places(x: Any) -> Any:
     """Where the parts lie; None of a tensor that is whole."""
-    if type(x) in _PLAIN or not isinstance(x, Tensor) or not are_among([x]):
+    if type(x) in PLAIN or not isinstance(x, Tensor) or not are_among([x]):
         return None
     it: Any = x
     return it.device_mesh, it.placements

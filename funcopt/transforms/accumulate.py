@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
-from funcopt.errors import HyperparameterError
+from funcopt.checks import check_count
 from funcopt.execution import donation, reading
 from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.optimizers._parts import towards
@@ -53,8 +53,7 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
         tensor([-1.5000])
     """
     check_optimizer(opt, "accumulate")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise HyperparameterError(f"accumulate takes k ≥ 1 calls for a step, got {k!r}")
+    check_count("accumulate's k", k)
     mean_of = from_spec(Spec(_towards_mean, "accumulate", {}, {}))
     its = _Accumulate(opt, k, mean_of)
     name = f"accumulate({opt.name})"

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from funcopt.errors import HyperparameterError
+from funcopt.checks import check_count
 from funcopt.hyper import Hyper
 from funcopt.optimizers._parts import Number, average, towards, where
 from funcopt.spec import Spec
@@ -165,9 +165,7 @@ def lookahead(k: int = 5, alpha: HyperValue = 0.5) -> ParameterStage:
         >>> p
         tensor([-1.])
     """
-    if not isinstance(k, int) or k < 1:
-        raise HyperparameterError(f"lookahead takes k ≥ 1 steps, got {k!r}")
-
+    check_count("lookahead's k", k)
     return ParameterStage(
         Spec(
             partial(_lookahead, k=k), "lookahead", {"slow": torch.clone, "since": 0.0},

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from funcopt import tree
+from funcopt.checks import check_count
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.inner.per_step import per_step
-from funcopt.inner.unroll import Unrolled, check_steps, unroll
+from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.meta.families.family import (
     Family,
     filled,
@@ -66,7 +67,7 @@ def lslr(
         >>> fo.meta.value_and_grad(family.task_loss)(theta, tasks)[1]
         {'params': tensor([-0.2500]), 'lr': tensor([-2.5000, -2.5000])}
     """
-    check_steps(steps, 1)
+    check_count("steps", steps)
 
     def init(params: Tree) -> Tree:
         rates = first_rates(inner.hyper.get("lr"), params)
@@ -76,7 +77,7 @@ def lslr(
         }
 
     def adapt(theta: Tree, support: Tree, steps: int = steps) -> Unrolled:
-        check_steps(steps)
+        check_count("steps", steps, least=0)
         params, rates = parts(theta)
         rates = rates if steps == learned_steps else _prolonged(rates, steps)
         hyper = {"lr": per_step(rates)}
@@ -137,7 +138,7 @@ def step_weights(steps: int, progress: float) -> Tensor:
         >>> fo.meta.step_weights(2, 0.0), fo.meta.step_weights(2, 0.5)
         (tensor([0.5000, 0.5000]), tensor([0.2500, 0.7500]))
     """
-    check_steps(steps, 1)
+    check_count("steps", steps)
     if not progress >= 0:
         raise HyperparameterError(f"progress must be at least 0, got {progress}")
     early = (1 - min(progress, 1.0)) / steps
