@@ -20,7 +20,7 @@ from funcopt.execution import donation, reading
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
 from funcopt.select import ByName
-from funcopt.stepping import one_vector
+from funcopt.stepping import one_vector, pages
 from funcopt.stepping.complex_leaves import parts
 from funcopt.stepping.per_leaf import Hypers
 from funcopt.types import State, Tensor, Tree
@@ -113,7 +113,7 @@ class _Flat:
                 tree.leaves(overrides),
             )
         values = self._values(overrides, state["step"], x)
-        loss = _Loss(loss_fn, structure, g, p)
+        loss = _Loss(loss_fn, structure, g, p, x)
         found, kept = self.rule(
             loss.slope,
             loss(x) if value is None else value,
@@ -174,16 +174,19 @@ class _Loss:
         structure: tree.Structure,
         grads: Sequence[Any],
         params: Sequence[Any],
+        x: Tensor,
     ) -> None:
         self.loss_fn = loss_fn
         self.structure = structure
         self.grads = grads
         self.params = params
         self._sizes = [parts(p).numel() for p in params if p is not None]
+        self._live = [i for i, g in enumerate(grads) if g is not None]
+        self._alone = alone(x) and not torch.is_inference_mode_enabled()
 
     def leaves(self, x: Tensor) -> list[Any]:
         """The leaves with a gradient as parts of x, and the others."""
-        pieces = iter(x.split(self._sizes))
+        pieces = iter(x.split_with_sizes(self._sizes))
         form = one_vector.leaf_of
         new = [p if p is None else form(next(pieces), p) for p in self.params]
         rows = zip(new, self.params, self.grads)
@@ -194,17 +197,25 @@ class _Loss:
 
     def slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The loss's gradient, and its value."""
-        transformed: Any = torch.func.grad_and_value(self)
-        if not alone(x) or torch.is_inference_mode_enabled():
-            return transformed(x)
+        if not self._alone:
+            return self._transformed(x)
         # What nobody differentiates or watches autograd does alone, in half the time.
-        asked = x.detach().requires_grad_()
+        leaves, slopes = self.leaves(x), [*self.grads]
+        asked = [leaves[i].requires_grad_() for i in self._live]
         with torch.enable_grad():
-            value = self(asked)
-        if value.ndim or not value.requires_grad:
-            return transformed(x)  # which has the words for it
-        (slopes,) = torch.autograd.grad(value, asked, materialize_grads=True)
-        return slopes, value.detach()
+            value = self.loss_fn(tree.unflatten(self.structure, leaves))
+        if value.ndim or not (asked and value.requires_grad):
+            return self._transformed(x)  # which has the words for it
+        found = torch.autograd.grad(value, asked, materialize_grads=True)
+        for i, slope in zip(self._live, found):
+            slopes[i] = slope
+        like = {"dtype": x.dtype, "device": x.device}
+        g = one_vector.joined(slopes, self.params, like, out=pages.large_like(x))
+        return g, value.detach()
+
+    def _transformed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        transformed: Any = torch.func.grad_and_value(self)
+        return transformed(x)
 
 
 def _check_given(value: Any, execution: str | None, name: str) -> None:

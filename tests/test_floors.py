@@ -73,6 +73,7 @@ FLOORS = {
     "funcopt.stepping.per_leaf": 3.5,
     "funcopt.stepping.vectors": 2,
     "funcopt.stepping.one_vector": 1.1,
+    "funcopt.stepping.pages": 1.1,
     "funcopt.stepping.live": 0,
     "funcopt.stepping.totals": 3.9,
     "funcopt.stepping.again": 3.95,

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from trees import assert_close, mixed
 
 import funcopt as fo
 from funcopt import tree
-from funcopt.execution import levels
+from funcopt.execution import reading
 from funcopt.types import Tree
 
 Loss = Callable[[Any], Tensor]
@@ -218,7 +219,7 @@ def test_tasks_stop_on_their_own(
 
     expected = [task(p) for p in tasks]
     if blind:
-        monkeypatch.setattr(levels, "seen", lambda _: None)
+        monkeypatch.setattr(reading, "seen", lambda _: None)
     params, state = vmap(task)(tasks)
     assert len(set(state["n_iter"].tolist())) > (3 if search else 1)
     assert state["n_iter"].tolist() == [int(s["n_iter"]) for _, s in expected]
@@ -379,6 +380,37 @@ def test_what_nobody_follows(problem: str, donate: bool, history_size: int, sear
         for key in ("old_dirs", "old_stps", "d"):
             scale = 1e-7 * (1 + known[key].abs().max())
             torch.testing.assert_close(state[key], known[key], rtol=0, atol=float(scale))
+
+
+@searches
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+def test_vectors_of_many_pages(donate: bool, search: Any):
+    """Their memory comes from the system; all else is as with few numbers."""
+    curvature = torch.logspace(-1, 0, 150_000, dtype=torch.float64)
+    away = {"w": drawn(300, 500), "b": drawn(3)}
+
+    def loss(p: Tree) -> Tensor:
+        squares = (p["w"] - away["w"]).flatten() ** 2
+        return (curvature * squares).sum() / 2 + ((p["b"] - away["b"]) ** 2).sum()
+
+    opt = fo.lbfgs(max_iter=4, history_size=5, line_search_fn=search)
+    expected = params = tree.map(torch.zeros_like, away)
+    known = state = opt.init(params)
+    assert state["old_dirs"].nbytes > 1 << 20
+    if donate:
+        params, state = tree.map(torch.clone, (params, state))
+    for _ in range(2):
+        expected, known = updated(opt, loss, expected, known)
+        grads = tree.unflatten(tree.flatten(params)[1], slopes(loss, params))
+        before = tree.map(torch.clone, (params, state))
+        with torch.no_grad():
+            old = params, state
+            params, state = opt.update(grads, state, params, loss_fn=loss, donate=donate)
+        if not donate:
+            assert all(map(torch.equal, tree.leaves(old), tree.leaves(before)))
+        near = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+        for x, y in zip(tree.leaves((params, state)), tree.leaves((expected, known))):
+            near(x, y)
 
 
 @searches

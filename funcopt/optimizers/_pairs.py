@@ -1,14 +1,10 @@
 """The pairs by which L-BFGS knows the curvature, and the direction that follows."""
 
-import math
-import mmap
-from collections.abc import Sequence
-
 import torch
 from torch.nn.functional import pad
 
 from funcopt.conditions import Condition, Number, alone, everywhere, most, where
-from funcopt.execution import reading
+from funcopt.stepping import pages
 from funcopt.types import Tensor
 
 Slots = dict[str, Tensor]
@@ -35,19 +31,19 @@ class Pairs:
         #: whether no derivative, transform or mode sees what is computed
         self.in_place = alone(ro)
         if self.in_place:
-            self._y, self._s = (_Ring(rows, known, more, donate) for rows in (y, s))
+            self.y, self.s = (_Ring(rows, known, more, donate) for rows in (y, s))
         else:
-            self._y, self._s = _Rows(y, known), _Rows(s, known)
+            self.y, self.s = _Rows(y, known), _Rows(s, known)
 
     def push(self, y: Tensor, s: Tensor, ys: Number, new: Condition) -> None:
         """Remember a pair where it is new; the oldest makes room."""
-        column = _products(self._s, y)[:, None]
+        column = _products(self.s, y)[:, None]
         r = pad(torch.cat([self._r, column], 1), (0, 0, 0, 1))
         if not everywhere(new):
             r = where(new, r, pad(self._r, (1, 0, 1, 0)))
         self._r = r[-self._size :, -self._size :]
-        self._y.push(y, new)
-        self._s.push(s, new)
+        self.y.push(y, new)
+        self.s.push(s, new)
         self._ro.push(torch.as_tensor(1 / ys, dtype=y.dtype, device=y.device), new)
 
     def direction(self, g: Tensor, scale: Number, memory: Tensor | None) -> Tensor:
@@ -62,24 +58,23 @@ class Pairs:
         way = torch.neg(g, out=memory)
         newer = (ro[:, None] * self._r).triu(1)
         older = (ro[:, None] * self._r.T).tril(-1)
-        alpha = _solved(newer, ro * _products(self._s, way), upper=True)
-        way = self._added(way, -alpha, self._y)
+        alpha = _solved(newer, ro * _products(self.s, way), upper=True)
+        way = self._added(way, -alpha, self.y)
         way = torch.mul(way, scale, out=way if self.in_place else None)
-        right = alpha - ro * _products(self._y, way)
-        beta = _solved(older, right, upper=False)
-        return self._added(way, beta, self._s)
+        right = alpha - ro * _products(self.y, way)
+        return self._added(way, _solved(older, right, upper=False), self.s)
 
     def _added(self, x: Tensor, factors: Tensor, rows: "_Rows | _Ring") -> Tensor:
         """x and the rows by their factors, in the memory of x if it may be."""
         blocks = rows.blocks()
-        parts = factors.split([block.shape[0] for block in blocks])
+        parts = factors.split_with_sizes([block.shape[0] for block in blocks])
         for part, block in zip(parts, blocks):
             x = x.addmv_(block.T, part) if self.in_place else x + part @ block
         return x
 
     def slots(self) -> Slots:
         """Their part of the new state."""
-        kept = {"old_dirs": self._y, "old_stps": self._s, "ro": self._ro}
+        kept = {"old_dirs": self.y, "old_stps": self.s, "ro": self._ro}
         return {key: rows.whole() for key, rows in kept.items()}
 
 
@@ -97,6 +92,9 @@ class _Rows:
             same = torch.cat([torch.zeros_like(row), self._rows])
             longer = where(new, longer, same)
         self._rows = longer[-self._size :]
+
+    def room(self) -> None:
+        """None: what is followed is not written over."""
 
     def blocks(self) -> list[Tensor]:
         return [self._rows]
@@ -117,28 +115,47 @@ class _Ring:
 
     def __init__(self, old: Tensor, known: int, more: int, donate: bool) -> None:
         size = old.shape[0]
-        self._rows = old if donate else zeros(old.shape, old)
+        self._rows = old if donate else pages.zeros(old.shape, old)
         self._known, turn, first = known, more % size, size - known
         self._next = (size - turn) % size
+        self._room: Tensor | None = None  # for the next row, and perhaps written
         turned = old[first:turn].clone()
         for i in range(max(first, turn), size):  # from the oldest on, in one memory
             self._rows[i - turn] = old[i]
         self._rows[size - turned.shape[0] :] = turned
+        self._blocks = self._known_rows()
+
+    def room(self) -> Tensor:
+        """Memory for the next row: in its place, if no pair is to be driven out of it."""
+        if self._room is None:
+            row = self._rows[self._next]
+            full = self._known == self._rows.shape[0]
+            self._room = torch.empty_like(row) if full else row
+        return self._room
 
     def push(self, row: Tensor, new: Condition) -> None:
-        self._rows[self._next] = row
-        self._next = (self._next + 1) % self._rows.shape[0]
-        self._known = min(self._known + 1, self._rows.shape[0])
+        size = self._rows.shape[0]
+        if row is not self._room or self._known == size:
+            self._rows[self._next] = row
+        if self._known < size:
+            self._known, self._room = self._known + 1, None
+        self._next = (self._next + 1) % size
+        self._blocks = self._known_rows()
 
     def blocks(self) -> list[Tensor]:
-        """The known rows: those after the newest, and those up to it."""
+        """The known rows, in one or two pieces."""
+        return self._blocks
+
+    def _known_rows(self) -> list[Tensor]:
+        """Those after the newest, and those up to it."""
         size, split = self._rows.shape[0], self._next
         unknown = size - self._known
-        after = self._rows[min(split + unknown, size) :]
-        blocks = [after, self._rows[max(0, split + unknown - size) : split]]
-        return [block for block in blocks if block.shape[0]] or blocks[:1]
+        ranges = (split + unknown, size), (max(0, split + unknown - size), split)
+        return [self._rows[i:j] for i, j in ranges if i < j] or [self._rows[:0]]
 
     def whole(self) -> Tensor:
+        if self._room is not None and self._known < self._rows.shape[0]:
+            self._room.zero_()
         if self._next:  # fewer rows came
             known = torch.cat(self.blocks())
             for block in self.blocks():
@@ -147,24 +164,9 @@ class _Ring:
         return self._rows
 
 
-_LARGE = 1 << 20  # bytes
-
-
-def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Zeros of the dtype and device of ``like``.
-
-    Many are pages that the system hands out on the first write: a history that is
-    not written yet takes neither memory nor time.
-    """
-    size = math.prod(shape) * like.element_size()
-    if size < _LARGE or not reading.readable(like) or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return like.new_zeros(shape)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=like.dtype).view(*shape)
-
-
 def _products(rows: "_Rows | _Ring", x: Tensor) -> Tensor:
-    return torch.cat([block @ x for block in rows.blocks()])
+    found = [block @ x for block in rows.blocks()]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _solved(r: Tensor, right: Tensor, upper: bool) -> Tensor:

@@ -12,7 +12,8 @@ from funcopt.flat import Slope, flat
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
 from funcopt.optimizers._line_search import Point, strong_wolfe
-from funcopt.optimizers._pairs import Pairs, Slots, zeros
+from funcopt.optimizers._pairs import Pairs, Slots
+from funcopt.stepping import pages
 from funcopt.types import HyperValue, Tensor
 
 _CURVED = 1e-10  # y·s of a pair that is remembered
@@ -47,9 +48,11 @@ def rule(
     def read(x: Tensor) -> Number:
         return x.item() if in_place else x
 
-    def room(used: Tensor | None) -> Tensor | None:
-        """The memory of what is no longer needed, if nobody follows what is computed."""
-        return used if in_place else None
+    def memory(used: Tensor | None) -> Tensor | None:
+        """What to write over, where nobody follows what is computed."""
+        if not in_place:
+            return None
+        return pages.large_like(g) if used is None else used
 
     def within(x: Tensor, bound: Number) -> Condition:
         """Whether no element is larger; that one is, the first ones tell mostly."""
@@ -63,7 +66,7 @@ def rule(
     )
     t, scale, last_f = (read(slots[key]) for key in ("t", "H_diag", "prev_loss"))
     f = read(f.to(x.dtype))
-    y, s = None, d * t if begun else None
+    s = d * t if begun else None
     done = within(g, tolerance_grad)
     for i in range(rounds):
         if everywhere(done):
@@ -71,16 +74,17 @@ def rule(
         n_iter = n_iter + no(done)
 
         if s is not None:
-            y = torch.sub(g, last_g, out=room(last_g) if i and last_g is not g else None)
-            ys = read(y @ s)
+            y = torch.sub(g, last_g, out=pairs.y.room())
+            ys = read(y.dot(s))
             new = no(done) & (ys > _CURVED)
             if not everywhere(no(new)):
                 ys = where(new, ys, 1.0)
                 pairs.push(y, s, ys, new)
-                scale = where(new, ys / where(new, read(y @ y), 1.0), scale)
-        way = pairs.direction(g, scale, room(d) if i or donate else None)
+                scale = where(new, ys / where(new, read(y.dot(y)), 1.0), scale)
+        way = pairs.direction(g, scale, memory(d if i or donate else None))
         if moves is not None:
             way = torch.where(moves, way, 0.0)
+        spare = last_g if i and last_g is not g else None
         d, last_g, last_f = (
             where(done, old, new) for old, new in ((d, way), (last_g, g), (last_f, f))
         )
@@ -91,13 +95,14 @@ def rule(
             rate = lr * where(far, 1 / where(far, size, 1.0), 1.0)
         t = where(done, t, rate)
 
-        slope = read(g @ d)
+        slope = read(g.dot(d))
         done = done | (slope > -tolerance_change)
         if everywhere(done):
             break
+        room = pairs.s.room()
         if search:
             found, tried = strong_wolfe(
-                _line(evaluate, x, d, read, room(s)),
+                _line(evaluate, x, d, read, room),
                 Point(0 * t, f, g, slope),
                 t,
                 read(_largest(d)),
@@ -108,8 +113,8 @@ def rule(
             )
             t, f, g = where(done, t, found.t), found.loss, found.g
             evals = evals + tried
-        s = torch.mul(d, t, out=room(s))
-        x = where(done, x, torch.add(x, s, out=room(y)))
+        s = torch.mul(d, t, out=room)
+        x = where(done, x, torch.add(x, s, out=memory(spare)))
         if not search and i + 1 < max_iter:
             new_g, new_f = evaluate(x)
             f, g = where(done, f, read(new_f.to(x.dtype))), where(done, g, new_g)
@@ -154,7 +159,7 @@ def _line(
 
     def at(t: Number) -> Point:
         g, f = evaluate(x + torch.mul(d, t, out=memory))
-        return Point(t, read(f.to(x.dtype)), g, read(g @ d))
+        return Point(t, read(f.to(x.dtype)), g, read(g.dot(d)))
 
     return at
 
@@ -275,8 +280,8 @@ def _slots(history_size: int, x: Tensor) -> Slots:
         "n_iter": x.new_zeros((), dtype=torch.int64),
         "d": torch.zeros_like(x),
         "t": x.new_zeros(()),
-        "old_dirs": zeros((history_size, x.shape[0]), x),
-        "old_stps": zeros((history_size, x.shape[0]), x),
+        "old_dirs": pages.zeros((history_size, x.shape[0]), x),
+        "old_stps": pages.zeros((history_size, x.shape[0]), x),
         "ro": x.new_zeros(history_size),
         "H_diag": x.new_ones(()),
         "prev_flat_grad": torch.zeros_like(x),

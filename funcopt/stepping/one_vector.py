@@ -26,16 +26,23 @@ def form_of(leaves: Sequence[Any], name: str) -> dict[str, Any]:
 
 
 def joined(
-    leaves: Sequence[Any], params: Sequence[Any], like: Mapping[str, Any]
+    leaves: Sequence[Any],
+    params: Sequence[Any],
+    like: Mapping[str, Any],
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The leaves in a row, 0 for those that are None where params are not."""
+    """The leaves in a row, 0 for those that are None where params are not.
+
+    ``out`` is where to write it, if anywhere.
+    """
     pieces = [
-        torch.zeros(parts(p).numel(), **like) if x is None else _reals(x).reshape(-1)
+        torch.zeros(parts(p).numel(), **like) if x is None else _reals(x)
         for x, p in zip(leaves, params)
         if p is not None
     ]
+    pieces = [x if x.ndim == 1 else x.reshape(-1) for x in pieces]
     pieces = [x if x.dtype is like["dtype"] else x.to(like["dtype"]) for x in pieces]
-    return torch.cat(pieces) if pieces else torch.zeros(0, **like)
+    return torch.cat(pieces, out=out) if pieces else torch.zeros(0, **like)
 
 
 # A complex number cannot begin anywhere in memory, as its parts in the vector do: they
@@ -49,7 +56,7 @@ def _reals(leaf: Tensor) -> Tensor:
 def leaf_of(piece: Tensor, leaf: Tensor) -> Tensor:
     """The part of the vector that is the leaf's, in its form."""
     if leaf.dtype is piece.dtype:
-        return piece.view(leaf.shape)
+        return piece if leaf.ndim == 1 else piece.view(leaf.shape)
     piece = piece.view(parts(leaf).shape).to(parts(leaf).dtype)
     return torch.complex(*piece.unbind(-1)) if leaf.is_complex() else piece
 
