@@ -29,7 +29,9 @@ class Listed:
         present, self.rebuild = tree.without_none(self.function(*trees))
         return present
 
-    def grad(self, *lists: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+    def grad(
+        self, *lists: Sequence[Any], own: bool = False
+    ) -> tuple[list[Tensor], list[Any]]:
         """∂(first output)/∂(first list), and beside it all outputs.
 
         Three ways to the same numbers. ``torch.func.grad`` is always right, but slower:
@@ -37,6 +39,9 @@ class Listed:
         Autograd alone will do where it records the variables already; and, on detached
         copies of them, where no derivative of the result can be asked for through its
         inputs.
+
+        ``own`` says that the function has no other way to the variables, nor one of them
+        to another.
         """
         variables, rest = list(lists[0]), lists[1:]
         if torch.compiler.is_compiling() or levels.of_inference(variables):
@@ -44,7 +49,7 @@ class Listed:
         if levels.recorded(variables):
             # Views: the derivative stops at them, also where the function closes over
             # the same tensors (a proximal term).
-            views = [x.view_as(x) for x in variables]
+            views = variables if own else [x.view_as(x) for x in variables]
             out = self(views, *rest)
             return _derivative(out[0], views, record=True), out
         if not levels.differentiating(x for each in lists for x in each):

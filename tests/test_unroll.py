@@ -924,3 +924,75 @@ def test_dropout_by_functorch_randomness(randomness: str):
     assert torch.equal(a, b) == (randomness == "same")
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(end)(torch.stack([x, x]))
+
+
+# Parameters that the loss can reach by another way --------------------------------------
+
+
+def late(g: Tensor, p: Tensor, *, step: Any) -> tuple[Tensor]:
+    """A rule that gives its input back at first, as none should."""
+    return (p if step == 1 else p - 0.5 * g,)
+
+
+def tied(grads: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
+    """An update of which one new parameter is made of another."""
+    w = params["w"] - 0.5 * grads["w"]
+    return {"w": w, "b": 2 * w}, state
+
+
+@pytest.mark.parametrize("remat", [None, "step"])
+def test_what_the_loss_closes_over_is_constant_also_where_a_step_gives_it_back(
+    remat: Any,
+):
+    opt = fo.elementwise(late, name="late", slots={}, hyper={})
+
+    def outer(theta: Tensor) -> Tensor:
+        fixed = theta if remat is None else theta.detach()
+        run = fo.unroll(opt, lambda p, _: p * fixed, theta, steps=2, remat=remat)
+        return run.params
+
+    theta = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    end = outer(theta)
+    assert end.item() == 1.5  # 3 - 3 / 2: the gradient of p·θ by p is θ, not 2 θ
+    (slope,) = torch.autograd.grad(end, theta)
+    assert slope.item() == (0.5 if remat is None else 1.0)
+
+
+def test_a_parameter_made_of_another_is_a_variable_of_its_own():
+    opt = fo.Optimizer(lambda params: {"step": torch.zeros(2)}, tied)
+
+    def outer(w: Tensor) -> Tensor:
+        run = fo.unroll(
+            opt, lambda p, _: p["w"] * p["b"], {"w": w, "b": torch.ones_like(w)}, steps=2
+        )
+        return run.params["w"]
+
+    w = torch.tensor(3.0, dtype=torch.float64)
+    # w₁ = w - ½, b₁ = 2 w₁, w₂ = w₁ - ½ b₁ = 0
+    assert torch.func.grad_and_value(outer)(w) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_remat_is_equal_to_the_bit_also_of_leaves_used_often(name: str):
+    """A gradient's terms are added up in the same order."""
+    opt = getattr(fo, name)(lr=0.1)
+
+    def loss(p: Any, x: Tensor) -> Tensor:
+        y = x
+        for _ in range(3):
+            y = torch.tanh(y @ p["w"] + p["b"]) * p["b"]
+        return y.square().mean()
+
+    torch.manual_seed(0)
+    x = torch.randn(7, 4, dtype=torch.float64)
+    start = {
+        "w": torch.randn(4, 4, dtype=torch.float64, requires_grad=True),
+        "b": torch.randn(4, dtype=torch.float64, requires_grad=True),
+    }
+    found = []
+    for remat in (None, "step", 2):
+        run = fo.unroll(opt, loss, start, x, steps=5, remat=remat)
+        found.append(torch.autograd.grad(loss(run.params, x), list(start.values())))
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            assert torch.equal(a, b)

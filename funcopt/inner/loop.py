@@ -54,6 +54,13 @@ class Loop:
             "meta": shared["meta"],
         }
 
+    def has_own_params(self, k: int) -> bool:
+        """Whether the loss can reach step k's parameters as its argument only.
+
+        A rule makes each leaf anew, and none of another's new value.
+        """
+        return k > 0 and self.step.by_rule
+
     def is_cut(self, k: int) -> bool:
         """Whether the graph ends before step k."""
         return self.window is not None and k > 0 and k % self.window == 0
@@ -67,8 +74,9 @@ class Loop:
                 carry = tree.detach(dict(carry))
             # A view for each step: autograd then adds up the gradients of one step before
             # those of another, which is the order of remat: equal to the bit.
-            own = tree.map(_alias, shared) if tracked else shared
-            carry = record.add(self.step(self.given(carry, own, k)))
+            alias = tree.map(_alias, shared) if tracked else shared
+            stepped = self.step(self.given(carry, alias, k), self.has_own_params(k))
+            carry = record.add(stepped)
         return Unrolled(
             carry["params"], carry["state"], *record.stacked(), carry["buffers"]
         )

@@ -39,14 +39,17 @@ class InnerLoss:
         return *loss_and_aux(out, self.has_aux, self.name), buffers
 
     def grad(
-        self, params: Tree, batch: Tree, meta: Tree, buffers: Tree
+        self, params: Tree, batch: Tree, meta: Tree, buffers: Tree, *, own: bool = False
     ) -> tuple[Tree, tuple[Tensor, Tree, Tree]]:
-        """∇L by the parameters, and beside it what a call gives."""
+        """∇L by the parameters, and beside it what a call gives.
+
+        ``own`` says that the loss cannot close over these parameters.
+        """
         # All of them: whether one is followed decides how the gradient is made.
         listed = Listed(self, params, batch, meta, buffers)
         given = chain.from_iterable(listed.inputs[:-1])  # buffers have no derivative
         with exact_norms() if levels.norms_inexact(given) else nullcontext():
-            grads, out = listed.grad(*listed.inputs)
+            grads, out = listed.grad(*listed.inputs, own=own)
         return listed.like_first(grads), listed.rebuild(out)
 
 

@@ -118,7 +118,7 @@ class _Call:
     def _outputs(self, smooth: Sequence[Tensor], saved: Sequence[Tensor]) -> list[Tensor]:
         """∇L, and the smooth leaves of loss, aux and buffers."""
         given = self._given([*smooth, *saved[len(smooth) :]])
-        grads, rest = self.loss.grad(**given)
+        grads, rest = self.loss.grad(**given, own=True)
         trees: Trees = dict(zip(_OUTPUTS, (grads, *rest)))
         return SmoothLeaves(trees).split(trees)[0]
 

@@ -119,7 +119,8 @@ class _Call:
                 back = [] if self.loop.is_cut(k) else [*range(self.carried)]
                 back = [j for j in back if k or wanted[j]] + shared
                 made: list[Tensor] = []  # the loss, unless nothing is asked of the step
-                found = pull(at, [*ahead, *of_steps[k]], back, draws.pop(), made)
+                own = self.loop.has_own_params(k)  # as there: equal to the bit
+                found = pull(at, [*ahead, *of_steps[k]], back, draws.pop(), made, own)
                 again.update((k, loss) for loss in made)
                 by_place = dict(zip(back, found))
                 ahead = [by_place.get(j) for j in range(self.carried)]
@@ -166,13 +167,14 @@ class _Call:
         back: list[int],
         draws: Draws | None,
         again: list[Tensor],
+        own: bool,
     ) -> Bars:
         """The adjoints of a step's inputs; its loss is appended to ``again``."""
         values, others = self.inputs.split(at)
         plain = self.loop.step.plain()
 
         def step(values: Tensors) -> Tensors:
-            stepped = plain(self.inputs.filled(values, others))
+            stepped = plain(self.inputs.filled(values, others), own)
             again.append(stepped.loss.detach())
             return _smooth(stepped._asdict(), (*CARRY, "loss", "aux"))
 
@@ -187,12 +189,13 @@ class _Call:
         back: list[int],
         draws: Draws | None,
         again: list[Tensor],
+        own: bool,
     ) -> Bars:
         """The same in two stages: of the update, and of the gradient in mixed mode."""
         step, count = self.loop.step.plain(), self.count
         values, others = self.inputs.split(at)
         with _drawn(draws):
-            grads, loss, *_ = step.gradient(at)
+            grads, loss, *_ = step.gradient(at, own)
             of_grads: Trees = {"grads": grads}
             layout = SmoothLeaves(of_grads)
             slopes, _ = layout.split(of_grads)

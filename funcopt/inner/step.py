@@ -50,13 +50,15 @@ class Step:
                 "cannot take as constants; use 'reverse'"
             )
         self.update = opt.update
+        self.by_rule = opt.spec is not None
         self.asks_for_loss = asks_for_loss(opt)
         self.loss = InnerLoss(loss_fn, has_aux)
         self.first_order = grad_mode == "first_order"
         self.mixed = grad_mode == "mixed"
 
-    def __call__(self, given: Mapping[str, Tree]) -> Stepped:
-        grads, loss, aux, buffers = self.gradient(given)
+    def __call__(self, given: Mapping[str, Tree], own: bool = False) -> Stepped:
+        """One step; ``own`` says that the loss cannot close over these parameters."""
+        grads, loss, aux, buffers = self.gradient(given, own)
         if self.first_order:
             _refuse_lost_gradients(grads)
         params, state = self.updated(grads, given)
@@ -72,14 +74,16 @@ class Step:
         """The loss, aux, and buffers."""
         return self.loss(**{name: given[name] for name in ARGUMENTS})
 
-    def gradient(self, given: Mapping[str, Tree]) -> tuple[Tree, Tensor, Tree, Tree]:
+    def gradient(
+        self, given: Mapping[str, Tree], own: bool = False
+    ) -> tuple[Tree, Tensor, Tree, Tree]:
         """∇L, the loss, aux and buffers."""
         of_loss = {name: given[name] for name in ARGUMENTS}
         if self.first_order:
             of_loss["params"] = tree.detach(of_loss["params"])
         if self.mixed and apart.is_possible():
             return tuple(mixed.gradient(self.loss, of_loss).values())
-        grads, results = self.loss.grad(**of_loss)
+        grads, results = self.loss.grad(**of_loss, own=own)
         return grads, *results
 
     def updated(self, grads: Tree, given: Mapping[str, Tree]) -> tuple[Tree, State]:
