@@ -379,6 +379,114 @@ def test_a_plain_step_goes_by_its_lane(
     assert not torch.equal(runs[0][0]["w"], params["w"])
 
 
+def settled(opt: fo.Optimizer, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Steps in place of this optimizer that were asked no more than their tensors."""
+    taken: list[Any] = []
+    original = lane.Plain.settled
+
+    def spy(self: Any, hyper: Any) -> Any:
+        step = original(self, hyper)
+        return step and (lambda *given: taken.append(given) or step(*given))
+
+    monkeypatch.setattr(lane.Plain, "settled", spy)
+    return taken
+
+
+UNSETTLED: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
+    "an override": lambda opt, g, s, p: opt.update(g, s, p, donate=True, lr=0.5),
+    "a tensor": lambda opt, g, s, p: opt.update(g, s, p, donate=True, lr=number(0.5)),
+    "a rate for each leaf": lambda opt, g, s, p: opt.update(
+        g, s, p, donate=True, lr={"w": 0.1, "b": 0.2, "none": 0.3}
+    ),
+    "pure": lambda opt, g, s, p: opt.update(g, s, p),
+    "pure, of the same tensors": lambda opt, g, s, p: (
+        opt.update(g, s, p) and opt.update(g, s, p, donate=True)
+    ),
+    "by name": lambda opt, g, s, p: opt.update(g, s, p, donate=True, execution="native"),
+    "a leaf that is older": lambda opt, g, s, p: opt.update(
+        g, s | {"step": s["step"] + torch.tensor([0, 1, 2])}, p, donate=True
+    ),
+    "transposed": lambda opt, g, s, p: opt.update(
+        g | {"w": g["w"].T.contiguous().T}, s, p, donate=True
+    ),
+    "a leaf that stays": lambda opt, g, s, p: opt.update(
+        g | {"b": None}, s, p, donate=True
+    ),
+    "other tensors": lambda opt, g, s, p: opt.update(
+        tree.map(torch.clone, g), s, tree.map(torch.clone, p), donate=True
+    ),
+}
+
+
+@pytest.mark.parametrize("factory", [fo.adamw, fo.rmsprop, partial(fo.sgd, momentum=0.9)])
+@pytest.mark.parametrize("what", UNSETTLED)
+def test_steps_in_place_that_are_settled_and_one_that_is_not(
+    what: str, factory: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """To the bit the steps of an optimizer that never made any, and counted alike."""
+    opt = factory(lr=0.1)
+    taken = settled(opt, monkeypatch)
+    params = positive(1)
+    state = opt.init(params)
+    for k, call in enumerate(3 * [None] + [UNSETTLED[what]] + 3 * [None]):
+        grads = positive(2 + k)
+        given = [grads, *map(partial(tree.map, torch.clone), (state, params))]
+        old = [x._version for x in tree.leaves((state, params))]
+        if call is None:
+            call = lambda opt, g, s, p: opt.update(g, s, p, donate=True)  # noqa: E731
+            expected = factory(lr=0.1).update(*given, execution="native")
+            assert opt.update(grads, state, params, donate=True)[0] is params
+            new = [x._version for x in tree.leaves((state, params))]
+            assert all(a < b for a, b in zip(old, new))
+            found = params, state
+        else:
+            expected = call(factory(lr=0.1), *given)
+            found = params, state = call(opt, grads, state, params)
+        for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+            assert torch.equal(a, b)
+    assert taken
+
+
+def test_a_settled_step_refuses_what_shares_memory(monkeypatch: pytest.MonkeyPatch):
+    opt, params = fo.adamw(), positive(1)
+    taken, state = settled(opt, monkeypatch), opt.init(params)
+    for k in range(3):
+        opt.update(positive(2 + k), state, params, donate=True)
+    assert taken
+    shared = params["w"]
+    for grads in (positive(2) | {"w": shared}, positive(2) | {"b": shared.view(-1)[:5]}):
+        before = tree.map(torch.clone, (params, state))
+        with pytest.raises(fo.ExecutionError, match="share memory"):
+            opt.update(grads, state, params, donate=True)
+        pairs = zip(tree.leaves((params, state)), tree.leaves(before))
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_settled_step_and_the_modes_in_force(monkeypatch: pytest.MonkeyPatch):
+    opt, params = fo.adamw(), positive(1)
+    taken, state = settled(opt, monkeypatch), opt.init(params)
+
+    def in_place(**others: Any) -> None:
+        opt.update(positive(2), state, params, donate=True, **others)
+
+    for _ in range(3):
+        in_place()
+    count = len(taken)
+    assert count
+    with fo.execution("reference"):
+        in_place()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(fo.ExecutionError):
+        in_place()
+    with pytest.raises(fo.ExecutionError):
+        grad(lambda x: in_place() or x)(torch.ones(()))
+    params["w"].requires_grad_()
+    with pytest.raises(fo.ExecutionError):
+        in_place()
+    with torch.no_grad():
+        in_place()
+    assert len(taken) == count
+
+
 @pytest.mark.parametrize("donate", [False, True])
 def test_a_sum_that_overflows_is_looked_at_anew(donate: bool):
     opt, params = fo.lamb(), positive(1)

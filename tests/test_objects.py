@@ -127,6 +127,23 @@ def test_addresses():
         fast.addresses([torch.eye(2).to_sparse()])
 
 
+def test_written_counts_versions():
+    for found in both():
+        base, parameter = leaf(4), torch.nn.Parameter(leaf())
+        with torch.inference_mode():
+            inferred = leaf()
+        tensors = [leaf(), base[1:], parameter, inferred, leaf()]
+        found.written(tensors, 1, 4)
+        found.written(tensors, 2, 2)
+        counted = [x._version for x in (*tensors[:3], base, tensors[4])]
+        assert counted == [0, 1, 1, 1, 0] and inferred.is_inference()
+        found.written(tensors, 3, 9)
+        assert tensors[4]._version == 1
+    fast, _ = both()
+    with pytest.raises(TypeError, match="no version"):
+        fast.written([1.0], 0, 1)
+
+
 def test_same_is_the_same_object_and_not_an_equal_one():
     a, b, one = leaf(1), leaf(1), 1.5
     for found in both():

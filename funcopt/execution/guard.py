@@ -1,6 +1,6 @@
 """A cache whose key is what tensors are like: asked of all of them at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -28,43 +28,35 @@ class Known(Generic[T]):
     """A cache of what was worked out for tensors, and holds for others like them."""
 
     def __init__(self) -> None:
-        self._all: tuple[tuple[_Guard, T], ...] = ()
+        #: the tensors' number, what compares them, the grad mode if it matters, the rest
+        self._all: tuple[tuple[int, Callable[..., bool], bool | None, T], ...] = ()
 
     def get(self, tensors: Sequence[Any]) -> T | None:
-        """What is known for tensors like these."""
-        for guard, found in self._all:
-            if guard.admits(tensors):
+        """What is known for tensors like these, with the modes in force as they were.
+
+        Grad mode matters where one of them requires grad. Within an open forward-mode
+        level nothing is known: any tensor may be dual there.
+        """
+        for count, check, grad, found in self._all:
+            if (
+                count == len(tensors)
+                and check(*tensors)
+                and (grad is None or grad is torch.is_grad_enabled())
+                and forward_ad._current_level < 0
+            ):
                 return found
         return None
 
     def put(self, tensors: Sequence[Tensor], found: T) -> None:
         """Remember this for tensors like these; the oldest of many is forgotten."""
-        if _TensorGuards is not None:
-            self._all = ((_Guard(tensors), found), *self._all)[:_MOST]
-
-
-class _Guard:
-    """Whether tensors, and the modes in force, are like those it was made of.
-
-    Grad mode matters where one of them requires grad. An open forward-mode level never
-    passes: any tensor may be dual there.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        shapes: list[Any] = [list(x.shape) for x in tensors]
-        strides: list[Any] = [list(x.stride()) for x in tensors]
+        if _TensorGuards is None:
+            return
         make: Any = _TensorGuards
-        self._check = make(
-            *tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides
-        ).check
-        self._count = len(tensors)
-        self._asks = any(x.requires_grad for x in tensors)
-        self._grad = torch.is_grad_enabled()
-
-    def admits(self, tensors: Sequence[Any]) -> bool:
-        return (
-            len(tensors) == self._count
-            and self._check(*tensors)
-            and forward_ad._current_level < 0
-            and not (self._asks and self._grad is not torch.is_grad_enabled())
+        guards = make(
+            *tensors,
+            dynamic_dims_sizes=[list(x.shape) for x in tensors],
+            dynamic_dims_strides=[list(x.stride()) for x in tensors],
         )
+        asks = any(x.requires_grad for x in tensors)
+        grad = torch.is_grad_enabled() if asks else None
+        self._all = ((len(tensors), guards.check, grad, found), *self._all)[:_MOST]

@@ -2,9 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
+from operator import ne
+from typing import Any, TypeAlias
 
 from funcopt.execution import fused_autograd, layout, reference
 from funcopt.execution.call import Call
@@ -23,6 +22,9 @@ from funcopt.execution.leaves import Leaves
 from funcopt.execution.native import objects
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.types import Tensor
+
+#: makes a step in place, from tensors and the count of it; see `Lane.settled`
+Settled: TypeAlias = Callable[[list[Tensor], int], bool]
 
 
 class Lane(ABC):
@@ -43,7 +45,8 @@ class Lane(ABC):
         self._elements = rule.streams(kinds)  # hyperparameters with a value for each
         self._fixed = [name for name in rule.hyper if name not in self._elements]
         self._alike: Known[bool] = Known()  # of these values: that they are as leaves are
-        self._settled: Sequence[dict[str, Any]] | None = None  # numbers that all share
+        #: hyperparameters, and their numbers as all leaves share them
+        self._settled: tuple[Sequence[dict[str, Any]], list[Any]] = (), []
         self._written = count * sum(rule.outputs)
         self._apart = b""  # addresses of which no two tensors overlap
 
@@ -59,8 +62,8 @@ class Lane(ABC):
         ``tensors`` are gradients, parameters and slots, one column after the other;
         ``numbers`` are the columns of scalar slots, and last that of the steps.
         """
-        first, shared = hyper[0], True
-        if hyper is not self._settled:
+        settled, row = self._settled
+        if hyper is not settled:
             each = {id(values): values for values in hyper}
             if self._elements:
                 more = [values[name] for name in self._elements for values in hyper]
@@ -68,24 +71,27 @@ class Lane(ABC):
                     return None
                 tensors = tensors + more
                 each = {tuple(id(v[name]) for name in self._fixed): v for v in hyper}
-            kinds, shared = self._rule.kinds, len(each) == 1
+            kinds = self._rule.kinds
             if any(kinds(values) != self.kinds for values in each.values()):
                 return None
             if not self.takes_tasks and any(
                 type(x) is PerTask for values in each.values() for x in values.values()
             ):
                 return None
-            if shared and not any(isinstance(x, Tensor) for x in first.values()):
-                self._settled = hyper
-        if not shared or any(c.count(c[0]) != len(c) for c in numbers):
+            first, row = hyper[0], None
+            if len(each) == 1:
+                row = [*map(first.__getitem__, self._names)]
+                if not any(isinstance(x, Tensor) for x in first.values()):
+                    self._settled = hyper, row
+        own = [column[0] for column in numbers]
+        if row is None or any(map(ne, map(list.count, numbers, own), map(len, numbers))):
             names = self._names
             rows = [
                 [*own, *map(values.__getitem__, names)]
                 for values, *own in zip(hyper, *numbers)
             ]
         else:
-            row = [column[0] for column in numbers]
-            rows = [[*row, *map(first.__getitem__, self._names)]]
+            rows = [[*own, *row]]
         return self.step(tensors, rows, donate)
 
     @abstractmethod
@@ -93,6 +99,14 @@ class Lane(ABC):
         self, tensors: list[Tensor], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
         """The same, of rows of scalars: a single one is shared by all leaves."""
+
+    def settled(self, hyper: Sequence[dict[str, Any]]) -> Settled | None:
+        """A function that makes steps in place after one by these hyperparameters.
+
+        From the tensors, and the step of all leaves, to whether it could. None where
+        more than these may change.
+        """
+        return None
 
     def old(self, tensors: list[Tensor]) -> list[Tensor]:
         """Those of parameters and state."""
@@ -164,23 +178,41 @@ class Plain(Lane):
             rows = [[*map(read_number, row)] for row in rows]
         if (self._tasks or PerTask in kinds) and self._tasks != _tasks_of(rows):
             return None
-        addresses, count = objects.load().addresses(tensors), self._count
-        if donate and not self.may_write(tensors, addresses):
-            return None
-        out, params = None, tensors[count : 2 * count]
-        if not donate:
-            written = self._written // count
-            out = self._rule.recycler.columns(params, written, self._make)
-        direct = self._shared
+        direct, count = self._shared, self._count
         if len(rows) > 1:
             if self._own is None:
-                direct = self._executor.direct
+                params, direct = tensors[count : 2 * count], self._executor.direct
                 self._own = direct(params, self._which, tasks=self._tasks)
             direct = self._own
-        columns = direct(tensors, addresses, rows, out)
-        if columns is not None and donate:
-            torch.autograd.graph.increment_version(self.old(tensors))
+        if donate:
+            return self._in_place(direct, tensors, rows)
+        params, written = tensors[count : 2 * count], self._written // count
+        out = self._rule.recycler.columns(params, written, self._make)
+        return direct(tensors, objects.load().addresses(tensors), rows, out)
+
+    def _in_place(
+        self, direct: Direct, tensors: list[Tensor], rows: Rows
+    ) -> Sequence[Column] | None:
+        found = objects.load()
+        addresses = found.addresses(tensors)
+        if addresses != self._apart and not self.may_write(tensors, addresses):
+            return None
+        columns = direct(tensors, addresses, rows, None)
+        if columns is not None:
+            found.written(tensors, self._count, self._count + self._written)
         return columns
+
+    def settled(self, hyper: Sequence[dict[str, Any]]) -> Settled | None:
+        known, numbers = self._settled
+        if hyper is not known or self._tasks or any(self._rule.scalar):
+            return None
+        if not {*map(type, numbers)} <= _NUMBERS:
+            return None
+
+        def step(tensors: list[Tensor], t: int) -> bool:
+            return self._in_place(self._shared, tensors, [(t, *numbers)]) is not None
+
+        return step
 
 
 class Whole(Lane):

@@ -6,6 +6,7 @@ where they cannot: shape (), or one entry for each task of a batch.
 
 import math
 from collections.abc import Callable, Sequence
+from struct import Struct
 from typing import Any
 
 import torch
@@ -62,12 +63,16 @@ def evaluator(program: Program, sweep: Pass) -> Callable[[list[Any]], None]:
 
 
 def on_numbers(
-    program: Program, wanted: Sequence[int], sums: Sequence[int] = ()
-) -> Callable[..., tuple[Any, ...]]:
+    program: Program,
+    wanted: Sequence[int],
+    sums: Sequence[int] = (),
+    packed: bool = False,
+) -> Callable[..., Any]:
     """A function from Python numbers to the scalars ``wanted``, Python numbers too.
 
     Its arguments are the input scalars and then the ``sums``. Where `evaluator` would
-    find an infinity or NaN it raises ArithmeticError or ValueError.
+    find an infinity or NaN it raises ArithmeticError or ValueError. If ``packed`` the
+    scalars come as bytes, eight for each: soonest made here.
     """
     given = [i for i, stream in enumerate(program.inputs) if not stream] + [*sums]
     needed, ahead = set(given), list(wanted)
@@ -79,15 +84,19 @@ def on_numbers(
     lines = [f"v{v} = {_number(program, v, 'v{}')}" for v in sorted(needed - set(given))]
     results = "".join(f"v{v}, " for v in wanted)
     arguments = ", ".join(f"v{i}" for i in given)
-    return _compiled(arguments, [*lines, f"return ({results})"])
+    made = Struct(f"{len(wanted)}d").pack if packed else None
+    return _compiled(arguments, [*lines, f"return {'made' * packed}({results})"], made)
 
 
-def _compiled(arguments: str, lines: Sequence[str]) -> Callable[..., Any]:
+def _compiled(
+    arguments: str, lines: Sequence[str], made: Any = None
+) -> Callable[..., Any]:
     source = f"def compute({arguments}):\n " + "\n ".join(lines or ["pass"])
     namespace: dict[str, Any] = {
         name: getattr(math, name)
         for name in ("pow", "sqrt", "exp", "log", "tanh", "atan2", "inf", "nan")
     }
+    namespace["made"] = made
     exec(source, namespace)  # of our own making: no text of a user's is in it
     return namespace["compute"]
 

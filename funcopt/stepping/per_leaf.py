@@ -35,6 +35,8 @@ class Hypers:
         #: the last structure and its rows: to hash a structure takes long
         self._last: tuple[Any, Any] = None, None
         self._varying = self.arguments.keys() - self._constant
+        #: whether there are others than plain numbers
+        self.vary = bool(self._varying)
         #: the arguments of which a leaf has one number, and not one per element
         self._scalar = {
             (hyper.parts or (name,))[place]

@@ -72,7 +72,8 @@ class Stepper:
         }
         #: whether all tasks of a vmap can be one step: no element depends on another
         self.separable = spec.elementwise and not spec.totals
-        self.again = Again(self.trees, [*self.vectors], self.measures)
+        always = None if self.hypers.vary else self.values
+        self.again = Again(self.trees, [*self.vectors], self.measures, always)
         #: what steps the entries of a sparse gradient
         self.lazy = Stepper(replace(spec, sparse="")) if spec.sparse else None
 
@@ -109,8 +110,10 @@ class Stepper:
         **overrides: HyperValue,
     ) -> tuple[Tree, State]:
         """One step; see `Optimizer`."""
-        self.hypers.check_given(overrides)
-        values = partial(self.hypers.per_leaf, overrides) if overrides else self.values
+        values = self.values
+        if overrides or self.hypers.awaited:
+            self.hypers.check_given(overrides)
+            values = partial(self.hypers.per_leaf, overrides)
         return self.step(grads, state, params, values, donate, execution)
 
     def step(
@@ -123,13 +126,12 @@ class Stepper:
         execution: str | None = None,
     ) -> tuple[Tree, State]:
         """One step with the rule's keyword arguments that ``values`` gives each leaf."""
-        free = not (execution or torch.compiler.is_compiling() or choice.is_forced())
+        free = not (execution or torch.compiler.is_compiling())
         together = free and not donate and self.separable and batched.is_vmapped()
         if free and not together and choice.is_free():
             done = self.again.step(grads, state, params, values, donate)
             if done is not None:
-                structure, columns, steps = done
-                return self._result(structure, params, state, columns, steps, donate)
+                return self._result(*done, params, state, donate)
         p, structure = tree.flatten(params)
         g = tree.flatten_like(structure, grads, "grads")
         check_state(state, ("step", *self.slots), self.vectors, structure, self.rule.name)
@@ -144,7 +146,7 @@ class Stepper:
             if sparse_rows.are_among(g):
                 given = {"values": values, "execution": execution, "donate": donate}
                 return self._lazily(g, p, structure, state, trees, live, given)
-        if together and live is None:
+        if together and live is None and not choice.is_forced():
             held = {key: state[key] for key in self.vectors}
             done = tasks.step(self.step, g, p, trees, held, structure, values)
             if done is not None:
@@ -152,7 +154,7 @@ class Stepper:
         columns, steps = self._anew(
             g, p, structure, state, trees, live, values, donate, execution
         )
-        return self._result(structure, params, state, columns, steps, donate)
+        return self._result(structure, columns, steps, params, state, donate)
 
     def _anew(
         self,
@@ -258,13 +260,15 @@ class Stepper:
     def _result(
         self,
         structure: tree.Structure,
-        params: Tree,
-        state: State,
         columns: Sequence[Any],
         steps: Tensor,
+        params: Tree,
+        state: State,
         donate: bool,
     ) -> tuple[Tree, State]:
         """The columns as trees and vectors; with ``donate`` the old trees hold them."""
+        if donate and len(self.vectors) == 1 and steps is state["step"]:
+            return params, state
         new = {"step": steps}
         for slot, column in zip(self.slots, columns[1:]):
             if self.scalar[slot]:

@@ -5,7 +5,7 @@ import os
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
-from itertools import repeat
+from itertools import repeat, starmap
 from operator import add, itemgetter
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ class Native(Sweeping):
         are pooled.
         """
         program, sweep = self.program, self.program.passes[k]
-        before = scalars.on_numbers(program, self._parameters[k], known)
+        before = scalars.on_numbers(program, self._parameters[k], known, packed=True)
         count, total = len(like), sum(map(Tensor.numel, like))
         sizes = array("q", [x.numel() // max(tasks, 1) for x in like])
         owners, sums_out = array("q", which), len(sweep.sums)
@@ -145,15 +145,23 @@ class Native(Sweeping):
         fixed = self._kernels[k], count, max(tasks, 1), sizes, owners
         call, addresses_of = self._objects.run, self._objects.addresses
         parallel = total >= _PARALLEL
+        last = b"", b""  # addresses written in place, and the pointers made of them
+
+        def reads(addresses: bytes) -> bytes:
+            return b"".join(map(addresses.__getitem__, read))
 
         def launch(rows: Rows, addresses: bytes, out: Sequence[Column] | None) -> Rows:
             if tasks:
                 rows = [each for row in rows for each in _of_tasks(row, tasks)]
-            table = array("d")
-            for row in rows:
-                table.extend(before(*row))
-            pointers = b"".join(map(addresses.__getitem__, read))
-            pointers += in_place(addresses) if out is None else addresses_of(*out)
+            nonlocal last
+            table = b"".join(starmap(before, rows))
+            if out is not None:
+                pointers = reads(addresses) + addresses_of(*out)
+            else:
+                known, pointers = last
+                if addresses != known:
+                    pointers = reads(addresses) + in_place(addresses)
+                    last = addresses, pointers
             sums = array("d", bytes(8 * count * sums_out)) if sums_out else _NO_SUMS
             threads = torch.get_num_threads() if parallel else 1
             streaming = large and out is not None

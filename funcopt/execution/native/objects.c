@@ -1,19 +1,25 @@
-// Python's objects read in C: the leaves of trees, the addresses of tensors; and a kernel
-// called. In Python each costs more than the arithmetic of a small leaf.
+// Python's objects read in C: the leaves of trees, the addresses of tensors; a kernel
+// called, and what it wrote to marked. In Python each costs more than the arithmetic of a
+// small leaf.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <stdbool.h>
 #include <stdint.h>
 
-// Of torch's C interface; and where an object of the class Tensor holds its at::Tensor.
+// torch's functions; and where an object of the class Tensor holds its at::Tensor.
 static int32_t (*data_ptr)(void *tensor, void **found);
+static bool (*is_inference)(const void *tensor);
+static void (*bump_version)(const void *tensor);
 static PyTypeObject *class;
 static Py_ssize_t behind;
 
 static PyObject *bind(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    data_ptr = (int32_t (*)(void *, void **))PyLong_AsVoidPtr(args[0]);
-    class = (PyTypeObject *)Py_NewRef(args[1]);
-    behind = PyLong_AsSsize_t(args[2]);
+    class = (PyTypeObject *)Py_NewRef(args[0]);
+    behind = PyLong_AsSsize_t(args[1]);
+    data_ptr = (int32_t (*)(void *, void **))PyLong_AsVoidPtr(args[2]);
+    is_inference = (bool (*)(const void *))PyLong_AsVoidPtr(args[3]);
+    bump_version = (void (*)(const void *))PyLong_AsVoidPtr(args[4]);
     if (PyErr_Occurred()) return NULL;
     Py_RETURN_NONE;
 }
@@ -89,6 +95,21 @@ static PyObject *addresses(PyObject *self, PyObject *const *args, Py_ssize_t cou
     return made;
 }
 
+// written(list, begin, end): one more in the version counters of these tensors. One made in
+// inference mode has none, and to count there would throw an exception of C++'s.
+static PyObject *written(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Py_ssize_t i = PyLong_AsSsize_t(args[1]), end = PyLong_AsSsize_t(args[2]);
+    if (end > PyList_GET_SIZE(args[0])) end = PyList_GET_SIZE(args[0]);
+    for (; i < end; i++) {
+        PyObject *x = PyList_GET_ITEM(args[0], i);
+        if (!PyObject_TypeCheck(x, class))
+            return PyErr_Format(PyExc_TypeError, "a %s has no version", Py_TYPE(x)->tp_name);
+        const void *tensor = (char *)x + behind;
+        if (!is_inference(tensor)) bump_version(tensor);
+    }
+    Py_RETURN_NONE;
+}
+
 // Whether two lists hold the very same objects.
 static PyObject *same(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Py_ssize_t size = PyList_GET_SIZE(args[0]), i = 0;
@@ -128,6 +149,7 @@ static PyMethodDef methods[] = {
     {"bind", (PyCFunction)(void *)bind, METH_FASTCALL, NULL},
     {"leaves", (PyCFunction)(void *)leaves, METH_FASTCALL, NULL},
     {"addresses", (PyCFunction)(void *)addresses, METH_FASTCALL, NULL},
+    {"written", (PyCFunction)(void *)written, METH_FASTCALL, NULL},
     {"same", (PyCFunction)(void *)same, METH_FASTCALL, NULL},
     {"run", (PyCFunction)(void *)run, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},

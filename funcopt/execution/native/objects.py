@@ -29,6 +29,14 @@ _KERNEL = ctypes.CFUNCTYPE(
 )  # fmt: skip
 
 
+#: of torch, as C calls them: its C interface, and of its C++ what takes one tensor
+_FUNCTIONS = (
+    "aoti_torch_get_data_ptr",
+    "_ZN2at6native12is_inferenceERKNS_6TensorE",  # at::native::is_inference
+    "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE",  # impl::bump_version
+)
+
+
 class Objects(Protocol):
     """What there is in C, and in Python where that cannot be built."""
 
@@ -45,6 +53,11 @@ class Objects(Protocol):
     @property
     def addresses(self) -> Callable[..., bytes]:
         """Of the tensors in some lists, one after the other, eight bytes each."""
+        ...
+
+    @property
+    def written(self) -> Callable[[list[Tensor], int, int], None]:
+        """Count in the versions of the tensors from one place of a list up to another."""
         ...
 
     @property
@@ -82,7 +95,8 @@ def _in_c() -> Objects:
             raise BuildError("this torch keeps its tensors elsewhere")
     folder = Path(torch.__file__).parent / "lib"
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
-    data_ptr = ctypes.CDLL(str(folder / name)).aoti_torch_get_data_ptr
+    torch_cpu = ctypes.CDLL(str(folder / name))
+    functions = [ctypes.cast(torch_cpu[x], _pointer).value for x in _FUNCTIONS]
     source = Path(__file__).with_suffix(".c").read_text()
     built = library(
         f"// {sysconfig.get_config_var('SOABI')}\n{source}",
@@ -93,9 +107,12 @@ def _in_c() -> Objects:
         make = ctypes.PyDLL("", handle=built.loaded._handle).make
         make.restype = ctypes.py_object
         objects: Any = make()
-        objects.bind(ctypes.cast(data_ptr, _pointer).value, Tensor, behind)
+        objects.bind(Tensor, behind, *functions)
         if objects.addresses(tensors) != InPython().addresses(tensors):
             raise BuildError("C finds tensors elsewhere than torch")
+        objects.written(tensors, 2, 3)
+        if [x._version for x in tensors] != [0, 0, 1, 0]:
+            raise BuildError("C counts versions elsewhere than torch")
         built.keep()
     finally:
         built.discard()
@@ -111,6 +128,9 @@ class InPython:
 
     def addresses(self, *lists: Sequence[Tensor]) -> bytes:
         return array("Q", map(Tensor.data_ptr, chain(*lists))).tobytes()
+
+    def written(self, tensors: list[Tensor], begin: int, end: int) -> None:
+        torch.autograd.graph.increment_version(tensors[begin:end])
 
     def same(self, one: list[Any], other: list[Any]) -> bool:
         return len(one) == len(other) and all(map(is_, one, other))
