@@ -152,6 +152,18 @@ def test_same_is_the_same_object_and_not_an_equal_one():
             assert not found.same([a, b], other) and not found.same(other, [a, b])
 
 
+def test_holds_is_by_keys_and_values_in_their_order():
+    a, b, one = leaf(1), leaf(1), 1.5
+    entries = {a: {"x": one, "y": b}, b: {}, "c": {"x": a}}
+    flat = [a, one, b, b, "c", a]
+    others = [flat[:-1], [*flat, a], [], [b, *flat[1:]], [*flat[:2], a, *flat[3:]]]
+    for found in both():
+        assert found.holds(entries, flat) and found.holds({}, [])
+        assert not any(found.holds(entries, other) for other in others)
+        assert not found.holds({a: [one]}, [a, one]) and not found.holds([a], [a])
+        assert not found.holds({a: {"x": leaf(1)}}, [a, leaf(1)])
+
+
 def test_a_kernel_writes_the_same(monkeypatch: pytest.MonkeyPatch):
     params = {"w": torch.linspace(-1, 1, 5000), "b": torch.ones(3)}
     results = []

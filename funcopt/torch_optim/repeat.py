@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -28,22 +28,24 @@ class _Row:
         self._read = itemgetter(*names, names[0])  # always a tuple
         self._names = (*names,)
         self._key, self._rule, self._kinds = known.key(group), batch.stepper.rule, kinds
-        self._seen: tuple[Any, ...] | None = None
-        self._row: dict[str, Any] = {}
+        self._scalars = self._rule.scalars(kinds)
+        self._seen: tuple[Any, ...] = ()
+        self.row: dict[str, Any] = {}
+        self._numbers: list[Any] = []
 
-    def get(self) -> dict[str, Any] | None:
-        """The arguments; None if they are now of another kind."""
+    def get(self) -> list[Any] | None:
+        """The scalars among the arguments; None if these are now of another kind."""
         values = self._read(self.group)
-        if self._seen is not None and all(map(is_, values, self._seen)):
-            return self._row
+        if self._seen and all(map(is_, values, self._seen)):
+            return self._numbers
         if self._known.key(self.group) != self._key:
             return None
         row = flags.row(self._spec, self.group)
         if self._rule.kinds(row) != self._kinds:
             return None
-        self._row = row
-        self._seen = values if flags.fixed(self.group, self._names) else None
-        return row
+        self.row, self._numbers = row, [*map(row.__getitem__, self._scalars)]
+        self._seen = values if flags.fixed(self.group, self._names) else ()
+        return self._numbers
 
 
 class _Way:
@@ -51,14 +53,12 @@ class _Way:
 
     def __init__(self, batch: Batch, lane: Lane, known: Flags) -> None:
         self.batch, self._lane = batch, lane
-        columns, rule = batch.columns(), batch.stepper.rule
+        columns = batch.columns()
         self._owner = owner = leaves_of(batch).rows(lane.kinds)[1]
         self._firsts = [owner.index(row) for row in range(max(owner) + 1)]
         self._rows = [
             _Row(batch, batch.groups[i], known, lane.kinds) for i in self._firsts
         ]
-        self._given: list[Any] = []  #: the groups' arguments in this step
-        self._names = rule.scalars(lane.kinds)
         self.fixed = [*batch.params]
         for slot in batch.stepper.trees:
             self.fixed += columns[slot]
@@ -75,7 +75,7 @@ class _Way:
 
         None if a value is of another kind now, or leaves that shared a row no longer do.
         """
-        self._given = groups = [row.get() for row in self._rows]
+        groups = [row.get() for row in self._rows]
         if None in groups:
             return None
         count = len(self.batch.params)
@@ -91,16 +91,16 @@ class _Way:
             ]:
                 return None
         return [
-            [*(column[i] for column in numbers), *map(row.__getitem__, self._names)]
-            for i, row in zip(self._firsts, groups)
-            if row is not None
+            [*[column[i] for column in numbers], *scalars]
+            for i, scalars in zip(self._firsts, groups)
+            if scalars is not None
         ]
 
     def run(self, grads: list[Tensor], rows: list[list[Any]]) -> None:
         """One update."""
         columns = self._lane.step([*grads, *self.fixed], rows, donate=True)
         if columns is None:
-            given = [self._given[row] for row in self._owner]
+            given = [self._rows[row].row for row in self._owner]
             batch = replace(self.batch, grads=grads, rows=given)
             step(batch, {}, differentiable=False)
             return
@@ -137,14 +137,14 @@ class Repeat:
 
     def run(self, groups: Sequence[Group], state: dict[Tensor, Any]) -> bool:
         """Whether this was such a step; it is then done."""
-        grads: list[Any] = [[p.grad for p in params] for params in self._live]
+        grads: list[Any] = [[*map(_grad, params)] for params in self._live]
         params, same = [*chain(*map(_params, groups))], objects.load().same
         if (
             state is not self._state
             or not choice.is_free()
             or not same([*groups], self._groups)
             or not same(params, self._params)
-            or not same(_held(state), self._held)
+            or not objects.load().holds(state, self._held)
             or any(p.grad is not None for p in self._idle)
             or not self._alike.get([*chain(*grads), *self._fixed])
         ):
@@ -158,12 +158,12 @@ class Repeat:
         return True
 
 
-_params = itemgetter("params")
+_params, _grad = itemgetter("params"), attrgetter("grad")
 
 
 def _held(state: dict[Tensor, Any]) -> list[Any]:
-    """What the state holds: keys, and all values of all entries."""
-    return [*state, *chain.from_iterable(map(dict.values, state.values()))]
+    """What the state holds: each key, and the values of its entry."""
+    return [x for p, entry in state.items() for x in (p, *entry.values())]
 
 
 def _joined(batch: Batch, key: str) -> Tensor:

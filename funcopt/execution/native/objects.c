@@ -118,6 +118,20 @@ static PyObject *same(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     return PyBool_FromLong(i == size);
 }
 
+// Whether these are the keys of a dict of dicts, each with the values of its dict.
+static PyObject *holds(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    PyObject *known = args[1], *key, *entry, *name, *value;
+    Py_ssize_t size = PyList_GET_SIZE(known), i = 0;
+    if (!PyDict_Check(args[0])) Py_RETURN_FALSE;
+    for (Py_ssize_t at = 0; PyDict_Next(args[0], &at, &key, &entry);) {
+        if (i == size || PyList_GET_ITEM(known, i++) != key) Py_RETURN_FALSE;
+        if (!PyDict_Check(entry)) Py_RETURN_FALSE;
+        for (Py_ssize_t to = 0; PyDict_Next(entry, &to, &name, &value);)
+            if (i == size || PyList_GET_ITEM(known, i++) != value) Py_RETURN_FALSE;
+    }
+    return PyBool_FromLong(i == size);
+}
+
 typedef int (*Kernel)(int64_t, int64_t, const int64_t *, const int64_t *, const double *,
                       char *const *, double *, int, int);
 
@@ -151,6 +165,7 @@ static PyMethodDef methods[] = {
     {"addresses", (PyCFunction)(void *)addresses, METH_FASTCALL, NULL},
     {"written", (PyCFunction)(void *)written, METH_FASTCALL, NULL},
     {"same", (PyCFunction)(void *)same, METH_FASTCALL, NULL},
+    {"holds", (PyCFunction)(void *)holds, METH_FASTCALL, NULL},
     {"run", (PyCFunction)(void *)run, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -66,6 +66,11 @@ class Objects(Protocol):
         ...
 
     @property
+    def holds(self) -> Callable[[Any, list[Any]], bool]:
+        """Whether these are a dict's keys, each with the values of the dict it is for."""
+        ...
+
+    @property
     def run(self) -> Callable[..., int]:
         """A kernel by its address, and what ``run`` of driver.h takes: buffers."""
         ...
@@ -134,6 +139,14 @@ class InPython:
 
     def same(self, one: list[Any], other: list[Any]) -> bool:
         return len(one) == len(other) and all(map(is_, one, other))
+
+    def holds(self, entries: Any, known: list[Any]) -> bool:
+        if not isinstance(entries, dict):
+            return False
+        if not all(isinstance(entry, dict) for entry in entries.values()):
+            return False
+        found = [x for key, entry in entries.items() for x in (key, *entry.values())]
+        return self.same(found, known)
 
     def run(self, kernel: int, *given: Any) -> int:
         plain = [x.buffer_info()[0] if isinstance(x, array) else x for x in given]
