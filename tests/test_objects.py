@@ -127,6 +127,46 @@ def test_addresses():
         fast.addresses([torch.eye(2).to_sparse()])
 
 
+LOOKS: dict[str, list[list[Any]]] = {
+    "alike": [[leaf(), leaf(3)], [leaf().view(2, 1)]],
+    "none": [],
+    "of two dtypes": [[leaf()], [leaf(), leaf().double()]],
+    "of two devices": [[leaf(), torch.empty(2, device="meta")]],
+    "one requires grad": [[leaf()], [leaf().requires_grad_()]],
+    "a parameter": [[leaf(), torch.nn.Parameter(leaf())]],
+    "a parameter of another dtype": [[torch.nn.Parameter(leaf().half()), leaf()]],
+    "a buffer": [[leaf(), torch.nn.Buffer(leaf())]],
+    "a subclass": [[leaf(), leaf().as_subclass(torch.nn.Parameter)]],
+    "an own subclass": [[leaf(), leaf().as_subclass(type("Own", (torch.Tensor,), {}))]],
+    "a number": [[leaf().double(), 1.0], [leaf().requires_grad_()]],
+    "sparse": [[leaf(), torch.eye(2).to_sparse()]],
+}
+
+
+@pytest.mark.parametrize("what", LOOKS)
+def test_look(what: str):
+    fast, slow = both()
+    found = fast.look(*LOOKS[what])
+    assert found == slow.look(*LOOKS[what]) and all(type(x) is bool for x in found)
+    assert fast.look(*map(tuple, LOOKS[what])) == found
+    alike = what in ("alike", "none", "one requires grad", "a parameter", "sparse")
+    assert found[1] is (alike or what in ("a buffer", "a subclass"))
+    with pytest.raises(TypeError, match="lists of tensors"):
+        fast.look(leaf())
+
+
+def test_look_within_transforms():
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        fast, slow = both()
+        assert fast.look([x, leaf()]) == slow.look([x, leaf()])
+        return x.sum()
+
+    for x in (leaf(), leaf().double().requires_grad_()):
+        torch.func.grad(seen)(x)
+        torch.vmap(torch.func.grad(seen))(x.view(2, 1))
+        torch.func.jvp(seen, (x,), (x,))
+
+
 def test_written_counts_versions():
     for found in both():
         base, parameter = leaf(4), torch.nn.Parameter(leaf())

@@ -3,10 +3,8 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +14,7 @@ from funcopt.execution.executor import BuildError, Column, Executor
 from funcopt.execution.foreach import Foreach
 from funcopt.execution.form import Engine
 from funcopt.execution.leaves import Leaves
+from funcopt.execution.native import objects
 from funcopt.execution.native.kernels import Native
 from funcopt.execution.program import Program
 from funcopt.execution.rule import Kinds, Rule
@@ -98,8 +97,7 @@ def _known(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):  # made at once, where a frozen dataclass takes a while
     """What runs some leaves, and why what would be faster does not."""
 
     name: str  #: one of `NAMES`
@@ -108,8 +106,7 @@ class Choice:
     refused: tuple[tuple[str, str], ...] = ()  #: (name, sentence) of those before it
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Leaves that run together, and what runs them."""
 
     rule: Rule
@@ -126,8 +123,11 @@ def is_forced() -> bool:
 
 def is_free() -> bool:
     """Whether a lane may be taken: no executor is forced, no mode or `observed` open."""
-    watched = torch._C._len_torch_dispatch_stack()  # by a mode, as make_fx's
-    return not watched and _forced.get() is None and _observer.get() is None
+    return not _is_watched() and _forced.get() is None and _observer.get() is None
+
+
+#: whether a mode, as make_fx's, watches each operation
+_is_watched = torch._C._len_torch_dispatch_stack
 
 
 def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
@@ -140,12 +140,14 @@ def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
         ExecutionError: that one refuses; the message says why.
     """
     forced = _known(name) if name else _forced.get()
-    forbidden = untouchable(leaves)
-    tensors = leaves.tensors()
-    transformed = levels.differentiating(tensors)
-    followed = transformed and levels.followed(tensors)
+    look = objects.load().look(leaves.grads, leaves.params, *leaves.state)
+    plain, alike, asked = look
+    forbidden = None if plain and not _is_watched() else untouchable(leaves)
+    transformed = levels.differentiating(leaves.scalars())
+    transformed |= asked and torch.is_grad_enabled()
+    followed = transformed and levels.followed(leaves.tensors())
     made = []
-    for (dtype, device, kind), which in _alike(leaves).items():
+    for (dtype, device, kind), which in _alike(leaves, alike).items():
         whole = transformed and not leaves.rule.elementwise
         if leaves.rule.sums and (whole or forced == "stacked"):
             forced = None  # it is the step that is forced
@@ -157,7 +159,7 @@ def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
             reasons["stacked"] = forbidden or stacked.refuses(
                 leaves.pick(which), bool(forced)
             )
-        params = [leaves.params[i] for i in which]
+        params = leaves.pick(which).params
         least = _least_worth(params) if followed and not forced else 0
         name, refused = _choose(leaves.rule, kind, dtype, device, least, reasons, forced)
         choice = Choice(name, followed and name in ENGINES, transformed, refused)
@@ -168,20 +170,21 @@ def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
     return made
 
 
-def _alike(leaves: Leaves) -> dict[tuple[torch.dtype, torch.device, Kinds], list[int]]:
-    """The leaves of each dtype, device, and kinds of hyperparameters."""
+def _alike(
+    leaves: Leaves, alike: bool
+) -> dict[tuple[torch.dtype, torch.device, Kinds], list[int]]:
+    """The leaves of each dtype, device, and kinds of hyperparameters.
+
+    ``alike`` says that their dtype and device are known to be one.
+    """
     kinds = {key: leaves.rule.kinds(v) for key, v in leaves.distinct_hyper.items()}
-    places = {*map(_place, leaves.params)}
-    if len(places) == len(kinds) == 1:  # most steps: no leaf is looked at by itself
-        ((dtype, device),), (kind,) = places, kinds.values()
-        return {(dtype, device, kind): [*range(len(leaves.params))]}
+    if alike and len(kinds) == 1:  # most steps: no leaf is looked at by itself
+        p, (kind,) = leaves.params[0], kinds.values()
+        return {(p.dtype, p.device, kind): [*range(len(leaves.params))]}
     found: dict[Any, list[int]] = {}
     for i, (p, values) in enumerate(zip(leaves.params, leaves.hyper)):
         found.setdefault((p.dtype, p.device, kinds[id(values)]), []).append(i)
     return found
-
-
-_place = attrgetter("dtype", "device")
 
 
 def _least_worth(params: Column) -> int:
@@ -208,13 +211,10 @@ def _choose(
     Raises:
         ExecutionError: the one that is forced refuses; the message says why.
     """
-    refused = []
-    own = [
-        name
-        for name in (*reasons, "reference")
-        if _DEVICES.get(name, device.type) == device.type
-    ]
-    for name in (forced,) if forced else own:
+    refused, kind = [], device.type
+    for name in (forced,) if forced else (*reasons, "reference"):
+        if not forced and _DEVICES.get(name, kind) != kind:
+            continue
         reason = reasons.get(name)
         if name in ENGINES and reason is None:
             reason = _refuses(name, rule, kinds, dtype, device, least)
@@ -250,7 +250,7 @@ def _refuses(
 
 def untouchable(leaves: Leaves) -> str | None:
     """Why only torch's own operations may touch these tensors, or None."""
-    if torch._C._len_torch_dispatch_stack():
+    if _is_watched():
         return "a mode watches each operation"
     types = {*map(type, chain(leaves.grads, leaves.params, *leaves.state))} - PLAIN
     return f"{types.pop().__name__} is a tensor subclass" if types else None

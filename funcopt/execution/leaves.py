@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -31,7 +32,7 @@ class Leaves:
         """What is a number for each leaf: scalar slots, and the step."""
         return [*(c for c, s in zip(self.slots, self.rule.scalar) if s), self.steps]
 
-    @property
+    @cached_property
     def distinct_hyper(self) -> dict[int, dict[str, Any]]:
         """The hyperparameter dicts, each once, by ``id``: leaves may share one."""
         return dict(zip(map(id, self.hyper), self.hyper))
@@ -64,10 +65,14 @@ class Leaves:
             which.append(index[key])
         return rows, which
 
+    def scalars(self) -> list[Any]:
+        """What is not a tensor for each leaf: numbers, and hyperparameters."""
+        hyper = [values.values() for values in self.distinct_hyper.values()]
+        return [*chain(*self.numbers, *hyper)]
+
     def tensors(self) -> list[Any]:
         """All that may be differentiated, numbers among it."""
-        hyper = [values.values() for values in self.distinct_hyper.values()]
-        return [*chain(self.grads, self.params, *self.slots, self.steps, *hyper)]
+        return [*chain(self.grads, self.params, *self.state), *self.scalars()]
 
     def pick(self, which: Sequence[int]) -> "Leaves":
         """Those of the given numbers."""

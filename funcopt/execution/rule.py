@@ -45,7 +45,7 @@ class Rule:
 
     def kinds(self, values: Mapping[str, Any]) -> Kinds:
         """What each hyperparameter is, of those of one leaf."""
-        return tuple(_kind(values[name]) for name in self.hyper)
+        return tuple(map(_kind, map(values.__getitem__, self.hyper)))
 
     def scalars(self, kinds: Kinds) -> list[str]:
         """The hyperparameters that are input scalars of the program, in order."""

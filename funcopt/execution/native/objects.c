@@ -9,17 +9,26 @@
 
 // torch's functions; and where an object of the class Tensor holds its at::Tensor.
 static int32_t (*data_ptr)(void *tensor, void **found);
+static int32_t (*get_dtype)(void *tensor, int32_t *found);
+static int32_t (*get_device)(void *tensor, int32_t *found);
+static int32_t (*get_device_index)(void *tensor, int32_t *found);
 static bool (*is_inference)(const void *tensor);
 static void (*bump_version)(const void *tensor);
-static PyTypeObject *class;
+static bool (*requires_grad)(const void *impl);  // what an at::Tensor is a pointer to
+static PyTypeObject *class, *parameter;
 static Py_ssize_t behind;
 
 static PyObject *bind(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     class = (PyTypeObject *)Py_NewRef(args[0]);
-    behind = PyLong_AsSsize_t(args[1]);
-    data_ptr = (int32_t (*)(void *, void **))PyLong_AsVoidPtr(args[2]);
-    is_inference = (bool (*)(const void *))PyLong_AsVoidPtr(args[3]);
-    bump_version = (void (*)(const void *))PyLong_AsVoidPtr(args[4]);
+    parameter = (PyTypeObject *)Py_NewRef(args[1]);
+    behind = PyLong_AsSsize_t(args[2]);
+    data_ptr = (int32_t (*)(void *, void **))PyLong_AsVoidPtr(args[3]);
+    get_dtype = (int32_t (*)(void *, int32_t *))PyLong_AsVoidPtr(args[4]);
+    get_device = (int32_t (*)(void *, int32_t *))PyLong_AsVoidPtr(args[5]);
+    get_device_index = (int32_t (*)(void *, int32_t *))PyLong_AsVoidPtr(args[6]);
+    is_inference = (bool (*)(const void *))PyLong_AsVoidPtr(args[7]);
+    bump_version = (void (*)(const void *))PyLong_AsVoidPtr(args[8]);
+    requires_grad = (bool (*)(const void *))PyLong_AsVoidPtr(args[9]);
     if (PyErr_Occurred()) return NULL;
     Py_RETURN_NONE;
 }
@@ -95,6 +104,33 @@ static PyObject *addresses(PyObject *self, PyObject *const *args, Py_ssize_t cou
     return made;
 }
 
+// Of what is in some lists: whether there are tensors alone, of no other subclass than
+// Parameter; whether these are then of one dtype and device; whether one requires grad.
+static PyObject *look(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    bool plain = true, alike = true, asked = false;
+    int32_t first[3], found[3], seen = 0;
+    for (Py_ssize_t k = 0; k < count; k++) {
+        if (!PyList_Check(args[k]) && !PyTuple_Check(args[k]))
+            return PyErr_Format(PyExc_TypeError, "look takes lists of tensors");
+        for (Py_ssize_t i = 0; i < Py_SIZE(args[k]); i++) {
+            PyObject *x = PySequence_Fast_GET_ITEM(args[k], i);
+            plain &= Py_TYPE(x) == class || Py_TYPE(x) == parameter;
+            if (!PyObject_TypeCheck(x, class)) continue;
+            void *tensor = (char *)x + behind;
+            asked |= requires_grad(*(void **)tensor);
+            if (!plain || !alike) continue;
+            int32_t *of = seen++ ? found : first;
+            if (get_dtype(tensor, of) || get_device(tensor, of + 1) ||
+                get_device_index(tensor, of + 2))
+                return PyErr_Format(PyExc_RuntimeError, "a tensor without a device");
+            alike = of == first || !memcmp(first, found, sizeof first);
+        }
+    }
+    PyObject *parts[] = {plain ? Py_True : Py_False, plain && alike ? Py_True : Py_False,
+                         asked ? Py_True : Py_False};
+    return PyTuple_Pack(3, parts[0], parts[1], parts[2]);
+}
+
 // written(list, begin, end): one more in the version counters of these tensors. One made in
 // inference mode has none, and to count there would throw an exception of C++'s.
 static PyObject *written(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -163,6 +199,7 @@ static PyMethodDef methods[] = {
     {"bind", (PyCFunction)(void *)bind, METH_FASTCALL, NULL},
     {"leaves", (PyCFunction)(void *)leaves, METH_FASTCALL, NULL},
     {"addresses", (PyCFunction)(void *)addresses, METH_FASTCALL, NULL},
+    {"look", (PyCFunction)(void *)look, METH_FASTCALL, NULL},
     {"written", (PyCFunction)(void *)written, METH_FASTCALL, NULL},
     {"same", (PyCFunction)(void *)same, METH_FASTCALL, NULL},
     {"holds", (PyCFunction)(void *)holds, METH_FASTCALL, NULL},

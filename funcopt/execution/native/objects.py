@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from torch.nn import Parameter
 
 from funcopt.execution import levels
 from funcopt.execution.executor import BuildError
@@ -32,8 +33,12 @@ _KERNEL = ctypes.CFUNCTYPE(
 #: of torch, as C calls them: its C interface, and of its C++ what takes one tensor
 _FUNCTIONS = (
     "aoti_torch_get_data_ptr",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_device_type",
+    "aoti_torch_get_device_index",
     "_ZN2at6native12is_inferenceERKNS_6TensorE",  # at::native::is_inference
     "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE",  # impl::bump_version
+    "_ZNK3c1010TensorImpl13requires_gradEv",  # c10::TensorImpl::requires_grad
 )
 
 
@@ -53,6 +58,15 @@ class Objects(Protocol):
     @property
     def addresses(self) -> Callable[..., bytes]:
         """Of the tensors in some lists, one after the other, eight bytes each."""
+        ...
+
+    @property
+    def look(self) -> Callable[..., tuple[bool, bool, bool]]:
+        """What is in some lists, at a glance.
+
+        Whether they are tensors alone, of no other subclass than Parameter; whether
+        these are then of one dtype and device; whether a tensor requires grad.
+        """
         ...
 
     @property
@@ -93,7 +107,7 @@ def _in_c() -> Objects:
         raise BuildError("without a lock lists may change while they are read")
     # Right behind what every object begins with lies the pointer that _cdata tells.
     tensor = torch.ones(3, device="cpu")
-    tensors = [tensor, tensor[1:], tensor.new_zeros(0), torch.nn.Parameter(tensor)]
+    tensors = [tensor, tensor[1:], tensor.new_zeros(0), Parameter(tensor)]
     behind = object.__basicsize__
     for x in tensors:
         if _pointer.from_address(id(x) + behind).value != x._cdata:
@@ -112,9 +126,12 @@ def _in_c() -> Objects:
         make = ctypes.PyDLL("", handle=built.loaded._handle).make
         make.restype = ctypes.py_object
         objects: Any = make()
-        objects.bind(Tensor, behind, *functions)
+        objects.bind(Tensor, Parameter, behind, *functions)
         if objects.addresses(tensors) != InPython().addresses(tensors):
             raise BuildError("C finds tensors elsewhere than torch")
+        for some in ([tensor, tensor[1:]], tensors, [tensor, tensor.double()]):
+            if objects.look(some) != InPython().look(some):
+                raise BuildError("C sees tensors otherwise than torch")
         objects.written(tensors, 2, 3)
         if [x._version for x in tensors] != [0, 0, 1, 0]:
             raise BuildError("C counts versions elsewhere than torch")
@@ -133,6 +150,13 @@ class InPython:
 
     def addresses(self, *lists: Sequence[Tensor]) -> bytes:
         return array("Q", map(Tensor.data_ptr, chain(*lists))).tobytes()
+
+    def look(self, *lists: Sequence[Any]) -> tuple[bool, bool, bool]:
+        found = [*chain(*lists)]
+        tensors = [x for x in found if isinstance(x, Tensor)]
+        plain = {*map(type, found)} <= {Tensor, Parameter}
+        alike = plain and len({(x.dtype, x.device) for x in tensors}) <= 1
+        return plain, alike, any(x.requires_grad for x in tensors)
 
     def written(self, tensors: list[Tensor], begin: int, end: int) -> None:
         torch.autograd.graph.increment_version(tensors[begin:end])
