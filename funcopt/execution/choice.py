@@ -140,11 +140,11 @@ def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
         ExecutionError: that one refuses; the message says why.
     """
     forced = _known(name) if name else _forced.get()
-    look = objects.load().look(leaves.grads, leaves.params, *leaves.state)
-    plain, alike, asked = look
+    look = objects.load().look
+    plain, alike, asked = look(leaves.grads, leaves.params, *leaves.state)
+    asked = asked or look(leaves.scalars())[2]
     forbidden = None if plain and not _is_watched() else untouchable(leaves)
-    transformed = levels.differentiating(leaves.scalars())
-    transformed |= asked and torch.is_grad_enabled()
+    transformed = levels.differentiating(()) or (asked and torch.is_grad_enabled())
     followed = transformed and levels.followed(leaves.tensors())
     made = []
     for (dtype, device, kind), which in _alike(leaves, alike).items():
