@@ -126,9 +126,8 @@ static PyObject *look(PyObject *self, PyObject *const *args, Py_ssize_t count) {
             alike = of == first || !memcmp(first, found, sizeof first);
         }
     }
-    PyObject *parts[] = {plain ? Py_True : Py_False, plain && alike ? Py_True : Py_False,
-                         asked ? Py_True : Py_False};
-    return PyTuple_Pack(3, parts[0], parts[1], parts[2]);
+    return Py_BuildValue("NNN", PyBool_FromLong(plain), PyBool_FromLong(plain && alike),
+                         PyBool_FromLong(asked));
 }
 
 // written(list, begin, end): one more in the version counters of these tensors. One made in
