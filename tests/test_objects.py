@@ -180,8 +180,9 @@ def test_written_counts_versions():
         found.written(tensors, 3, 9)
         assert tensors[4]._version == 1
     fast, _ = both()
+    wrong: Any = [1.0]
     with pytest.raises(TypeError, match="no version"):
-        fast.written([1.0], 0, 1)
+        fast.written(wrong, 0, 1)
 
 
 def test_same_is_the_same_object_and_not_an_equal_one():
