@@ -75,6 +75,11 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
     def name(value: int) -> str:
         return names.get(value) or f"(T){_number(program.op(value).literal)}"
 
+    def aside(k: int, value: int) -> str:
+        """When an output goes to a tile: to its place later, or, there already, never."""
+        there = value in read and not sums
+        return "streaming" + f" || out{k} == in{value}" * there
+
     outputs = list(enumerate(sweep.outputs))
     sums = range(len(sweep.sums))
     size = "streaming ? TILE : n" if sums else "TILE"  # a sum of few costs an addition
@@ -97,8 +102,8 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
         "        int64_t end = n - j < all ? n - j : all;",
         *(f"        FETCH(in{v} + j);" for v in read if not sums),
         *(
-            f"        S *const to{k} = streaming ? tile{k} : out{k} + j;"
-            for k, _ in outputs
+            f"        S *const to{k} = {aside(k, v)} ? tile{k} : out{k} + j;"
+            for k, v in outputs
         ),
         "        #pragma omp simd"
         + (f" reduction(+:{','.join(f's{k}' for k in sums)})" if sums else ""),
