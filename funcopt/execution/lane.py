@@ -1,6 +1,5 @@
 """Lanes: fast paths for steps like an earlier one, whose decisions still hold."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from operator import ne
 from typing import Any, TypeAlias
@@ -27,7 +26,7 @@ from funcopt.types import Tensor
 Settled: TypeAlias = Callable[[list[Tensor], int], bool]
 
 
-class Lane(ABC):
+class Lane:
     """A fast path that takes all leaves of a step, while tensors stay alike (`Known`).
 
     Args:
@@ -94,11 +93,14 @@ class Lane(ABC):
             rows = [[*own, *row]]
         return self.step(tensors, rows, donate)
 
-    @abstractmethod
     def step(
         self, tensors: list[Tensor], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
-        """The same, of rows of scalars: a single one is shared by all leaves."""
+        """The same, of rows of scalars: a single one is shared by all leaves.
+
+        None, as here, of a lane that takes no rows.
+        """
+        return None
 
     def settled(self, hyper: Sequence[dict[str, Any]]) -> Settled | None:
         """A function that makes steps in place after one by these hyperparameters.
@@ -265,11 +267,6 @@ class Referred(Lane):
     ) -> Sequence[Column] | None:
         leaves = self.leaves(tensors, numbers, hyper)
         return None if donate or leaves.tasks else reference.of_leaves(leaves)
-
-    def step(
-        self, tensors: list[Tensor], rows: Rows, donate: bool
-    ) -> Sequence[Column] | None:
-        return None  # rows are for kernels
 
 
 class Recorded(Lane):

@@ -65,10 +65,6 @@ class Again:
         self._always = always
         self._all: tuple[_Seen, ...] = ()  # the last found first
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies make lanes of their own."""
-        return self.__dict__ | {"_all": ()}
-
     def keep(
         self, structure: tree.Structure, tensors: Sequence[Tensor], lanes: list[Lane]
     ) -> None:

@@ -145,23 +145,20 @@ class Native(Sweeping):
         fixed = self._kernels[k], count, max(tasks, 1), sizes, owners
         call, addresses_of = self._objects.run, self._objects.addresses
         parallel = total >= _PARALLEL
-        last = b"", b""  # addresses written in place, and the pointers made of them
-
-        def reads(addresses: bytes) -> bytes:
-            return b"".join(map(addresses.__getitem__, read))
+        #: addresses of the last step in place, and the pointers made of them
+        last = b"", b""
 
         def launch(rows: Rows, addresses: bytes, out: Sequence[Column] | None) -> Rows:
+            nonlocal last
             if tasks:
                 rows = [each for row in rows for each in _of_tasks(row, tasks)]
-            nonlocal last
             table = b"".join(starmap(before, rows))
-            if out is not None:
-                pointers = reads(addresses) + addresses_of(*out)
-            else:
-                known, pointers = last
-                if addresses != known:
-                    pointers = reads(addresses) + in_place(addresses)
-                    last = addresses, pointers
+            before_it, pointers = last
+            if out is not None or addresses != before_it:
+                pointers = b"".join(map(addresses.__getitem__, read))
+                pointers += in_place(addresses) if out is None else addresses_of(*out)
+            if out is None:
+                last = addresses, pointers
             sums = array("d", bytes(8 * count * sums_out)) if sums_out else _NO_SUMS
             threads = torch.get_num_threads() if parallel else 1
             streaming = large and out is not None
