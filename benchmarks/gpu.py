@@ -101,10 +101,10 @@ def main() -> None:
 def interpreted() -> Iterator[None]:
     """Triton's kernels on the CPU, in the place of foreach."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from funcopt.execution import choice
+    from funcopt.execution import executor_choice
     from funcopt.execution.triton.kernels import Triton
 
-    engines: dict[str, Any] = choice.ENGINES
+    engines: dict[str, Any] = executor_choice.ENGINES
     usual = engines["foreach"]
     engines["foreach"] = Triton
     try:

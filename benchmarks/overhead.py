@@ -25,8 +25,8 @@ from tqdm import tqdm
 import funcopt as fo
 import measure
 import report
-from funcopt.execution import choice, dispatch
-from funcopt.execution.guard import Known
+from funcopt.execution import dispatch, executor_choice
+from funcopt.execution.guarded_cache import GuardedCache
 
 OPTIMIZERS = {
     "sgd": fo.sgd(lr=0.1),
@@ -84,19 +84,19 @@ def scan(opt: fo.Optimizer) -> dict[str, dict[str, float]]:
 
     def remember(leaves: Any, *arguments: Any) -> Any:
         found = step(leaves, *arguments)
-        seen.update(leaves=leaves, lane=found[1])
+        seen.update(leaves=leaves, path=found[1])
         return found
 
     params, grads = leaves(), leaves()
     state = opt.init(params)
     with mock.patch.object(dispatch, "step", remember):
         opt.update(grads, state, params)
-    given, known = seen["leaves"], Known()
+    given, known = seen["leaves"], GuardedCache()
     tensors = [*given.grads, *given.params, *chain(*given.state), state["step"]]
-    known.put(tensors, seen["lane"])
+    known.put(tensors, seen["path"])
     assert len(tensors) == 73 and known.get(tensors)
     return {
-        "anew": microseconds(lambda: choice.groups(given)),
+        "anew": microseconds(lambda: executor_choice.groups(given)),
         "like the last": microseconds(lambda: known.get(tensors)),
     }
 

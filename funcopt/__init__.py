@@ -23,7 +23,7 @@ from funcopt.errors import (
     StructureError,
     UnknownHyperparameterError,
 )
-from funcopt.execution.choice import execution
+from funcopt.execution.executor_choice import execution
 from funcopt.gradient_transformation import as_torchopt, from_transform
 from funcopt.inner.per_step import per_step
 from funcopt.inner.unroll import Unrolled, unroll

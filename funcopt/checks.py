@@ -15,7 +15,7 @@ from funcopt.errors import (
 from funcopt.execution import levels
 from funcopt.types import State, Tensor
 
-Form: TypeAlias = tuple[Any, ...]  #: shape, dtype, device and layout
+LeafForm: TypeAlias = tuple[Any, ...]  #: shape, dtype, device and layout
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -94,7 +94,7 @@ def check_no_graph(tensors: Sequence[Any], what: str, which: str) -> None:
     if not levels.differentiating(tensors):
         return
     why = f"{which} requires grad"
-    if levels.inside() or levels.pushing():
+    if levels.inside() or levels.in_forward_mode():
         why = "a transform of torch.func or a forward-mode level is open"
     raise GradientLostError(
         f"{what} gives results without a graph, but {why}. Call it under "
@@ -102,14 +102,14 @@ def check_no_graph(tensors: Sequence[Any], what: str, which: str) -> None:
     )
 
 
-class FormOf:
+class SlotForm:
     """What a slot is like that starts as ``first(p)``, as a function of p."""
 
     def __init__(self, first: Callable[[Tensor], Tensor]) -> None:
         self.first = first
         self.known: dict[Any, Any] = {}
 
-    def __call__(self, p: Tensor) -> Form:
+    def __call__(self, p: Tensor) -> LeafForm:
         key = p.shape, p.dtype
         if key not in self.known:
             made = self.first(torch.empty(p.shape, dtype=p.dtype, device="meta"))
@@ -151,7 +151,7 @@ def check_leaves(
     slots: Mapping[str, Sequence[Any]],
     live: list[int] | None,
     structure: tree.Structure,
-    forms: Mapping[str, FormOf],
+    forms: Mapping[str, SlotForm],
 ) -> None:
     """Each gradient and each slot must look like its parameter, or have its form."""
     try:
@@ -173,7 +173,7 @@ def _all_alike(
     grads: Sequence[Any],
     named: Mapping[str, Sequence[Any]],
     live: list[int] | None,
-    forms: Mapping[str, FormOf],
+    forms: Mapping[str, SlotForm],
 ) -> bool:
     """The quick look of every step: it decides, and `check_leaves` finds the words."""
     slots: Sequence[Sequence[Any]] = [*named.values()]
@@ -194,7 +194,7 @@ def _all_alike(
     return all(_describe(column) == expected for column in (grads, *slots))
 
 
-def _check_leaf(where: str, found: Any, p: Any, form: FormOf | None) -> None:
+def _check_leaf(where: str, found: Any, p: Any, form: SlotForm | None) -> None:
     if p is None:
         raise StructureError(f"{where} is given, but params has None there")
     if not isinstance(found, Tensor):
@@ -215,5 +215,5 @@ def _check_leaf(where: str, found: Any, p: Any, form: FormOf | None) -> None:
         )
 
 
-def _describe(leaves: Sequence[Tensor]) -> list[Form]:
+def _describe(leaves: Sequence[Tensor]) -> list[LeafForm]:
     return [(x.shape, x.dtype, x.device, x.layout) for x in leaves]

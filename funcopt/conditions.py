@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from funcopt.execution import levels, reading
+from funcopt.execution import concrete, levels
 from funcopt.types import Tensor
 
 Condition: TypeAlias = Tensor | bool
@@ -19,7 +19,7 @@ def everywhere(condition: Condition) -> bool:
     """Whether it is seen to hold, for every task of a batch; False if nothing is seen."""
     if isinstance(condition, bool):
         return condition
-    found = reading.seen(condition)
+    found = concrete.peek(condition)
     return found is not None and bool(found.all())
 
 
@@ -35,7 +35,7 @@ def decided(condition: Condition) -> bool | None:
     """
     if isinstance(condition, bool):
         return condition
-    found = reading.seen(condition)
+    found = concrete.peek(condition)
     if found is None or not found.is_cpu:
         return None
     if not found.ndim:
@@ -53,11 +53,11 @@ def where(condition: Condition, a: Any, b: Any) -> Any:
 
 def most(counts: Tensor, otherwise: int) -> int:
     """The largest number of all tasks; ``otherwise`` where none can be seen."""
-    found = reading.seen(counts)
+    found = concrete.peek(counts)
     return otherwise if found is None or not found.numel() else int(found.max())
 
 
 def alone(x: Tensor) -> bool:
     """Whether neither autograd nor a transform nor a mode follows what is computed."""
-    followed = torch.is_grad_enabled() or levels.inside() or levels.pushing()
-    return not followed and reading.readable(x)
+    followed = torch.is_grad_enabled() or levels.inside() or levels.in_forward_mode()
+    return not followed and concrete.readable(x)

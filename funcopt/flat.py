@@ -16,7 +16,7 @@ from funcopt.errors import (
     LeafError,
     StructureError,
 )
-from funcopt.execution import donation, reading
+from funcopt.execution import concrete, donation
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
 from funcopt.select import ByName
@@ -149,7 +149,7 @@ class _Flat:
             _check_one(key, override, self.name)
         count = steps.amax()[None] + 1 if steps.numel() else torch.ones(1)
         (row,) = self.hypers.per_leaf(
-            overrides, tree.flatten(x)[1], [x], reading.scalars_of(count)
+            overrides, tree.flatten(x)[1], [x], concrete.scalars_of(count)
         )
         return {
             key: v.to(x) if isinstance(v, Tensor) else x.new_tensor(v)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from funcopt import select, tree
-from funcopt.listed import Listed
+from funcopt.flat_function import FlatFunction
 from funcopt.types import Tensor, Tree
 
 __all__ = ["exact_norms", "vmap"]
@@ -60,14 +60,14 @@ def vmap(
     """
 
     def batched(*trees: Tree) -> Tree:
-        listed = Listed(function, *trees)
+        flat = FlatFunction(function, *trees)
         dims = in_dims if isinstance(in_dims, int) else tuple(in_dims)
         if isinstance(dims, tuple) and len(dims) == len(trees):
             dims = tuple(map(_axes, dims, trees))
-        out = torch.func.vmap(listed, dims, randomness=randomness, chunk_size=chunk_size)(
-            *listed.inputs
+        out = torch.func.vmap(flat, dims, randomness=randomness, chunk_size=chunk_size)(
+            *flat.inputs
         )
-        return listed.rebuild(out)
+        return flat.rebuild(out)
 
     return batched
 

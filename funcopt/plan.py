@@ -9,8 +9,8 @@ import torch
 
 from funcopt import tree
 from funcopt.errors import HyperparameterTypeError
-from funcopt.execution import choice
-from funcopt.execution.choice import Group
+from funcopt.execution import executor_choice
+from funcopt.execution.executor_choice import LeafGroup
 from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import Tensor, Tree
 
@@ -20,7 +20,7 @@ from funcopt.types import Tensor, Tree
 class Plan:
     """What runs each group of leaves of a step; as text, a line for each, and reasons."""
 
-    groups: Sequence[Group]
+    groups: Sequence[LeafGroup]
     name: str  #: the optimizer's
 
     def __str__(self) -> str:
@@ -79,12 +79,12 @@ def plan(
             f"{sorted(update) or 'no keyword'}: {error}; plan hands keywords on: "
             "fo.plan(opt, params, name=value)"
         ) from error
-    with choice.observed() as groups:
+    with executor_choice.observed() as groups:
         opt.update(grads, state, params, **update)
     return Plan(groups, opt.name)
 
 
-def _lines(group: Group) -> str:
+def _lines(group: LeafGroup) -> str:
     params: list[Tensor] = list(group.params)
     leaves = f"{len(params)} {'leaf' if len(params) == 1 else 'leaves'}"
     count = sum(p.numel() for p in params)

@@ -13,7 +13,7 @@ from rows import (
 )
 
 import funcopt as fo
-from funcopt.execution import choice
+from funcopt.execution import executor_choice
 from funcopt.execution.rule import Rule
 from funcopt.types import State
 
@@ -75,6 +75,6 @@ def slots_of(state: State) -> list[str]:
 def rule_of(optimizer: fo.Optimizer) -> Rule:
     """The rule by which it makes its steps."""
     params = [torch.ones(1)]
-    with choice.observed() as groups:
+    with executor_choice.observed() as groups:
         optimizer.update(params, optimizer.init(params), params)
     return groups[0].rule

@@ -841,10 +841,10 @@ def test_transforms_after_equal_steps():
 
 
 def test_masked_guards_change_nothing(monkeypatch: pytest.MonkeyPatch):
-    from funcopt.execution import guard
+    from funcopt.execution import guarded_cache
 
     case = next(c for c in ELEMENTWISE_ENDS if c.row.name == "adamw")
-    monkeypatch.setattr(guard, "_TensorGuards", None)
+    monkeypatch.setattr(guarded_cache, "_TensorGuards", None)
     check(case, "native", ragged())
     with used(fo.adamw(lr=0.1), dense(5)) as update:
         found = update()

@@ -15,7 +15,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from trees import assert_close, assert_same, mixed, random_like, relative
 
 from funcopt import tree
-from funcopt.execution.call import Call
+from funcopt.execution.rule_call import RuleCall
 from funcopt.types import Tree
 
 FAST = ["foreach", "native"]
@@ -44,13 +44,13 @@ FEW = [row_of(name) for name in ("adamw", "radam", "nadam", "sgd")]
 def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Calls that torch's own operations had to compute, where a kernel was forced."""
     calls: list[str] = []
-    original = Call.plain
+    original = RuleCall.plain
 
-    def spy(self: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def spy(self: RuleCall, *tensors: Tensor) -> tuple[Tensor, ...]:
         calls.append("plain")
         return original(self, *tensors)
 
-    monkeypatch.setattr(Call, "plain", spy)
+    monkeypatch.setattr(RuleCall, "plain", spy)
     yield calls
 
 

@@ -13,7 +13,7 @@ from trees import assert_close, mixed
 
 import funcopt as fo
 from funcopt import tree
-from funcopt.execution import reading
+from funcopt.execution import concrete
 from funcopt.types import Tree
 
 Loss = Callable[[Any], Tensor]
@@ -219,7 +219,7 @@ def test_tasks_stop_on_their_own(
 
     expected = [task(p) for p in tasks]
     if blind:
-        monkeypatch.setattr(reading, "seen", lambda _: None)
+        monkeypatch.setattr(concrete, "peek", lambda _: None)
     params, state = vmap(task)(tasks)
     assert len(set(state["n_iter"].tolist())) > (3 if search else 1)
     assert state["n_iter"].tolist() == [int(s["n_iter"]) for _, s in expected]

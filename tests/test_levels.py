@@ -11,9 +11,9 @@ from torch.autograd import forward_ad
 from torch.func import functionalize, grad, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from funcopt.execution import levels, reading
+from funcopt.execution import concrete, levels
+from funcopt.execution.concrete import readable, scalars_of
 from funcopt.execution.levels import differentiating, is_tracked
-from funcopt.execution.reading import readable, scalars_of
 
 Probe = Callable[..., Any]  #: asked of the tensors that the update would see
 Context = Callable[[Probe], None]  #: sets up one situation and calls the probe in it
@@ -320,4 +320,4 @@ def test_scalars_of_nothing_are_none():
 
 def test_compiling_is_not_readable(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not reading.readable(torch.tensor([3, 7]))
+    assert not concrete.readable(torch.tensor([3, 7]))

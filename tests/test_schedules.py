@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 
 import funcopt as fo
 from funcopt import schedules
-from funcopt.execution import choice
+from funcopt.execution import executor_choice
 from funcopt.schedules._parts import Formula
 
 STEPS = 60
@@ -484,7 +484,7 @@ def test_a_schedule_stays_with_the_kernel():
     params = {"w": torch.ones(300, 40)}
     state, kinds = opt.init(params), set()
     for _ in range(6):
-        with choice.observed() as groups:
+        with executor_choice.observed() as groups:
             params, state = opt.update(params, state, params)
         ((name, kind),) = {(group.choice.name, group.kinds) for group in groups}
         assert name == "native"

@@ -11,7 +11,7 @@ from torch.func import vmap
 import funcopt as fo
 from funcopt import tree
 from funcopt.hyper import Hyper
-from funcopt.stepping import tasks
+from funcopt.stepping import vmapped
 from funcopt.types import Tree
 
 TASKS = 3
@@ -31,14 +31,14 @@ OPTIMIZERS = {
 def together(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Of each step under vmap, whether the tasks went together."""
     seen: list[bool] = []
-    original = tasks.step
+    original = vmapped.step
 
     def spy(*given: Any) -> Any:
         found = original(*given)
         seen.append(found is not None)
         return found
 
-    monkeypatch.setattr(tasks, "step", spy)
+    monkeypatch.setattr(vmapped, "step", spy)
     yield seen
 
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import funcopt as fo
-from funcopt.execution import choice, scalars
+from funcopt.execution import executor_choice, scalars
 from funcopt.execution.program import Program
 from funcopt.execution.rule import Rule
 from funcopt.execution.trace import UntraceableError, trace, vjp
@@ -122,7 +122,10 @@ def test_what_is_refused_still_runs(name: str):
         except Exception as error:
             return type(error)
 
-    expected, found = result(choice.execution("reference")), result(nullcontext())
+    expected, found = (
+        result(executor_choice.execution("reference")),
+        result(nullcontext()),
+    )
     if isinstance(expected, Tensor):
         assert torch.equal(found, expected)
     else:
@@ -137,7 +140,7 @@ def test_a_rule_that_needs_its_leaf_whole_is_refused():
     p = torch.ones(3)
     for name in ("native", "foreach"):
         with (
-            choice.execution(name),
+            executor_choice.execution(name),
             pytest.raises(RuntimeError, match=f"'{name}' .* whole needs each leaf whole"),
         ):
             opt.update(p, opt.init(p), p)

@@ -11,10 +11,10 @@ from typing import Any
 import torch._C._functorch as _functorch  # pyright: ignore[reportMissingImports]
 
 from funcopt.execution import levels
-from funcopt.execution.call import Call
+from funcopt.execution.rule_call import RuleCall
 from funcopt.types import Tensor
 
-Run = Callable[[Call, Sequence[Tensor]], Sequence[Tensor]]
+Run = Callable[[RuleCall, Sequence[Tensor]], Sequence[Tensor]]
 
 
 def is_vmapped() -> bool:
@@ -23,7 +23,7 @@ def is_vmapped() -> bool:
     return top is not None and top.key() == _functorch.TransformType.Vmap
 
 
-class Tasks:
+class TaskAxis:
     """The axis of the innermost vmap: taken off tensors, and put on again."""
 
     def __init__(self) -> None:
@@ -44,9 +44,9 @@ class Tasks:
         return _functorch._add_batch_dim(x, 0, self._level)
 
 
-def unbatched(run: Run, call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
+def unbatched(run: Run, call: RuleCall, tensors: Sequence[Tensor]) -> list[Tensor]:
     """``run(call, tensors)`` inside vmap, by a call on stacked tensors outside of it."""
-    tasks = Tasks()
+    tasks = TaskAxis()
     values, axes = zip(*map(tasks.off, tensors))
     with tasks.together():
         outputs, batched = stacked(run, call, values, axes, tasks.size)
@@ -55,7 +55,7 @@ def unbatched(run: Run, call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def stacked(
     run: Run,
-    call: Call,
+    call: RuleCall,
     tensors: Sequence[Tensor],
     axes: Sequence[int | None],
     size: int,
@@ -66,28 +66,28 @@ def stacked(
     Scalars become vectors as soon as one differs between tasks, or a gradient is made
     of them, which is each task's own.
     """
-    streams = call.form.input_streams
+    streams = call.signature.input_streams
     parts = list(zip(tensors, streams, axes))
     own = (
-        call.form.tasks > 0
+        call.signature.tasks > 0
         or any(axis is not None for _, stream, axis in parts if not stream)
-        or (call.form.sums and not all(streams))
+        or (call.signature.sums and not all(streams))
     )
-    inner = max(call.form.tasks, 1)
+    inner = max(call.signature.tasks, 1)
 
     def forward(x: Tensor, stream: bool, axis: int | None) -> Tensor:
         if not stream and not own:
             return x
         x = x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)
         if stream:
-            x = x.flatten(0, 1) if call.form.tasks else x
+            x = x.flatten(0, 1) if call.signature.tasks else x
             return x.contiguous() if own else x  # a task is one piece of memory
         return x.reshape(size, -1).expand(size, inner).reshape(-1)
 
     def back(x: Tensor) -> Tensor:
-        return x.unflatten(0, (size, call.form.tasks)) if call.form.tasks else x
+        return x.unflatten(0, (size, call.signature.tasks)) if call.signature.tasks else x
 
     given = [forward(*part) for part in parts]
     outputs = run(call.with_tasks(size * inner if own else 0), given)
-    batched = [stream or own for stream in call.form.output_streams]
+    batched = [stream or own for stream in call.signature.output_streams]
     return [back(x) if b else x for x, b in zip(outputs, batched)], batched

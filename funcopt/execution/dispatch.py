@@ -8,25 +8,31 @@ import torch
 
 from funcopt.errors import ExecutionError
 from funcopt.execution import (
-    choice,
+    concrete,
     donation,
+    executor_choice,
     fused_autograd,
     layout,
     levels,
-    reading,
     reference,
     stacked,
 )
-from funcopt.execution.call import Call
-from funcopt.execution.choice import ENGINES, Group
+from funcopt.execution.call_signature import CallSignature
 from funcopt.execution.executor import Column, Executor
-from funcopt.execution.form import Form
-from funcopt.execution.lane import Lane, Plain, Recorded, Referred, Whole
+from funcopt.execution.executor_choice import ENGINES, LeafGroup
+from funcopt.execution.fast_path import (
+    AutogradPath,
+    ExecutorPath,
+    FastPath,
+    ReferencePath,
+    WholePath,
+)
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
+from funcopt.execution.rule_call import RuleCall
 from funcopt.types import Tensor
 
-_MOST_FORMS = 64  # of the calls of one rule
+_MOST_SIGNATURES = 64  # of the calls of one rule
 
 _copy: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
@@ -36,12 +42,12 @@ def step(
     name: str | None = None,
     donate: bool = False,
     vectors: Sequence[Tensor] = (),
-) -> tuple[Sequence[Column], Lane | None]:
-    """One update of every leaf: the columns ``p, *slots``, and a lane for the next step.
+) -> tuple[Sequence[Column], FastPath | None]:
+    """One update of every leaf: the columns ``p, *slots``, and a path for the next step.
 
     By the fastest executor that may run it, or by the one that is named. With ``donate``
     parameters and state are written over, and are what is returned. ``vectors`` are what
-    the state holds for all leaves at once; no lane is made where they cannot be read.
+    the state holds for all leaves at once; where they cannot be read, no path is made.
 
     Raises:
         ExecutionError: the executor that is named refuses, or donated tensors may not
@@ -50,17 +56,17 @@ def step(
     if torch.compiler.is_compiling():  # the plain rule is what the compiler fuses
         plain = reference.of_leaves(leaves)
         return (_written_over(leaves, plain) if donate else plain), None
-    groups, tasks = choice.groups(leaves, name), leaves.tasks
+    groups, tasks = executor_choice.groups(leaves, name), leaves.tasks
     choices = [group.choice for group in groups]
     if tasks and any(c.transformed or c.name not in ENGINES for c in choices):
         raise ExecutionError(f"{leaves.rule.name}'s tasks cannot be run together")
     if donate:
         donation.check(leaves.grads, [leaves.params, *leaves.state], leaves.tensors())
     if len(groups) == 1 and len(groups[0].which) == len(leaves.params):
-        readable = all(reading.readable(x) and not levels.is_tracked(x) for x in vectors)
-        free = readable and name is None and choice.is_free()
-        lane = _lane(leaves, groups[0]) if free else None
-        return _run(leaves, groups[0], donate), lane
+        readable = all(concrete.readable(x) and not levels.is_tracked(x) for x in vectors)
+        free = readable and name is None and executor_choice.is_free()
+        path = _path(leaves, groups[0]) if free else None
+        return _run(leaves, groups[0], donate), path
     columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
     for group in groups:
         some = leaves.pick(group.which)
@@ -70,66 +76,67 @@ def step(
     return columns, None
 
 
-def lanes(leaves: Leaves) -> list[tuple[list[int], Lane]] | None:
-    """The leaves that go one way, and a lane for them; None if a leaf has none.
+def fast_paths(leaves: Leaves) -> list[tuple[list[int], FastPath]] | None:
+    """The leaves that go one way, and a fast path for them; None if a leaf has none.
 
-    A lane is given a row of scalars for each of ``leaves.rows``, of the leaves picked.
+    It is given a row of scalars for each of ``leaves.rows``, of the leaves picked.
     """
-    if not choice.is_free():
+    if not executor_choice.is_free():
         return None
     made = []
-    for group in choice.groups(leaves):
+    for group in executor_choice.groups(leaves):
         some = leaves.pick(group.which)
-        lane = _lane(some, group, some.rows(group.kinds)[1])
-        if lane is None:
+        path = _path(some, group, some.rows(group.kinds)[1])
+        if path is None:
             return None
-        made.append((group.which, lane))
+        made.append((group.which, path))
     return made
 
 
-def _lane(
-    leaves: Leaves, group: Group, which: Sequence[int] | None = None
-) -> Lane | None:
-    """A lane for steps like this one, if its leaves go one way as they are."""
+def _path(
+    leaves: Leaves, group: LeafGroup, which: Sequence[int] | None = None
+) -> FastPath | None:
+    """A fast path for steps like this one, if its leaves go one way as they are."""
     elements = leaves.rule.streams(group.kinds)
-    if levels.pushing():
+    if levels.in_forward_mode():
         return None
     if group.choice.transformed and group.choice.name == "reference":
-        watched = choice.untouchable(leaves)
-        return None if watched else Referred(leaves.rule, group.kinds, len(leaves.params))
+        if executor_choice.untouchable(leaves):
+            return None
+        return ReferencePath(leaves.rule, group.kinds, len(leaves.params))
     if levels.inside():
         return None
     whole = group.choice.name not in ENGINES
     if whole and (leaves.rule.sums or group.choice.transformed or elements):
         return None
-    if whole and choice.untouchable(leaves):
+    if whole and executor_choice.untouchable(leaves):
         return None
     if elements and (group.choice.transformed or which is not None):
         return None
     if whole:
         run = partial(_run_whole, group.choice.name)
-        return Whole(leaves.rule, group.kinds, len(leaves.params), run, which)
+        return WholePath(leaves.rule, group.kinds, len(leaves.params), run, which)
     columns = leaves.streams(group.kinds)
     if any(a is not b for a, b in zip(columns, layout.alike(columns))):
         return None
     if group.choice.transformed:
         row, *others = leaves.rows(group.kinds)[0]
-        return None if others else Recorded(_form(leaves, group), row)
+        return None if others else AutogradPath(_signature(leaves, group), row)
     executor = _executor(leaves.rule, group)
     given = [values[name] for name in elements for values in leaves.hyper]
-    return Plain(
+    return ExecutorPath(
         executor, group.kinds, leaves.params, leaves.rule, which, given, leaves.tasks
     )
 
 
-def _run(leaves: Leaves, group: Group, donate: bool) -> Sequence[Column]:
+def _run(leaves: Leaves, group: LeafGroup, donate: bool) -> Sequence[Column]:
     if group.choice.name not in ENGINES:
-        plain = not (group.choice.transformed or choice.untouchable(leaves))
+        plain = not (group.choice.transformed or executor_choice.untouchable(leaves))
         return _run_whole(group.choice.name, leaves, donate, plain)
     streams = leaves.streams(group.kinds)
     rows, which = leaves.rows(group.kinds)
     if group.choice.transformed:
-        return _transformed(_form(leaves, group), streams, rows)
+        return _transformed(_signature(leaves, group), streams, rows)
     executor = _executor(leaves.rule, group)
     alike = layout.alike(streams)
     if not donate:
@@ -158,11 +165,11 @@ def _run_whole(
 
 
 def _transformed(
-    form: Form, streams: Sequence[Column], rows: Sequence[Sequence[Any]]
+    signature: CallSignature, streams: Sequence[Column], rows: Sequence[Sequence[Any]]
 ) -> list[Column]:
     columns, scalars = iter(streams), iter(zip(*rows))
     tensors: list[Tensor] = []
-    for stream in form.inputs:
+    for stream in signature.inputs:
         if stream:
             tensors += next(columns)
         else:
@@ -170,22 +177,22 @@ def _transformed(
     numbers = tuple(
         tuple(None if isinstance(x, Tensor) else x for x in row) for row in rows
     )
-    return form.gather(fused_autograd.run(Call(form, numbers), tensors))
+    return signature.gather(fused_autograd.run(RuleCall(signature, numbers), tensors))
 
 
-def _form(leaves: Leaves, group: Group) -> Form:
+def _signature(leaves: Leaves, group: LeafGroup) -> CallSignature:
     rule, (rows, which) = leaves.rule, leaves.rows(group.kinds)
     given = tuple(tuple(isinstance(x, Tensor) for x in row) for row in rows)
     engine, stored = ENGINES[group.choice.name], group.params[0].dtype
     key = (group.kinds, engine, stored, tuple(which), given)
-    form = rule.forms.get(key)
-    if form is None:
-        if len(rule.forms) >= _MOST_FORMS:
-            rule.forms.clear()
-        form = rule.forms[key] = Form(
+    signature = rule.signatures.get(key)
+    if signature is None:
+        if len(rule.signatures) >= _MOST_SIGNATURES:
+            rule.signatures.clear()
+        signature = rule.signatures[key] = CallSignature(
             rule, group.kinds, engine, stored, tuple(which), given
         )
-    return form
+    return signature
 
 
 def _written_over(leaves: Leaves, columns: Sequence[Column]) -> list[Column]:
@@ -204,7 +211,7 @@ def _written_over(leaves: Leaves, columns: Sequence[Column]) -> list[Column]:
     return kept
 
 
-def _executor(rule: Rule, group: Group) -> Executor:
+def _executor(rule: Rule, group: LeafGroup) -> Executor:
     stored = group.params[0].dtype
     program = rule.program(group.kinds, reference.computed(stored))
     return rule.executor(ENGINES[group.choice.name], program, stored)

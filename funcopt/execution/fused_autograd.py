@@ -13,33 +13,33 @@ import torch
 from torch.autograd import forward_ad
 
 from funcopt.execution import batched, levels
-from funcopt.execution.call import Call
 from funcopt.execution.executor import BuildError
+from funcopt.execution.rule_call import RuleCall
 from funcopt.execution.trace import UntraceableError
 from funcopt.types import Tensor
 
 
-def run(call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def run(call: RuleCall, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """The call's outputs, at whatever level of transforms this is."""
-    if call.form.of is not None and levels.vectorized(tensors):
+    if call.signature.of is not None and levels.vectorized(tensors):
         return call.plain(*tensors)
     if batched.is_vmapped():
         return batched.unbatched(run, call, tensors)
     if not _followed(tensors):
         try:
-            _ = call.form.executor
+            _ = call.signature.executor
         except (UntraceableError, BuildError):  # of a derivative: the step was tried
             return call.plain(*tensors)
-        return call.execute(tensors, recycle=call.form.of is None)
+        return call.execute(tensors, recycle=call.signature.of is None)
     # Third order; and where torch would lose the derivative.
-    if call.form.what in ("second_vjp", "jvp") or levels.pushing_twice():
+    if call.signature.what in ("second_vjp", "jvp") or levels.in_nested_forward_mode():
         return call.plain(*tensors)
-    if levels.inside() or levels.pushing():
+    if levels.inside() or levels.in_forward_mode():
         return _Transformed.apply(call, *tensors)
     return _Recorded.apply(call, *tensors)
 
 
-def record(call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def record(call: RuleCall, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """As `run`, for tensors that autograd follows and no transform ever touched.
 
     It goes past `torch.autograd.Function.apply`, which checks each for a wrapper of
@@ -68,14 +68,14 @@ def _pulled(
 ) -> tuple[Tensor | None, ...]:
     call = ctx.call.vjp(ctx.needs_input_grad[1:])
     found = run(call, (*saved, *cotangents))
-    return None, *call.form.spread((*found, None))
+    return None, *call.signature.spread((*found, None))
 
 
 class _Recorded(torch.autograd.Function):
     """For plain autograd: without ``setup_context`` a call is three times as cheap."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: RuleCall, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.save_for_backward(*tensors)
         return tuple(call.execute(tensors))
@@ -89,7 +89,7 @@ class _Transformed(torch.autograd.Function):
     """For torch.func and for forward mode."""
 
     @staticmethod
-    def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(call: RuleCall, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(call.execute(tensors))
 
     @staticmethod
@@ -108,13 +108,13 @@ class _Transformed(torch.autograd.Function):
         saved = ctx.saved_tensors
         given = [torch.zeros_like(x) if t is None else t for x, t in zip(saved, tangents)]
         call = ctx.call.jvp()
-        if ctx.call.form.of is None:
+        if ctx.call.signature.of is None:
             return tuple(run(call, (*saved, *given)))
         return call.plain(*saved, *given)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], call: Call, *tensors: Tensor
+        info: Any, in_dims: tuple[int | None, ...], call: RuleCall, *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         outputs, own = batched.stacked(run, call, tensors, in_dims[1:], info.batch_size)
         return tuple(outputs), tuple(0 if has else None for has in own)

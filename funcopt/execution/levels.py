@@ -1,4 +1,4 @@
-"""What autograd, torch.func and forward mode do with a tensor, and what that allows."""
+"""Levels of differentiation: which transforms are open, and what follows a tensor."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,18 +45,18 @@ def alive(x: Tensor) -> Tensor:
     return x
 
 
-def pushing() -> bool:
+def in_forward_mode() -> bool:
     """Whether a forward-mode level is open, in which any tensor may be dual."""
     return forward_ad._current_level >= 0
 
 
-def pushing_twice() -> bool:
+def in_nested_forward_mode() -> bool:
     """Whether forward mode stands in forward mode.
 
     There an autograd.Function loses the outer tangent of all that its ``jvp`` is given,
     without a word (https://github.com/pytorch/pytorch/issues/197867).
     """
-    if not pushing() or torch.compiler.is_compiling():
+    if not in_forward_mode() or torch.compiler.is_compiling():
         return False
     stack = _functorch.get_interpreter_stack() or ()
     return sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1
@@ -79,7 +79,7 @@ def differentiating(tensors: Iterable[Any]) -> bool:
     tensors requires grad. ``requires_grad`` alone would not do: it is False inside jvp
     and vmap and for dual tensors. What is no tensor is passed over.
     """
-    if inside() or pushing():
+    if inside() or in_forward_mode():
         return True
     return torch.is_grad_enabled() and _any_requires_grad(*tensors)
 

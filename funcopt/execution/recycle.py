@@ -17,7 +17,7 @@ from weakref import getweakrefcount
 import torch
 
 from funcopt.execution.executor import empty_like
-from funcopt.execution.guard import Known
+from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.types import Tensor
 
 _SMALLEST = 1 << 21  # bytes: less is freed and made again faster than it is looked at
@@ -36,7 +36,7 @@ class Recycler:
     def __init__(self) -> None:
         self._made: deque[_Set] = deque(maxlen=2)
         #: by what results are to be like: a guard of new ones, and the bytes of each
-        self._new: Known[Known[list[int]]] = Known()
+        self._new: GuardedCache[GuardedCache[list[int]]] = GuardedCache()
 
     def columns(
         self,
@@ -59,7 +59,7 @@ class Recycler:
         else:
             made = _Set([x for _ in range(count) for x in make()])
         if new is None:
-            new = Known()
+            new = GuardedCache()
             new.put(made.tensors, [x.nbytes for x in made.tensors])
             self._new.put(like, new)
         size, tensors = len(like), made.tensors
@@ -89,7 +89,7 @@ class _Set:
         storages = [x.untyped_storage() for x in self.tensors]
         return storages, [s._cdata for s in storages], [*map(_data_ptr, self.tensors)]
 
-    def is_free(self, new: Known[list[int]]) -> bool:
+    def is_free(self, new: GuardedCache[list[int]]) -> bool:
         """Whether all may be written over: nobody holds one, or left a mark on it."""
         tensors, nobody = self.tensors, _nobody()
         if set(map(sys.getrefcount, tensors)) != nobody[0]:

@@ -40,7 +40,7 @@ class Rule:
     _executors: dict[Any, tuple[Program, Executor | BuildError]] = field(
         default_factory=dict
     )
-    forms: dict[Any, Any] = field(default_factory=dict)  #: what its calls have in common
+    signatures: dict[Any, Any] = field(default_factory=dict)  #: of its calls
     recycler: Recycler = field(default_factory=Recycler)  #: of its steps' results
 
     def kinds(self, values: Mapping[str, Any]) -> Kinds:

@@ -10,8 +10,8 @@ import torch
 from funcopt import tree
 from funcopt.errors import LeafError, StructureError
 from funcopt.execution import levels
+from funcopt.flat_function import FlatFunction
 from funcopt.func import ConstantStatistics, exact_norms
-from funcopt.listed import Listed
 from funcopt.types import LossFunction, Tensor, Tree
 
 #: the arguments of an inner loss, in `unroll`'s words
@@ -46,11 +46,11 @@ class InnerLoss:
         ``own`` says that the loss cannot close over these parameters.
         """
         # All of them: whether one is followed decides how the gradient is made.
-        listed = Listed(self, params, batch, meta, buffers)
-        given = chain.from_iterable(listed.inputs[:-1])  # buffers have no derivative
+        flat = FlatFunction(self, params, batch, meta, buffers)
+        given = chain.from_iterable(flat.inputs[:-1])  # buffers have no derivative
         with exact_norms() if levels.norms_inexact(given) else nullcontext():
-            grads, out = listed.grad(*listed.inputs, own=own)
-        return listed.like_first(grads), listed.rebuild(out)
+            grads, out = flat.grad(*flat.inputs, own=own)
+        return flat.like_first(grads), flat.rebuild(out)
 
 
 def called(

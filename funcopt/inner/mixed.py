@@ -21,9 +21,9 @@ from funcopt import derivatives
 from funcopt.derivatives import SmoothLeaves, Trees
 from funcopt.errors import ExecutionError
 from funcopt.execution import levels
-from funcopt.inner.apart import Apart, ApartFunction, distinct
-from funcopt.inner.draws import Draws
+from funcopt.inner.custom_vjp import CallContext, CustomVJP, distinct
 from funcopt.inner.loss import InnerLoss
+from funcopt.inner.rng_state import RngState
 from funcopt.types import Tensor, Tree
 
 #: what a gradient of the loss gives, by name
@@ -32,14 +32,14 @@ _OUTPUTS = ("grads", "loss", "aux", "buffers")
 
 def gradient(loss: InnerLoss, given: dict[str, Tree]) -> dict[str, Tree]:
     """``grads, loss, aux, buffers`` as of `InnerLoss.grad`, by its arguments' names."""
-    call = _Call(loss, given)
+    call = _GradientCall(loss, given)
     values, others = call.inputs.split(given)
     found = _Gradient.apply(call, *values, *others)
     count = call.smooth_outputs
     return call.outputs.filled(found[:count], found[count:])
 
 
-class _Gradient(ApartFunction):
+class _Gradient(CustomVJP):
     """The inner gradient, the loss, aux and buffers; only the inputs are saved."""
 
     @staticmethod
@@ -49,21 +49,21 @@ class _Gradient(ApartFunction):
         ctx.set_materialize_grads(False)
 
 
-class _Call:
+class _GradientCall:
     """One call: the layout of its tensors, and the generators' states if it drew."""
 
     def __init__(self, loss: InnerLoss, given: dict[str, Tree]) -> None:
         self.loss = loss
-        self.apart = Apart()
+        self.context = CallContext()
         self.inputs = SmoothLeaves(given)
         self.names = self.inputs.names()
-        self.draws: Draws | None = None
+        self.rng: RngState | None = None
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        draws = Draws(tensors)
+        rng = RngState(tensors)
         given = self._given(tensors)
         grads, (loss, aux, buffers) = self.loss.grad(**given)
-        self.draws = draws if draws.moved() else None
+        self.rng = rng if rng.has_advanced() else None
         trees: Trees = dict(zip(_OUTPUTS, (grads, loss, aux, buffers)))
         self.outputs = SmoothLeaves(trees)
         values, others = self.outputs.split(trees)
@@ -79,7 +79,7 @@ class _Call:
     ) -> list[Tensor | None]:
         values = list(saved[: len(self.names)])
         chosen = [i for i in range(len(values)) if wanted[i]]
-        with self.draws.again() if self.draws else nullcontext():
+        with self.rng.restored() if self.rng else nullcontext():
             found = self._pull(values, saved, chosen, cotangents)
         spread = dict(zip(chosen, found))
         return [spread.get(i) for i in range(len(saved))]

@@ -14,11 +14,11 @@ import torch
 from funcopt import derivatives, tree
 from funcopt.derivatives import SmoothLeaves
 from funcopt.errors import ExecutionError
-from funcopt.execution import reading
+from funcopt.execution import concrete
 from funcopt.inner import mixed
-from funcopt.inner.apart import Apart, ApartFunction, distinct
-from funcopt.inner.draws import Draws
+from funcopt.inner.custom_vjp import CallContext, CustomVJP, distinct
 from funcopt.inner.loop import CARRY, Loop, Record, Unrolled
+from funcopt.inner.rng_state import RngState
 from funcopt.types import Tensor, Tree
 
 Trees = Mapping[str, Tree]
@@ -29,13 +29,13 @@ Bars = Sequence[Tensor | None]
 def run(loop: Loop, carry: Trees, shared: Trees, segment: int) -> Unrolled:
     """As ``loop.run``, with the states kept at every ``segment`` steps only."""
     given = {**carry, **shared}
-    call = _Call(loop, SmoothLeaves(given), segment)
+    call = _LoopCall(loop, SmoothLeaves(given), segment)
     values, others = call.inputs.split(given)
-    found = _Sweep.apply(call, *values, *others)
+    found = _RematLoop.apply(call, *values, *others)
     return Unrolled(**call.outputs.filled(*call.parts(found)[::2]))
 
 
-class _Sweep(ApartFunction):
+class _RematLoop(CustomVJP):
     """The loop. The states it keeps are outputs: only those and inputs can be saved."""
 
     @staticmethod
@@ -47,19 +47,19 @@ class _Sweep(ApartFunction):
         ctx.set_materialize_grads(False)
 
 
-class _Call:
+class _LoopCall:
     """One loop: the layout of its tensors, and the generators' states of each segment."""
 
     def __init__(self, loop: Loop, inputs: SmoothLeaves, segment: int) -> None:
         self.loop = loop
         self.inputs = inputs
-        self.apart = Apart()
+        self.context = CallContext()
         names = inputs.names()
         self.count = len(names)
         self.carried = sum(name in CARRY for name in names)  #: they come first
         self.params = [i for i, name in enumerate(names) if name == "params"]
         self.starts = [*range(0, loop.steps, segment), loop.steps]
-        self.draws: list[Draws | None] = []
+        self.rngs: list[RngState | None] = []
 
     def forward(self, tensors: Tensors) -> list[Tensor]:
         given = self.inputs.filled(tensors[: self.count], tensors[self.count :])
@@ -69,10 +69,10 @@ class _Call:
         for start, stop in zip(self.starts, self.starts[1:]):
             if start:
                 kept.append(carry)
-            draws = Draws(tensors)
+            rng = RngState(tensors)
             for k in range(start, stop):
                 carry = record.add(step(self.loop.given(carry, given, k)))
-            self.draws.append(draws if draws.moved() else None)
+            self.rngs.append(rng if rng.has_advanced() else None)
         losses, aux = record.stacked()
         found: Trees = {**carry, "losses": losses, "aux": aux}
         states: Trees = {"kept": kept}
@@ -113,14 +113,14 @@ class _Call:
         by_forward = self.loop.step.mixed and mixed.by_forward(inputs)
         pull = self._pull_mixed if by_forward else self._pull
         for i in reversed(range(len(states))):
-            carries, draws = self._made_again(i, states.pop(), given)
+            carries, rngs = self._made_again(i, states.pop(), given)
             for k in reversed(range(self.starts[i], self.starts[i + 1])):
                 at = self.loop.given(carries.pop(), given, k)
                 back = [] if self.loop.is_cut(k) else [*range(self.carried)]
                 back = [j for j in back if k or wanted[j]] + shared
                 made: list[Tensor] = []  # the loss, unless nothing is asked of the step
                 own = self.loop.has_own_params(k)  # as there: equal to the bit
-                found = pull(at, [*ahead, *of_steps[k]], back, draws.pop(), made, own)
+                found = pull(at, [*ahead, *of_steps[k]], back, rngs.pop(), made, own)
                 again.update((k, loss) for loss in made)
                 by_place = dict(zip(back, found))
                 ahead = [by_place.get(j) for j in range(self.carried)]
@@ -149,23 +149,23 @@ class _Call:
 
     def _made_again(
         self, i: int, carry: Tree, given: Trees
-    ) -> tuple[list[Trees], list[Draws | None]]:
+    ) -> tuple[list[Trees], list[RngState | None]]:
         """The states before each step of a segment, and the generators' states there."""
-        carries, draws = [carry], [self.draws[i]]
+        carries, rngs = [carry], [self.rngs[i]]
         step = self.loop.step.plain()
-        with _drawn(self.draws[i]):
+        with _restored(self.rngs[i]):
             for k in range(self.starts[i], self.starts[i + 1] - 1):
                 carry = Record().add(step(self.loop.given(carry, given, k)))
                 carries.append(carry)
-                draws.append(self.draws[i] and Draws(tree.leaves(carry["params"])))
-        return carries, draws
+                rngs.append(self.rngs[i] and RngState(tree.leaves(carry["params"])))
+        return carries, rngs
 
     def _pull(
         self,
         at: Trees,
         bars: Bars,
         back: list[int],
-        draws: Draws | None,
+        rng: RngState | None,
         again: list[Tensor],
         own: bool,
     ) -> Bars:
@@ -179,7 +179,7 @@ class _Call:
             return _smooth(stepped._asdict(), (*CARRY, "loss", "aux"))
 
         explained = mixed.explained() if self.loop.step.mixed else nullcontext()
-        with _drawn(draws), explained:
+        with _restored(rng), explained:
             return derivatives.pull(step, values, bars, back)
 
     def _pull_mixed(
@@ -187,14 +187,14 @@ class _Call:
         at: Trees,
         bars: Bars,
         back: list[int],
-        draws: Draws | None,
+        rng: RngState | None,
         again: list[Tensor],
         own: bool,
     ) -> Bars:
         """The same in two stages: of the update, and of the gradient in mixed mode."""
         step, count = self.loop.step.plain(), self.count
         values, others = self.inputs.split(at)
-        with _drawn(draws):
+        with _restored(rng):
             grads, loss, *_ = step.gradient(at, own)
             of_grads: Trees = {"grads": grads}
             layout = SmoothLeaves(of_grads)
@@ -218,7 +218,7 @@ class _Call:
             return _smooth(dict(zip(names, stepped)), names)
 
         of_results = [*bars[self.carried :], *bars[made : self.carried]]
-        with _drawn(draws):
+        with _restored(rng):
             second = mixed.pull(
                 results, values, self.params, back, first[len(back) :], of_results
             )
@@ -236,7 +236,7 @@ class _Call:
         then = losses.detach()  # by whole numbers: a DTensor takes no list of them
         difference = (made - torch.stack([then[k] for k in again])).abs()
         scale = torch.finfo(losses.dtype).eps ** 0.5 * losses.detach().abs().amax()
-        wrong = reading.seen(difference > 10 * scale)
+        wrong = concrete.peek(difference > 10 * scale)
         if wrong is not None and bool(wrong.any()):
             raise ExecutionError(
                 "with remat, steps are made again on the way back, and a loss was not "
@@ -252,8 +252,8 @@ def _smooth(trees: Trees, names: Sequence[str]) -> list[Tensor]:
     return SmoothLeaves(chosen).split(chosen)[0]
 
 
-def _drawn(draws: Draws | None) -> AbstractContextManager[Any]:
-    return draws.again() if draws else nullcontext()
+def _restored(rng: RngState | None) -> AbstractContextManager[Any]:
+    return rng.restored() if rng else nullcontext()
 
 
 def _stacked(entries: list[Tensor | None], like: Tensor) -> Tensor | None:

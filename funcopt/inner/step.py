@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from funcopt import tree
 from funcopt.errors import GradientLostError, HyperparameterError
 from funcopt.execution.levels import is_tracked
-from funcopt.inner import apart, mixed
+from funcopt.inner import custom_vjp, mixed
 from funcopt.inner.loss import ARGUMENTS, InnerLoss
 from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import LossFunction, State, Tensor, Tree
@@ -81,7 +81,7 @@ class Step:
         of_loss = {name: given[name] for name in ARGUMENTS}
         if self.first_order:
             of_loss["params"] = tree.detach(of_loss["params"])
-        if self.mixed and apart.is_possible():
+        if self.mixed and custom_vjp.is_possible():
             return tuple(mixed.gradient(self.loss, of_loss).values())
         grads, results = self.loss.grad(**of_loss, own=own)
         return grads, *results

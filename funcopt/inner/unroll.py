@@ -11,7 +11,7 @@ from funcopt.errors import (
     LeafError,
     StructureError,
 )
-from funcopt.inner import apart
+from funcopt.inner import custom_vjp
 from funcopt.inner import remat as sweep
 from funcopt.inner.loop import Loop, Unrolled, is_absent
 from funcopt.inner.per_step import HyperBySteps
@@ -151,7 +151,7 @@ def unroll(
     data = batch if batches is None else batches
     shared = {"batch": data, "hyper": loop.hyper.values, "meta": meta}
     segment = _segment(remat, steps, grad_mode)
-    again = segment and steps and apart.is_possible()
+    again = segment and steps and custom_vjp.is_possible()
     run = sweep.run(loop, carry, shared, segment) if again else loop.run(carry, shared)
     absent = {name: () for name in ("aux", "buffers") if is_absent(getattr(run, name))}
     return run._replace(**absent)

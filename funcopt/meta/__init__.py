@@ -4,14 +4,6 @@ from funcopt.inner.curvature import hvp, mixed_vp
 from funcopt.inner.step import Stepped
 from funcopt.inner.step_derivatives import step_jvp, step_vjp, update_vjp
 from funcopt.meta.adjoints import clip_adjoint
-from funcopt.meta.backward import (
-    first_order,
-    mixed,
-    random_window,
-    reptile_gradient,
-    reverse,
-    truncated,
-)
 from funcopt.meta.constrained import constrained
 from funcopt.meta.constraints import (
     Constraint,
@@ -22,7 +14,6 @@ from funcopt.meta.constraints import (
     simplex,
     softplus,
 )
-from funcopt.meta.descent import hypergradient_descent
 from funcopt.meta.estimate import Estimate
 from funcopt.meta.evolution import es, es_single, pes
 from funcopt.meta.families import (
@@ -38,12 +29,21 @@ from funcopt.meta.families import (
     reptile,
     step_weights,
 )
-from funcopt.meta.fixed_point import implicit, weight_update_implicit
+from funcopt.meta.forward_mode import forward
+from funcopt.meta.hypergradient_descent import hypergradient_descent
+from funcopt.meta.implicit import implicit, weight_update_implicit
 from funcopt.meta.nonfinite import nonfinite
 from funcopt.meta.problem import Problem
-from funcopt.meta.rolling import advance
+from funcopt.meta.reverse_mode import (
+    first_order,
+    mixed,
+    random_window,
+    reptile_gradient,
+    reverse,
+    truncated,
+)
+from funcopt.meta.rollout import advance
 from funcopt.meta.smoothness import metasmoothness
-from funcopt.meta.tangents import forward
 from funcopt.meta.tasks import value_and_grad
 
 __all__ = [

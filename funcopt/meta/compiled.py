@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from funcopt import tree
 from funcopt.checks import check_no_graph
 from funcopt.errors import CompileError, LeafError
-from funcopt.execution import choice, levels
+from funcopt.execution import executor_choice, levels
 from funcopt.types import PLAIN, Tensor, Tree
 
 _MOST_GRAPHS = 16
@@ -194,7 +194,7 @@ def _traced(
             return [*map(lifting.input_of, present)]
 
     fakes = [without_values.from_tensor(x.detach()) for x in inputs]
-    with choice.execution("reference"), without_values:
+    with executor_choice.execution("reference"), without_values:
         graph = make_fx(flat)(*fakes)
     return graph, lifting.held, rebuilds[-1]
 

@@ -12,7 +12,7 @@ from funcopt.errors import (
     LeafError,
     StructureError,
 )
-from funcopt.execution import reading
+from funcopt.execution import concrete
 from funcopt.types import Tensor
 
 
@@ -282,9 +282,9 @@ def _below(x: Tensor) -> Tensor:
 
 def _inside(name: str, y: Tensor, allowed: Tensor) -> Tensor:
     """``y``; raises where a value that can be seen is not allowed."""
-    seen = reading.seen(allowed)
+    seen = concrete.peek(allowed)
     if seen is not None and not bool(seen.all()):
-        worst = reading.seen(y)
+        worst = concrete.peek(y)
         given = "" if worst is None else f": {worst[~seen].flatten()[0].item():g}"
         raise HyperparameterError(
             f"{name}.inverse got a value that {name} cannot give{given}"

@@ -6,8 +6,8 @@ from funcopt import tree
 from funcopt.derivatives import Trees, is_smooth, vjp
 from funcopt.errors import GradientLostError
 from funcopt.execution import levels
-from funcopt.inner.draws import Draws
 from funcopt.inner.loss import InnerLoss
+from funcopt.inner.rng_state import RngState
 from funcopt.inner.step import Step
 from funcopt.meta.problem import (
     Carry,
@@ -36,7 +36,7 @@ def moving_leaves(problem: Problem, eta: Tree, carry: Carry) -> Tree:
         return {"params": params, "state": state}
 
     moving: list[bool] = []
-    with Draws(leaves).again():
+    with RngState(leaves).restored():
         for _ in range(problem.steps):  # `accumulate` moves nothing in most
             at = {"grads": carry["params"], "state": state}  # any gradient will do
             stepped, moving = _recorded(update, at, "params")
@@ -63,7 +63,7 @@ def check_buffers(problem: Problem, eta: Tree, end: Carry) -> None:
         value = outer_value(problem, ready(problem, eta), {**end, **given}, problem.steps)
         return value, loss.grad(batch=batch, **at, **given)[0]
 
-    with Draws(tree.leaves(end)).again():
+    with RngState(tree.leaves(end)).restored():
         if _follows(written, at) and _follows(read, {"buffers": buffers}):
             raise GradientLostError(
                 "implicit cannot see what parameters do through the buffers, which the "

@@ -3,9 +3,9 @@
 import torch
 
 from funcopt import tree
+from funcopt.meta.antithetic_pairs import AntitheticPairs
 from funcopt.meta.estimate import Estimate, check_eta
 from funcopt.meta.problem import Carry, Problem, stands_at
-from funcopt.meta.swarm import Swarm
 from funcopt.types import HyperValue, Tree
 
 
@@ -69,9 +69,9 @@ def es(
         True
     """
     check_eta("es", problem, eta, carry)
-    swarm = Swarm(problem, eta, sigma, particles, generator, chunk_size)
-    noise = swarm.draw()
-    return swarm.estimate(noise, noise, carry, None)
+    pairs = AntitheticPairs(problem, eta, sigma, particles, generator, chunk_size)
+    noise = pairs.draw()
+    return pairs.estimate(noise, noise, carry, None)
 
 
 def pes(
@@ -138,12 +138,12 @@ def pes(
         True
     """
     check_eta("pes", problem, eta, carry)
-    swarm = Swarm(problem, eta, sigma, particles, generator, chunk_size)
-    noise = total = swarm.draw()
+    pairs = AntitheticPairs(problem, eta, sigma, particles, generator, chunk_size)
+    noise = total = pairs.draw()
     if carry is not None and stands_at(problem, carry) and "perturbations" in carry:
-        swarm.check(carry)
+        pairs.check(carry)
         total = tree.map(torch.add, carry["perturbations"], noise)
-    return swarm.estimate(noise, total, carry, window)
+    return pairs.estimate(noise, total, carry, window)
 
 
 def es_single(
@@ -204,10 +204,10 @@ def es_single(
         True
     """
     check_eta("es_single", problem, eta, carry)
-    swarm = Swarm(problem, eta, sigma, particles, generator, chunk_size)
+    pairs = AntitheticPairs(problem, eta, sigma, particles, generator, chunk_size)
     if carry is not None and stands_at(problem, carry) and "perturbations" in carry:
-        swarm.check(carry)
+        pairs.check(carry)
         noise = carry["perturbations"]
     else:
-        noise = swarm.draw()
-    return swarm.estimate(noise, noise, carry, window)
+        noise = pairs.draw()
+    return pairs.estimate(noise, noise, carry, window)

@@ -6,10 +6,10 @@ import torch
 
 from funcopt import tree
 from funcopt.errors import HyperparameterError
-from funcopt.inner.draws import Draws
+from funcopt.inner.rng_state import RngState
 from funcopt.meta.estimate import check_eta
 from funcopt.meta.problem import Problem
-from funcopt.meta.rolling import advance
+from funcopt.meta.rollout import advance
 from funcopt.types import Tensor, Tree
 
 
@@ -62,11 +62,11 @@ def metasmoothness(problem: Problem, eta: Tree, direction: Tree, h: float) -> Te
     if not 0 < h < float("inf"):
         raise HyperparameterError(f"h must be positive, got {h!r}")
 
-    draws = Draws(tree.leaves(eta))  # the same numbers in all three trainings
+    rng = RngState(tree.leaves(eta))  # the same numbers in all three trainings
 
     def end(times: int) -> Tensor:
         at = tree.map(lambda x, v: x + times * h * v, eta, direction)
-        with draws.again() if times else nullcontext():
+        with rng.restored() if times else nullcontext():
             params = advance(problem, at, problem.steps)["params"]
         return torch.cat([x.flatten() for x in tree.present(params)])
 

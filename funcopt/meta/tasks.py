@@ -12,9 +12,9 @@ from funcopt import tree
 from funcopt.checks import check_count, check_floats, check_no_graph
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.execution import levels
+from funcopt.flat_function import FlatFunction
 from funcopt.func import exact_norms
 from funcopt.inner.loss import loss_and_aux
-from funcopt.listed import Listed
 from funcopt.meta.compiled import Compiled
 from funcopt.meta.ranks import Part, over_ranks
 from funcopt.types import Tensor, Tree
@@ -120,17 +120,17 @@ def value_and_grad(
         return loss_and_aux(task_loss(theta, task), has_aux, "task_loss")
 
     def alone(theta: Tree, batch: Tree) -> tuple[Tensor, Tree, Tree]:
-        listed = Listed(value_and_aux, theta, tree.map(itemgetter(0), batch))
-        grads, out = listed.grad(*listed.inputs)
-        loss, aux = listed.rebuild(out)
-        return loss, listed.like_first(grads), tree.map(lambda x: x.unsqueeze(0), aux)
+        flat = FlatFunction(value_and_aux, theta, tree.map(itemgetter(0), batch))
+        grads, out = flat.grad(*flat.inputs)
+        loss, aux = flat.rebuild(out)
+        return loss, flat.like_first(grads), tree.map(lambda x: x.unsqueeze(0), aux)
 
     def together(theta: Tree, batch: Tree) -> tuple[Tensor, Tree, Tree]:
-        listed = Listed(value_and_aux, theta, batch)
-        many = torch.func.vmap(listed.grad, in_dims=(None, 0), randomness=randomness)
-        grads, out = many(*listed.inputs)
-        loss, aux = listed.rebuild(out)
-        return loss.sum(0), listed.like_first([g.sum(0) for g in grads]), aux
+        flat = FlatFunction(value_and_aux, theta, batch)
+        many = torch.func.vmap(flat.grad, in_dims=(None, 0), randomness=randomness)
+        grads, out = many(*flat.inputs)
+        loss, aux = flat.rebuild(out)
+        return loss.sum(0), flat.like_first([g.sum(0) for g in grads]), aux
 
     def at_once(theta: Tree, task_batch: Tree) -> tuple[str, int, int]:
         """How the tasks are run, how many of them at once, and how many there are."""

@@ -37,7 +37,7 @@ def _columns(x: Tensor, order: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Kind:
+class BasisKind:
     """A matrix's basis q, and its derivative as a turn: dq = q·Ω, Ω skew."""
 
     make: Callable[[Tensor], Tensor]  #: x → q
@@ -45,10 +45,10 @@ class Kind:
     pull: Callable[[Tensor, Tensor, Tensor], Tensor]  #: (x, q, ·), the adjoint of that
 
 
-def _made(x: Tensor, kind: Kind) -> Tensor:
+def _made(x: Tensor, kind: BasisKind) -> Tensor:
     if torch.compiler.is_compiling():  # Dynamo traces `make` alone at less cost
         return Basis.apply(x, kind) if x.requires_grad else kind.make(x)
-    if levels.pushing_twice():
+    if levels.in_nested_forward_mode():
         raise GradientLostError(
             "soap's bases have no derivative by forward mode within forward mode; take "
             "one of the two backward: torch.func.hessian(f), or jacfwd(grad(f))"
@@ -64,7 +64,7 @@ class Basis(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, kind: Kind) -> Tensor:
+    def forward(x: Tensor, kind: BasisKind) -> Tensor:
         return kind.make(x)
 
     @staticmethod
@@ -92,7 +92,7 @@ class BasisEverywhere(Basis):
         return (q @ ctx.kind.turn(x, q, tangent)).contiguous()
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, kind: Kind) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Any, x: Tensor, kind: BasisKind) -> tuple[Tensor, int]:
         return BasisEverywhere.apply(x.movedim(in_dims[0], 0), kind), 0
 
 
@@ -108,7 +108,7 @@ def _over_gaps(x: Tensor, q: Tensor, turn: Tensor) -> Tensor:
     return torch.where(apart, turn / torch.where(apart, gaps, 1.0), 0.0)
 
 
-EIGENVECTORS = Kind(
+EIGENVECTORS = BasisKind(
     make=_eigenvectors,
     turn=lambda x, q, dx: _over_gaps(x, q, q.mT @ dx @ q),
     pull=lambda x, q, turn: q @ _over_gaps(x, q, turn) @ q.mT,
@@ -144,7 +144,7 @@ def _orthonormal_pull(x: Tensor, q: Tensor, turn: Tensor) -> Tensor:
     return q @ torch.linalg.solve_triangular(r, below.mT, upper=True).mT
 
 
-ORTHONORMAL = Kind(_orthonormal, _orthonormal_turn, _orthonormal_pull)
+ORTHONORMAL = BasisKind(_orthonormal, _orthonormal_turn, _orthonormal_pull)
 
 
 def _rounding(values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def orthogonalized(x: Tensor, *how: Any, **out: Any) -> Tensor:
     """
     if torch.compiler.is_compiling() or not levels.differentiating([x]):
         return _newton_schulz(x, *how, **out)
-    if levels.pushing_twice():
+    if levels.in_nested_forward_mode():
         smooth = _iteration(x, *how[:-1])
         return _newton_schulz(x.detach(), *how) + (smooth - smooth.detach())
     return Orthogonalized.apply(x, *how)
@@ -152,7 +152,7 @@ def inverse_root(x: Tensor, power: int) -> Tensor:
     norm and the length of x. Of a zero matrix it is the identity.
     """
     x = (x + x.mT) / 2  # what eigenvalues are made of; else only half of x is read
-    if torch.compiler.is_compiling() or levels.pushing_twice():
+    if torch.compiler.is_compiling() or levels.in_nested_forward_mode():
         return _newton(x, power)
     if not levels.differentiating([x]):
         return InverseRoot.forward(x, power)

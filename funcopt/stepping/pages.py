@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import torch
 
-from funcopt.execution import reading
+from funcopt.execution import concrete
 from funcopt.types import Tensor
 
 _LARGE = 1 << 20  # bytes
@@ -32,7 +32,7 @@ def large_like(x: Tensor) -> Tensor | None:
 
 def _fresh(shape: Sequence[int], like: Tensor) -> Tensor | None:
     size = math.prod(shape) * like.element_size()
-    if size < _LARGE or not reading.readable(like) or not hasattr(mmap, "MAP_ANONYMOUS"):
+    if size < _LARGE or not concrete.readable(like) or not hasattr(mmap, "MAP_ANONYMOUS"):
         return None
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

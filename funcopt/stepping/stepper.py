@@ -10,22 +10,22 @@ import torch
 
 from funcopt import tree
 from funcopt.checks import (
-    FormOf,
+    SlotForm,
     check_leaves,
     check_matrices,
     check_params,
     check_real,
     check_state,
 )
-from funcopt.execution import batched, choice, dispatch, reading
-from funcopt.execution.lane import Lane
+from funcopt.execution import batched, concrete, dispatch, executor_choice
+from funcopt.execution.fast_path import FastPath
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.spec import Spec
-from funcopt.stepping import complex_leaves, sparse_rows, tasks, vectors
-from funcopt.stepping.again import Again
+from funcopt.stepping import complex_leaves, sparse_rows, vectors, vmapped
 from funcopt.stepping.live import merged, picked, which_step
 from funcopt.stepping.per_leaf import Hypers
+from funcopt.stepping.step_cache import StepCache
 from funcopt.stepping.totals import Measure
 from funcopt.types import HyperValue, State, Tensor, Tree
 
@@ -37,7 +37,7 @@ LeafValues: TypeAlias = Callable[
 
 
 class Stepper:
-    """A rule, its slots and hyperparameters, and the lanes that earlier steps made."""
+    """A rule, its slots and hyperparameters, and the cache of earlier steps."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
@@ -66,14 +66,14 @@ class Stepper:
         )
         #: slots that need not look like their parameters
         self.forms = {
-            slot: FormOf(first)
+            slot: SlotForm(first)
             for slot, first in slots.items()
             if callable(first) and not spec.traceable
         }
         #: whether all tasks of a vmap can be one step: no element depends on another
         self.separable = spec.elementwise and not spec.totals
         always = None if self.hypers.vary else self.values
-        self.again = Again(self.trees, [*self.vectors], self.measures, always)
+        self.cache = StepCache(self.trees, [*self.vectors], self.measures, always)
         #: what steps the entries of a sparse gradient
         self.lazy = Stepper(replace(spec, sparse="")) if spec.sparse else None
 
@@ -128,8 +128,8 @@ class Stepper:
         """One step with the rule's keyword arguments that ``values`` gives each leaf."""
         free = not (execution or torch.compiler.is_compiling())
         together = free and not donate and self.separable and batched.is_vmapped()
-        if free and not together and choice.is_free():
-            done = self.again.step(grads, state, params, values, donate)
+        if free and not together and executor_choice.is_free():
+            done = self.cache.step(grads, state, params, values, donate)
             if done is not None:
                 return self._result(*done, params, state, donate)
         p, structure = tree.flatten(params)
@@ -146,9 +146,9 @@ class Stepper:
             if sparse_rows.are_among(g):
                 given = {"values": values, "execution": execution, "donate": donate}
                 return self._lazily(g, p, structure, state, trees, live, given)
-        if together and live is None and not choice.is_forced():
+        if together and live is None and not executor_choice.is_forced():
             held = {key: state[key] for key in self.vectors}
-            done = tasks.step(self.step, g, p, trees, held, structure, values)
+            done = vmapped.step(self.step, g, p, trees, held, structure, values)
             if done is not None:
                 return done
         columns, steps = self._anew(
@@ -168,14 +168,14 @@ class Stepper:
         donate: bool,
         execution: str | None,
     ) -> tuple[Sequence[Any], Tensor]:
-        """The columns and steps of a step that goes the long way; its lanes are kept."""
+        """The columns and steps of a step that goes the long way; its paths are kept."""
         check_leaves(g, p, trees, live, structure, self.forms)
         old = {
-            slot: reading.scalars_of(state[slot]) if self.scalar[slot] else trees[slot]
+            slot: concrete.scalars_of(state[slot]) if self.scalar[slot] else trees[slot]
             for slot in self.slots
         }
         steps = vectors.next_steps(state["step"], live)
-        numbers = reading.scalars_of(steps)
+        numbers = concrete.scalars_of(steps)
         hyper = values(structure, p, numbers)
         live_g, live_p, *slots = [
             picked(column, live) for column in (g, p, *old.values())
@@ -193,21 +193,21 @@ class Stepper:
         leaves = Leaves(
             self.rule, live_g, live_p, slots, picked(numbers, live), picked(hyper, live)
         )
-        lanes: list[Lane | None] = []
+        paths: list[FastPath | None] = []
         for measure in self.measures:
-            leaves, lane = measure.added_to(leaves, execution)
-            lanes.append(lane)
+            leaves, path = measure.added_to(leaves, execution)
+            paths.append(path)
         held = [state[key] for key in self.vectors]
-        columns, lane = dispatch.step(leaves, execution, donate, held)
-        lanes.append(lane)
+        columns, path = dispatch.step(leaves, execution, donate, held)
+        paths.append(path)
         if halved:
             columns = [
                 complex_leaves.rejoined(column, halved) if stream else column
                 for column, stream in zip(columns, self.rule.outputs)
             ]
-        elif live is None and None not in lanes:
+        elif live is None and None not in paths:
             tensors = [*chain(g, p, *map(trees.__getitem__, self.trees)), *held]
-            self.again.keep(structure, tensors, [x for x in lanes if x])
+            self.cache.keep(structure, tensors, [x for x in paths if x])
         return merged((p, *old.values()), columns, live), steps
 
     def _lazily(
@@ -222,7 +222,7 @@ class Stepper:
     ) -> tuple[Tree, State]:
         """A step by gradients of which some are sparse."""
         assert self.lazy is not None
-        hyper = given["values"](structure, p, reading.scalars_of(state["step"] + 1))
+        hyper = given["values"](structure, p, concrete.scalars_of(state["step"] + 1))
         g = sparse_rows.check(g, p, structure, hyper)
         here = [x if sparse_rows.are_among([y]) else y for x, y in zip(p, g)]
         check_leaves(here, p, trees, live, structure, self.forms)
@@ -242,13 +242,13 @@ class Stepper:
         p, structure = tree.flatten(params)
         check_state(state, ("step", *self.slots), self.vectors, structure, self.spec.name)
         columns = [
-            reading.scalars_of(state[slot])
+            concrete.scalars_of(state[slot])
             if self.scalar[slot]
             else tree.flatten_like(structure, state[slot], f"state['{slot}']")
             for slot in self.slots
         ]
-        steps = reading.scalars_of(state["step"])
-        last = reading.scalars_of(state["step"].clamp(min=1))  # a schedule's first is 0
+        steps = concrete.scalars_of(state["step"])
+        last = concrete.scalars_of(state["step"].clamp(min=1))  # a schedule's first is 0
         values = self.hypers.per_leaf(overrides, structure, p, last)
         parts = complex_leaves.parts
         new = [

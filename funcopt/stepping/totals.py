@@ -9,7 +9,7 @@ import torch
 from funcopt.errors import HyperparameterError
 from funcopt.execution import dispatch
 from funcopt.execution.executor import Column
-from funcopt.execution.lane import Lane
+from funcopt.execution.fast_path import FastPath
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.spec import Spec, Totals
@@ -47,13 +47,13 @@ class Measure:
 
     def added_to(
         self, leaves: Leaves, execution: str | None
-    ) -> tuple[Leaves, Lane | None]:
+    ) -> tuple[Leaves, FastPath | None]:
         """The leaves with each sum over all of them among their hyperparameters.
 
-        And a lane for the sums of steps like this one.
+        And a fast path for the sums of steps like this one.
         """
-        sums, lane = dispatch.step(replace(leaves, rule=self._rule), execution)
-        return replace(leaves, hyper=self.added(leaves.hyper, sums)), lane
+        sums, path = dispatch.step(replace(leaves, rule=self._rule), execution)
+        return replace(leaves, hyper=self.added(leaves.hyper, sums)), path
 
     def added(
         self, hyper: Sequence[dict[str, Any]], sums: Sequence[Column]

@@ -17,9 +17,9 @@ from funcopt.errors import ExecutionError, HyperparameterError
 from funcopt.hyper import unknown
 from funcopt.torch_optim import batch, checkpoint
 from funcopt.torch_optim import functional as functions
+from funcopt.torch_optim.cached_step import CachedStep, cached
 from funcopt.torch_optim.flags import Flags
 from funcopt.torch_optim.layout import StateLayout
-from funcopt.torch_optim.repeat import Repeat, repeat
 from funcopt.types import State, Tensor, Tree
 
 Closure = Callable[[], Any] | None
@@ -35,7 +35,7 @@ class Adapter(Optimizer):
     flags: ClassVar[Flags]  #: the keyword arguments of the factory behind the class
     layout: ClassVar[StateLayout] = StateLayout()
 
-    _repeat: Repeat | None = None
+    _cached: CachedStep | None = None
 
     def functional(self) -> tuple[functions.Optimizer, Tree, State]:
         """The optimizer with its groups, and copies of its parameters and their state.
@@ -130,7 +130,7 @@ class Adapter(Optimizer):
         return {
             name: value
             for name, value in self.__dict__.items()
-            if name not in ("step", "_repeat", "_zero_grad_profile_name")
+            if name not in ("step", "_cached", "_zero_grad_profile_name")
             and not name.startswith("_optimizer_")
         }
 
@@ -163,9 +163,9 @@ class Adapter(Optimizer):
         if self._overflowed():
             return
         groups, state = self.param_groups, self.state
-        if not data and self._repeat is not None and self._repeat.run(groups, state):
+        if not data and self._cached is not None and self._cached.run(groups, state):
             return
-        self._repeat = None
+        self._cached = None
         differentiable = self.defaults.get("differentiable", False)
         name = type(self).__name__
         given = {key: self._by_parameter(key, column) for key, column in data.items()}
@@ -173,7 +173,7 @@ class Adapter(Optimizer):
         for each in batches:
             batch.step(each, given, differentiable)
         if not data and not differentiable:
-            self._repeat = repeat(groups, state, batches, self.flags)
+            self._cached = cached(groups, state, batches, self.flags)
 
     def _by_parameter(self, key: str, column: Any) -> dict[int, Any]:
         """A number of this step: by each parameter's ``id``, the value given for it."""

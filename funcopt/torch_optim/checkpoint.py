@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
-from funcopt.checks import FormOf
+from funcopt.checks import SlotForm
 from funcopt.errors import CheckpointError
 from funcopt.torch_optim.flags import Flags
 from funcopt.torch_optim.layout import StateLayout
@@ -183,7 +183,7 @@ def shape_of(first: Callable[[Tensor], Tensor], p: Tensor) -> torch.Size:
     return shape[:-1] if p.is_complex() else shape
 
 
-_form = lru_cache(maxsize=None)(FormOf)
+_form = lru_cache(maxsize=None)(SlotForm)
 
 
 def _real(p: Tensor) -> Tensor:

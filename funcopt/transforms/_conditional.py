@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from funcopt import tree
-from funcopt.execution import reading
+from funcopt.execution import concrete
 from funcopt.stepping import vectors
 from funcopt.types import Tensor, Tree
 
@@ -23,7 +23,7 @@ def choose(
     in place of ``then`` there, where that might give what is not finite when it is not
     chosen, and so a NaN derivative.
     """
-    if reading.readable(condition):
+    if concrete.readable(condition):
         return then() if bool(condition) else otherwise()
     return tree.map(
         lambda x, y: torch.where(condition, x, y), (guarded or then)(), otherwise()

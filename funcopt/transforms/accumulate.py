@@ -8,7 +8,7 @@ import torch
 
 from funcopt import tree
 from funcopt.checks import check_count
-from funcopt.execution import donation, reading
+from funcopt.execution import concrete, donation
 from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.optimizers._parts import towards
 from funcopt.spec import Spec
@@ -130,7 +130,7 @@ def _ready(mean: Tree, given: Tensor, grads: Tree, params: Tree) -> Tree:
     means, structure = tree.flatten(mean)
     rows = zip(
         means,
-        reading.scalars_of(given),
+        concrete.scalars_of(given),
         tree.flatten_like(structure, grads, "grads"),
         tree.flatten_like(structure, params, "params"),
     )

@@ -9,8 +9,8 @@ import torch
 
 from funcopt import tree
 from funcopt.errors import HyperparameterTypeError
+from funcopt.flat_function import FlatFunction
 from funcopt.hyper import Hyper
-from funcopt.listed import Listed
 from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.optimizers._parts import Number, root
 from funcopt.spec import Spec
@@ -121,6 +121,6 @@ def _gradient(loss_fn: Callable[[Tree], Tensor], params: Tree, like: Tree) -> Tr
         return loss_fn(tree.map(lambda p, x: p if x is None else x, params, moving))
 
     moving = tree.map(lambda p, g: p if g is not None else None, params, like)
-    listed = Listed(loss, moving)
-    grads, _ = listed.grad(*listed.inputs)
-    return listed.like_first(grads)
+    flat = FlatFunction(loss, moving)
+    grads, _ = flat.grad(*flat.inputs)
+    return flat.like_first(grads)

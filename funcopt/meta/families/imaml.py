@@ -11,7 +11,7 @@ from funcopt.inner.loss import loss_and_aux
 from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.meta.dependence import moving_leaves
 from funcopt.meta.families.family import Family, itself, judged, pair, squared_distance
-from funcopt.meta.fixed_point import implicit
+from funcopt.meta.implicit import implicit
 from funcopt.meta.problem import Problem, go_on
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, Tensor, Tree

@@ -1,4 +1,4 @@
-"""Listed: one gradient, by whichever way the transforms around it leave open."""
+"""FlatFunction: one gradient, by whichever way the transforms around it leave open."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from funcopt.execution import levels
-from funcopt.listed import Listed
+from funcopt.flat_function import FlatFunction
 from funcopt.types import Tree
 
 
@@ -28,11 +28,11 @@ def cubic(params: Tree, scale: Tensor) -> Tree:
 
 
 def gradient(p: Tensor, scale: Tensor) -> Tensor:
-    listed = Listed(lambda params: cubic(params, scale), {"p": p, "gap": None})
-    grads, out = listed.grad(*listed.inputs)
-    loss, aux = listed.rebuild(out)
+    flat = FlatFunction(lambda params: cubic(params, scale), {"p": p, "gap": None})
+    grads, out = flat.grad(*flat.inputs)
+    loss, aux = flat.rebuild(out)
     assert aux is None and loss.shape == ()
-    tree = listed.like_first(grads)
+    tree = flat.like_first(grads)
     assert tree["gap"] is None
     return tree["p"]
 
@@ -107,17 +107,15 @@ def test_nothing_is_recorded_where_nothing_is_followed():
 def test_the_derivative_stops_at_the_variables_themselves():
     """A proximal term closes over the very tensors that are varied."""
     p = P.clone().requires_grad_()
-    listed = Listed(lambda x: (((x - 2 * p) ** 2).sum(),), p)
-    grads, _ = listed.grad(*listed.inputs)
+    flat = FlatFunction(lambda x: (((x - 2 * p) ** 2).sum(),), p)
+    grads, _ = flat.grad(*flat.inputs)
     torch.testing.assert_close(grads[0], -2 * P)
 
 
 def test_a_loss_that_does_not_depend_has_gradient_zero():
     for p in (P, P.clone().requires_grad_()):
-        listed = Listed(lambda x: (W.sum(),), p)
-        assert torch.equal(
-            listed.grad(*listed.inputs)[0][0], torch.zeros(3, dtype=P.dtype)
-        )
+        flat = FlatFunction(lambda x: (W.sum(),), p)
+        assert torch.equal(flat.grad(*flat.inputs)[0][0], torch.zeros(3, dtype=P.dtype))
 
 
 def test_recorded_sees_the_running_level_only():

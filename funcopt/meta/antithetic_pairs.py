@@ -8,7 +8,7 @@ import torch
 from funcopt import select, tree
 from funcopt.checks import check_count
 from funcopt.errors import HyperparameterError, StructureError
-from funcopt.listed import Listed
+from funcopt.flat_function import FlatFunction
 from funcopt.meta.estimate import Estimate
 from funcopt.meta.problem import (
     Carry,
@@ -20,12 +20,12 @@ from funcopt.meta.problem import (
     stands_at,
     window_of,
 )
-from funcopt.meta.rolling import roll
+from funcopt.meta.rollout import roll
 from funcopt.normal import normal_like
 from funcopt.types import HyperValue, Tensor, Tree
 
 
-class Swarm:
+class AntitheticPairs:
     """Antithetic pairs of trainings: a window of all of them, and what it tells."""
 
     def __init__(
@@ -115,7 +115,7 @@ class Swarm:
         return Estimate(values.mean(), grads, diagnostics, end)
 
     def _all(self, one: Callable[..., Any], eta: Tree, at: Tree) -> Any:
-        listed = Listed(one, eta, at)
-        many = torch.func.vmap(listed, randomness="same", chunk_size=self.chunk_size)
-        out = many(*listed.inputs)
-        return listed.rebuild(out)
+        flat = FlatFunction(one, eta, at)
+        many = torch.func.vmap(flat, randomness="same", chunk_size=self.chunk_size)
+        out = many(*flat.inputs)
+        return flat.rebuild(out)

@@ -1,11 +1,11 @@
-"""Lanes: fast paths for steps like an earlier one, whose decisions still hold."""
+"""Fast paths for steps like an earlier one, whose decisions still hold."""
 
 from collections.abc import Callable, Sequence
 from operator import ne
 from typing import Any, TypeAlias
 
 from funcopt.execution import fused_autograd, layout, reference
-from funcopt.execution.call import Call
+from funcopt.execution.call_signature import CallSignature
 from funcopt.execution.executor import (
     Column,
     Direct,
@@ -15,19 +15,19 @@ from funcopt.execution.executor import (
     maker,
     read_number,
 )
-from funcopt.execution.form import Form
-from funcopt.execution.guard import Known
+from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.native import objects
 from funcopt.execution.rule import Kinds, Rule
+from funcopt.execution.rule_call import RuleCall
 from funcopt.types import Tensor
 
-#: makes a step in place, from tensors and the count of it; see `Lane.settled`
+#: makes a step in place, from tensors and the count of it; see `FastPath.settled`
 Settled: TypeAlias = Callable[[list[Tensor], int], bool]
 
 
-class Lane:
-    """A fast path that takes all leaves of a step, while tensors stay alike (`Known`).
+class FastPath:
+    """A way for all leaves of a step, while tensors stay alike (`GuardedCache`).
 
     Args:
         rule: that is run.
@@ -43,7 +43,8 @@ class Lane:
         self._names = rule.scalars(kinds)
         self._elements = rule.streams(kinds)  # hyperparameters with a value for each
         self._fixed = [name for name in rule.hyper if name not in self._elements]
-        self._alike: Known[bool] = Known()  # of these values: that they are as leaves are
+        #: of the values in ``_elements``: that they are as they were
+        self._alike: GuardedCache[bool] = GuardedCache()
         #: hyperparameters, and their numbers as all leaves share them
         self._settled: tuple[Sequence[dict[str, Any]], list[Any]] = (), []
         self._written = count * sum(rule.outputs)
@@ -98,7 +99,7 @@ class Lane:
     ) -> Sequence[Column] | None:
         """The same, of rows of scalars: a single one is shared by all leaves.
 
-        None, as here, of a lane that takes no rows.
+        None, as here, of a fast path that takes no rows.
         """
         return None
 
@@ -140,7 +141,7 @@ class Lane:
         return True
 
 
-class Plain(Lane):
+class ExecutorPath(FastPath):
     """For steps of which no derivative is asked: by one executor.
 
     Where there are several rows of scalars, ``which`` gives the row of each leaf; without
@@ -217,7 +218,7 @@ class Plain(Lane):
         return step
 
 
-class Whole(Lane):
+class WholePath(FastPath):
     """For rules that need each leaf whole, by torch's own operations.
 
     ``run_leaves`` gives the columns, in the old tensors if it is told to donate.
@@ -255,7 +256,7 @@ class Whole(Lane):
         return self._run(self.leaves(tensors, numbers, hyper), donate)
 
 
-class Referred(Lane):
+class ReferencePath(FastPath):
     """For steps that torch differentiates or batches, operation by operation."""
 
     def run(
@@ -269,14 +270,14 @@ class Referred(Lane):
         return None if donate or leaves.tasks else reference.of_leaves(leaves)
 
 
-class Recorded(Lane):
+class AutogradPath(FastPath):
     """For steps that autograd records: by kernels, for the derivative too."""
 
-    def __init__(self, form: Form, row: Sequence[Any]) -> None:
-        super().__init__(form.rule, form.kinds, len(form.which))
-        self._form = form
-        self._hyper: Known[Form] = Known()
-        self._hyper.put([x for x in row if isinstance(x, Tensor)], form)
+    def __init__(self, signature: CallSignature, row: Sequence[Any]) -> None:
+        super().__init__(signature.rule, signature.kinds, len(signature.which))
+        self._signature = signature
+        self._hyper: GuardedCache[CallSignature] = GuardedCache()
+        self._hyper.put([x for x in row if isinstance(x, Tensor)], signature)
 
     def step(
         self, tensors: list[Tensor], rows: Rows, donate: bool
@@ -286,12 +287,12 @@ class Recorded(Lane):
             return None
         given = [x for x in row if isinstance(x, Tensor)]
         numbers = tuple(None if isinstance(x, Tensor) else x for x in row)
-        alike = tuple(x is None for x in numbers) == self._form.given[0]
-        form = self._hyper.get(given) if alike and not donate else None
-        if form is None:
+        alike = tuple(x is None for x in numbers) == self._signature.given[0]
+        signature = self._hyper.get(given) if alike and not donate else None
+        if signature is None:
             return None
-        call = Call(form, (numbers,))
-        return form.gather(fused_autograd.record(call, [*tensors, *given]))
+        call = RuleCall(signature, (numbers,))
+        return signature.gather(fused_autograd.record(call, [*tensors, *given]))
 
 
 _NUMBERS = {int, float}

@@ -49,7 +49,7 @@ def scalars_of(vector: Tensor) -> list[Any]:
     return list(values)
 
 
-def seen(tensor: Tensor) -> Tensor | None:
+def peek(tensor: Tensor) -> Tensor | None:
     """The values, of every task of a batch, to look at and not to compute with.
 
     An accelerator is waited for. None while compiling or tracing, and of a subclass.

@@ -10,7 +10,7 @@ from funcopt.execution import levels
 from funcopt.types import Tensor
 
 
-class Draws:
+class RngState:
     """The states of torch's random generators, of the CPU and of the tensors' devices."""
 
     def __init__(self, tensors: Iterable[Any]) -> None:
@@ -21,14 +21,14 @@ class Draws:
             if hasattr(module, "get_rng_state"):
                 self.states[device] = module.get_rng_state(device)
 
-    def moved(self) -> bool:
+    def has_advanced(self) -> bool:
         """Whether numbers have been drawn since."""
         with levels.outside():
-            now = Draws([])._of(self.states)
+            now = RngState([])._of(self.states)
             return not all(torch.equal(now[d], s) for d, s in self.states.items())
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def restored(self) -> Iterator[None]:
         """Draw the same numbers within; the generators go on as if nothing were drawn."""
         now = self._of(self.states)
         self._restore(self.states)

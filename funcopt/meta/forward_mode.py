@@ -1,11 +1,11 @@
-"""Forward mode: how the training depends on eta is carried along with it."""
+"""The forward-mode estimator: how the training depends on eta is carried with it."""
 
 import torch
 
 from funcopt import tree
 from funcopt.derivatives import Function, Trees, jvp
 from funcopt.errors import StructureError
-from funcopt.listed import Listed
+from funcopt.flat_function import FlatFunction
 from funcopt.meta.estimate import Estimate, check_eta
 from funcopt.meta.problem import (
     Carry,
@@ -17,7 +17,7 @@ from funcopt.meta.problem import (
     stands_at,
     window_of,
 )
-from funcopt.meta.rolling import steps_on
+from funcopt.meta.rollout import steps_on
 from funcopt.types import Tensor, Tree
 
 
@@ -83,9 +83,9 @@ def forward(
 
     def pushed(function: Function, given: Trees, along: Trees) -> tuple[Trees, Trees]:
         """``function`` and its derivatives along all tangents at once."""
-        listed = Listed(lambda along: jvp(function, given, along), along)
-        out = torch.func.vmap(listed, randomness="same")(*listed.inputs)
-        value, tangents = listed.rebuild(out)
+        flat = FlatFunction(lambda along: jvp(function, given, along), along)
+        out = torch.func.vmap(flat, randomness="same")(*flat.inputs)
+        value, tangents = flat.rebuild(out)
         return tree.map(lambda x: x[0], value), tangents  # no value depends on them
 
     with torch.no_grad():

@@ -10,7 +10,7 @@ from funcopt.execution import levels
 from funcopt.types import Tensor, Tree
 
 
-class Listed:
+class FlatFunction:
     """``function`` of ``trees``, called with the lists of the leaves that are there.
 
     A ``None`` leaf and a container that only optree knows stop torch.func, as an input

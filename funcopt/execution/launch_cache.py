@@ -5,17 +5,17 @@ from itertools import chain
 from typing import Any
 
 from funcopt.execution.executor import Column, Direct, Executor, maker, read_number
-from funcopt.execution.guard import Known
+from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.execution.native import objects
 
 
-class Ready:
+class LaunchCache:
     """`Executor.direct` of earlier calls, by what their streams were like."""
 
     def __init__(self, outputs: int) -> None:
         self._outputs = outputs  # how many of the outputs are streams
         #: the function, and what makes a column of outputs
-        self._known: Known[tuple[Direct, Callable[[], Column]]] = Known()
+        self._known: GuardedCache[tuple[Direct, Callable[[], Column]]] = GuardedCache()
 
     def learn(
         self, executor: Executor, streams: Sequence[Column], which: Sequence[int]

@@ -10,9 +10,9 @@ import torch
 
 from funcopt.errors import ExecutionError
 from funcopt.execution import levels, reference, stacked
+from funcopt.execution.call_signature import Engine
 from funcopt.execution.executor import BuildError, Column, Executor
 from funcopt.execution.foreach import Foreach
-from funcopt.execution.form import Engine
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.native import objects
 from funcopt.execution.native.kernels import Native
@@ -35,7 +35,7 @@ _DEVICES = {"native": "cpu", "triton": "cuda"}  # foreach runs on any
 NAMES = (*ENGINES, "stacked", "reference")
 
 _forced: ContextVar[str | None] = ContextVar("execution", default=None)
-_observer: ContextVar["list[Group] | None"] = ContextVar("observer", default=None)
+_observer: ContextVar["list[LeafGroup] | None"] = ContextVar("observer", default=None)
 
 # A derivative by kernels costs as much as torch's own of so many operations: in plain
 # autograd, inside torch.func, and on leaves of _MANY elements, where arithmetic is what
@@ -79,9 +79,9 @@ def execution(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def observed() -> Iterator[list["Group"]]:
+def observed() -> Iterator[list["LeafGroup"]]:
     """Collects what is chosen for each group of leaves in the updates within."""
-    seen: list[Group] = []
+    seen: list[LeafGroup] = []
     token = _observer.set(seen)
     try:
         yield seen
@@ -106,7 +106,7 @@ class Choice(NamedTuple):  # made at once, where a frozen dataclass takes a whil
     refused: tuple[tuple[str, str], ...] = ()  #: (name, sentence) of those before it
 
 
-class Group(NamedTuple):
+class LeafGroup(NamedTuple):
     """Leaves that run together, and what runs them."""
 
     rule: Rule
@@ -122,7 +122,7 @@ def is_forced() -> bool:
 
 
 def is_free() -> bool:
-    """Whether a lane may be taken: no executor is forced, no mode or `observed` open."""
+    """Whether a fast path may be taken: none is forced, no mode or `observed` open."""
     return not _is_watched() and _forced.get() is None and _observer.get() is None
 
 
@@ -130,7 +130,7 @@ def is_free() -> bool:
 _is_watched = torch._C._len_torch_dispatch_stack
 
 
-def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
+def groups(leaves: Leaves, name: str | None = None) -> list[LeafGroup]:
     """The leaves that run together: of one dtype and device, and kinds of values.
 
     By the fastest executor that may run them; or by the one of this ``name``, or else
@@ -163,7 +163,7 @@ def groups(leaves: Leaves, name: str | None = None) -> list[Group]:
         least = _least_worth(params) if followed and not forced else 0
         name, refused = _choose(leaves.rule, kind, dtype, device, least, reasons, forced)
         choice = Choice(name, followed and name in ENGINES, transformed, refused)
-        made.append(Group(leaves.rule, kind, which, params, choice))
+        made.append(LeafGroup(leaves.rule, kind, which, params, choice))
     observer = _observer.get()
     if observer is not None:
         observer.extend(made)

@@ -1,4 +1,4 @@
-"""The inner loop of a problem, from where it stands."""
+"""Some steps of a problem's inner loop, from where it stands."""
 
 from dataclasses import replace
 from operator import itemgetter

@@ -7,7 +7,7 @@ import torch
 from funcopt import tree
 from funcopt.derivatives import vjp
 from funcopt.errors import HyperparameterError
-from funcopt.listed import Listed
+from funcopt.flat_function import FlatFunction
 from funcopt.meta.estimate import Estimate, check_eta, check_no_level
 from funcopt.meta.problem import (
     Carry,
@@ -18,7 +18,7 @@ from funcopt.meta.problem import (
     stands_at,
     window_of,
 )
-from funcopt.meta.rolling import roll
+from funcopt.meta.rollout import roll
 from funcopt.types import Tree
 
 
@@ -289,9 +289,9 @@ def _back(
         value, end, losses = roll(problem, eta, go_on(problem, eta, carry), count, **how)
         return value, standing(end), losses
 
-    listed = Listed(objective, eta)
-    grads, out = listed.grad(*listed.inputs)
+    flat = FlatFunction(objective, eta)
+    grads, out = flat.grad(*flat.inputs)
     check_no_level("an estimate", [grads, out])  # by what a loss closes over
-    value, end, losses = tree.detach(listed.rebuild(out))
+    value, end, losses = tree.detach(flat.rebuild(out))
     end = {**end, "step": start + count}
-    return Estimate(value, tree.detach(listed.like_first(grads)), {"losses": losses}, end)
+    return Estimate(value, tree.detach(flat.like_first(grads)), {"losses": losses}, end)

@@ -18,7 +18,7 @@ from trees import assert_close, random_like, relative
 
 import funcopt as fo
 from funcopt import tree
-from funcopt.execution import dispatch, fused_autograd, lane
+from funcopt.execution import dispatch, fast_path, fused_autograd
 from funcopt.types import Tree
 
 LIKE = {"w": torch.empty(4, 3), "b": torch.empty(5), "none": torch.empty(0)}
@@ -26,8 +26,8 @@ OPTIMIZER = fo.adamw(weight_decay=0.1)
 
 
 @pytest.fixture
-def lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The steps that went by a lane."""
+def paths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The steps that went by a fast path."""
     taken: list[Any] = []
     original = fused_autograd.record
 
@@ -78,7 +78,7 @@ def slopes(
 
 
 def assert_slopes(found: list[Tensor], expected: list[Tensor]) -> None:
-    """To the bit those of an execution that is named, for which there are no lanes."""
+    """To the bit those of an execution that is named, for which there are no paths."""
     assert any(x.any() for x in expected)
     assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
@@ -101,11 +101,11 @@ HYPER: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("what", HYPER)
-def test_hyperparameters_that_change(what: str, lanes: list[Any]):
+def test_hyperparameters_that_change(what: str, paths: list[Any]):
     opt = fo.adamw(weight_decay=0.1)
     for _ in range(2):
         slopes(opt)
-    assert len(lanes) >= 3
+    assert len(paths) >= 3
     for _ in range(2):
         found = slopes(opt, **HYPER[what]())
         expected = slopes(opt, "native", **HYPER[what]())
@@ -125,16 +125,16 @@ OUTER: dict[str, Callable[[Any], Tensor]] = {
 
 
 @pytest.mark.parametrize("what", OUTER)
-def test_cotangents_that_change(what: str, lanes: list[Any]):
+def test_cotangents_that_change(what: str, paths: list[Any]):
     for _ in range(2):
         slopes(OPTIMIZER)
     found = slopes(OPTIMIZER, outer=OUTER[what])
     assert_slopes(found, slopes(OPTIMIZER, "native", outer=OUTER[what]))
-    assert lanes
+    assert paths
 
 
 @pytest.mark.parametrize("case", FEW[:3], ids=str)
-def test_every_rule_with_kernels(case: Any, lanes: list[Any]):
+def test_every_rule_with_kernels(case: Any, paths: list[Any]):
     opt = case.optimizer()
     asked = {k: v for k, v in case.tensors().items() if isinstance(v, Tensor)}
 
@@ -150,7 +150,7 @@ def test_every_rule_with_kernels(case: Any, lanes: list[Any]):
     run(None)
     assert_slopes(run(None), run("native"))
     # Of nadam the first alone: then the numbers of its state carry a gradient.
-    assert len(lanes) > 1 or case.row.name == "nadam"
+    assert len(paths) > 1 or case.row.name == "nadam"
 
 
 def by_derivatives(opt: fo.Optimizer, name: str | None, order: int) -> Tensor:
@@ -165,10 +165,10 @@ def by_derivatives(opt: fo.Optimizer, name: str | None, order: int) -> Tensor:
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_derivatives_of_derivatives(order: int, lanes: list[Any]):
+def test_derivatives_of_derivatives(order: int, paths: list[Any]):
     for _ in range(2):
         found = by_derivatives(OPTIMIZER, None, order)
-    assert lanes
+    assert paths
     expected = by_derivatives(OPTIMIZER, "native", order)
     assert torch.equal(found, expected) and expected.any()
 
@@ -182,19 +182,19 @@ def leaf() -> Tensor:
     return torch.linspace(1.0, 2.0, 6).requires_grad_()
 
 
-def test_modes_within_and_without(lanes: list[Any]):
+def test_modes_within_and_without(paths: list[Any]):
     opt = fo.adamw()
     for _ in range(3):
         assert step(opt, leaf()).requires_grad
-    taken = len(lanes)
+    taken = len(paths)
     assert taken == 2
     with torch.no_grad():
         for _ in range(3):
             assert not step(opt, leaf()).requires_grad
-        assert len(lanes) == taken
+        assert len(paths) == taken
         with torch.enable_grad():
             assert step(opt, leaf()).requires_grad
-    assert len(lanes) == taken + 1
+    assert len(paths) == taken + 1
     with torch.no_grad():
         assert not step(opt, leaf().detach(), lr=number(0.1)).requires_grad
     p = leaf().detach()
@@ -208,13 +208,13 @@ def test_modes_within_and_without(lanes: list[Any]):
         assert step(opt, p).is_inference()
 
 
-def test_transforms_take_no_lane(lanes: list[Any]):
+def test_transforms_take_no_fast_path(paths: list[Any]):
     opt = fo.adamw()
     p, rows = leaf().detach(), torch.stack([leaf().detach()] * 3)
     for _ in range(3):
         assert step(opt, leaf()).requires_grad
         assert step(opt, p, lr=number(0.1).requires_grad_()).requires_grad
-    taken = len(lanes)
+    taken = len(paths)
 
     def loss(p: Tensor, lr: Tensor) -> Tensor:
         return (step(opt, p, lr=lr) ** 2).sum()
@@ -234,28 +234,28 @@ def test_transforms_take_no_lane(lanes: list[Any]):
         dual = torch.autograd.forward_ad.make_dual(leaf(), torch.ones(6))
         pushed = torch.autograd.forward_ad.unpack_dual(step(opt, dual, lr=number(0.1)))
         assert pushed.tangent is not None
-    assert len(lanes) == taken
+    assert len(paths) == taken
     q, lr = p.clone().requires_grad_(), number(0.1).requires_grad_()
     again = torch.autograd.grad((step(opt, q, lr=lr) ** 2).sum(), (q, lr))
     for a, b in zip(first, again):
         assert relative(a, b) <= 1e-6
 
 
-def test_a_forward_mode_level_leaves_no_lane(lanes: list[Any]):
+def test_a_forward_mode_level_leaves_no_fast_path(paths: list[Any]):
     opt, p = fo.adamw(), leaf().detach()
     with torch.autograd.forward_ad.dual_level():
         step(opt, p)
     step(opt, p)
-    assert not lanes
+    assert not paths
 
 
-def test_backward_twice_and_after_a_write(lanes: list[Any]):
+def test_backward_twice_and_after_a_write(paths: list[Any]):
     opt = fo.adamw()
     for _ in range(2):
         step(opt, leaf())
     p = leaf()
     new = step(opt, p)
-    assert lanes
+    assert paths
     first = torch.autograd.grad(new.sum(), p, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(new.sum(), p, retain_graph=True)[0])
     with torch.no_grad():
@@ -264,7 +264,7 @@ def test_backward_twice_and_after_a_write(lanes: list[Any]):
         torch.autograd.grad(new.sum(), p)
 
 
-def test_saved_tensors_may_come_back_otherwise(lanes: list[Any]):
+def test_saved_tensors_may_come_back_otherwise(paths: list[Any]):
     """Hooks that pack into another layout, or another dtype and back."""
     expected = slopes(OPTIMIZER)
     unpacked: list[Callable[[Tensor], Tensor]] = [
@@ -275,10 +275,10 @@ def test_saved_tensors_may_come_back_otherwise(lanes: list[Any]):
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
             for a, b in zip(slopes(OPTIMIZER), expected):
                 assert torch.equal(a, b)
-    assert lanes
+    assert paths
 
 
-def test_donation_is_refused_on_a_lane(lanes: list[Any]):
+def test_donation_is_refused_on_a_fast_path(paths: list[Any]):
     opt, p = fo.adamw(), leaf()
     for _ in range(2):
         step(opt, p)
@@ -286,7 +286,7 @@ def test_donation_is_refused_on_a_lane(lanes: list[Any]):
         opt.update(torch.ones(6), opt.init(p), p, donate=True)
 
 
-def test_a_lane_holds_no_tensor():
+def test_a_fast_path_holds_no_tensor():
     opt, p, lr = fo.adamw(), leaf(), number(0.1).requires_grad_()
     for _ in range(3):
         new = step(opt, p, lr=lr)
@@ -297,7 +297,7 @@ def test_a_lane_holds_no_tensor():
     assert [ref() for ref in gone] == [None] * 3
 
 
-def test_shapes_that_alternate(lanes: list[Any]):
+def test_shapes_that_alternate(paths: list[Any]):
     """One optimizer, more kinds of trees than it remembers ways for."""
     opt = fo.adamw()
     for _ in range(2):
@@ -308,16 +308,16 @@ def test_shapes_that_alternate(lanes: list[Any]):
             assert torch.equal(*found, *torch.autograd.grad((looked_at**2).sum(), p))
 
 
-def test_copies_of_an_optimizer_are_independent(lanes: list[Any]):
+def test_copies_of_an_optimizer_are_independent(paths: list[Any]):
     expected = slopes(OPTIMIZER)
     twin = copy.deepcopy(OPTIMIZER)
     assert twin is not OPTIMIZER
     for _ in range(2):
         assert all(map(torch.equal, slopes(twin), expected))
-    assert lanes
+    assert paths
 
 
-def test_threads_share_the_lanes(lanes: list[Any]):
+def test_threads_share_the_fast_paths(paths: list[Any]):
     opt = fo.adamw(weight_decay=0.1)
     seeds = range(6)
     expected = [slopes(opt, seed=seed) for seed in seeds]
@@ -325,7 +325,7 @@ def test_threads_share_the_lanes(lanes: list[Any]):
         found = list(pool.map(lambda seed: slopes(opt, seed=seed), [*seeds] * 3))
     for k, each in enumerate(found):
         assert all(map(torch.equal, each, expected[k % len(seeds)]))
-    assert lanes
+    assert paths
 
 
 PLAIN: dict[str, tuple[Callable[[], fo.Optimizer], dict[str, Any]]] = {
@@ -353,7 +353,7 @@ PLAIN: dict[str, tuple[Callable[[], fo.Optimizer], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("what", PLAIN)
-def test_a_plain_step_goes_by_its_lane(
+def test_a_plain_step_goes_by_its_fast_path(
     what: str, donate: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """To the bit the steps of native kernels that are asked for by name."""
@@ -382,13 +382,13 @@ def test_a_plain_step_goes_by_its_lane(
 def settled(opt: fo.Optimizer, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Steps in place of this optimizer that were asked no more than their tensors."""
     taken: list[Any] = []
-    original = lane.Plain.settled
+    original = fast_path.ExecutorPath.settled
 
     def spy(self: Any, hyper: Any) -> Any:
         step = original(self, hyper)
         return step and (lambda *given: taken.append(given) or step(*given))
 
-    monkeypatch.setattr(lane.Plain, "settled", spy)
+    monkeypatch.setattr(fast_path.ExecutorPath, "settled", spy)
     return taken
 
 
@@ -538,18 +538,18 @@ FOLLOWED: dict[str, Callable[..., Any]] = {
     ],
     ids=lambda opt: opt.name,
 )
-def test_steps_that_torch_follows_take_a_lane(
+def test_steps_that_torch_follows_take_a_fast_path(
     opt: fo.Optimizer, how: str, monkeypatch: pytest.MonkeyPatch
 ):
     """To the bit what each is without, whatever was stepped before, and by what."""
     taken = []
-    original = lane.Referred.run
+    original = fast_path.ReferencePath.run
 
     def spy(self: Any, *args: Any) -> Any:
         taken.append(how)
         return original(self, *args)
 
-    monkeypatch.setattr(lane.Referred, "run", spy)
+    monkeypatch.setattr(fast_path.ReferencePath, "run", spy)
     numbers = torch.Generator().manual_seed(0)
     p = torch.rand(2, 3, generator=numbers, dtype=torch.float64) + 0.5
     lr = torch.tensor([0.1, 0.02], dtype=torch.float64)
@@ -592,7 +592,7 @@ def test_followed_tasks_of_different_ages():
     ids=lambda opt: opt.name,
 )
 @pytest.mark.parametrize("followed", [False, True])
-def test_a_lane_of_shared_numbers_and_tasks_with_their_own(
+def test_a_fast_path_of_shared_numbers_and_tasks_with_their_own(
     opt: fo.Optimizer, followed: bool
 ):
     p = torch.linspace(0.5, 2, 12, dtype=torch.float64).reshape(2, 6)
@@ -616,7 +616,7 @@ def test_a_lane_of_shared_numbers_and_tasks_with_their_own(
 @pytest.mark.slow
 @pytest.mark.parametrize("factory", [fo.sgd, fo.adamw, fo.adafactor, fo.prodigy])
 def test_what_is_traced_after_plain_steps_is_the_rule(factory: Callable[..., Any]):
-    """A lane would give the tracer tensors of which it knows nothing: constants."""
+    """A fast path would give the tracer tensors of which it knows nothing: constants."""
     opt, params = factory(lr=0.1), positive(1)
     state, others = opt.init(params), random_like(LIKE, 3)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""A cache whose key is what tensors are like: asked of all of them at once."""
+"""A cache whose key is what tensors are like, compared by Dynamo's guards."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -24,7 +24,7 @@ _MOST = 8
 T = TypeVar("T")
 
 
-class Known(Generic[T]):
+class GuardedCache(Generic[T]):
     """A cache of what was worked out for tensors, and holds for others like them."""
 
     def __init__(self) -> None:

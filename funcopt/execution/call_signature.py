@@ -11,26 +11,26 @@ import torch
 
 from funcopt.execution import reference
 from funcopt.execution.executor import Column, Executor
+from funcopt.execution.launch_cache import LaunchCache
 from funcopt.execution.program import Program
-from funcopt.execution.ready import Ready
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.types import Tensor
 
 #: makes a program ready for a dtype that leaves are stored in
 Engine: TypeAlias = Callable[[Program, torch.dtype], Executor]
 
-_MOST = 64  # forms kept that follow from one
+_MOST = 64  # signatures kept that follow from one
 
 
 @dataclass(frozen=True, eq=False)
-class Form:
-    """A call's signature: rule, dtype, rows of the leaves, which scalars are tensors.
+class CallSignature:
+    """What calls share that differ in values alone.
 
-    Calls of one form differ in values alone. The tensors of a call are one flat list, in
-    the order of the program's inputs: of a stream the tensors of all leaves, of a scalar
-    those of the rows where it is a tensor. So are its outputs. A derivative has a form of
-    its own: `vjp` takes this form's tensors and a cotangent for each output, `jvp` this
-    form's tensors and a tangent for each.
+    It is the rule, the dtype, the rows of the leaves, and which scalars are tensors. The
+    tensors of a call are one flat list, in the order of the program's inputs: of a stream
+    the tensors of all leaves, of a scalar those of the rows where it is a tensor. So are
+    its outputs. A derivative has a signature of its own: `vjp` takes this one's tensors
+    and a cotangent for each output, `jvp` this one's tensors and a tangent for each.
     """
 
     rule: Rule
@@ -42,17 +42,17 @@ class Form:
     tasks: int = 0  #: how many tasks a leaf's leading axis holds, if scalars are theirs
     what: str = "step"
     wanted: tuple[bool, ...] = ()  #: the inputs of ``of`` that `vjp` is to give
-    of: "Form | None" = None  #: what this is a derivative of
-    _derived: dict[Any, "Form"] = field(default_factory=dict)
+    of: "CallSignature | None" = None  #: what this is a derivative of
+    _derived: dict[Any, "CallSignature"] = field(default_factory=dict)
 
-    def vjp(self, wanted: tuple[bool, ...]) -> "Form":
+    def vjp(self, wanted: tuple[bool, ...]) -> "CallSignature":
         """The gradients of the tensors that are ``wanted``.
 
         And of all others of the same inputs: a program gives a whole input's or none.
         """
         return self._once(wanted, self._vjp)
 
-    def _vjp(self, wanted: tuple[bool, ...]) -> "Form":
+    def _vjp(self, wanted: tuple[bool, ...]) -> "CallSignature":
         asked = [False] * len(self.inputs)
         for (i, _), w in zip(self.places, wanted):
             asked[i] |= w
@@ -64,7 +64,7 @@ class Form:
             of=self,
         )
 
-    def jvp(self) -> "Form":
+    def jvp(self) -> "CallSignature":
         """The tangents of the outputs."""
         return self._once(
             "jvp",
@@ -73,15 +73,15 @@ class Form:
             ),
         )
 
-    def with_tasks(self, tasks: int) -> "Form":
+    def with_tasks(self, tasks: int) -> "CallSignature":
         """The same on leaves whose leading axis is the task."""
         of = self.of and self.of.with_tasks(tasks)
         return self._once(("tasks", tasks), lambda _: self._new(tasks=tasks, of=of))
 
-    def _new(self, **changes: Any) -> "Form":
+    def _new(self, **changes: Any) -> "CallSignature":
         return replace(self, _derived={}, **changes)
 
-    def _once(self, key: Any, make: Callable[[Any], "Form"]) -> "Form":
+    def _once(self, key: Any, make: Callable[[Any], "CallSignature"]) -> "CallSignature":
         if key not in self._derived:
             if len(self._derived) >= _MOST:
                 self._derived.clear()
@@ -173,9 +173,9 @@ class Form:
         return self.rule.executor(self.engine, self.program, self.stored)
 
     @cached_property
-    def ready(self) -> Ready:
+    def launches(self) -> LaunchCache:
         """The cache of the way that earlier calls went."""
-        return Ready(sum(self.outputs))
+        return LaunchCache(sum(self.outputs))
 
     def gather(self, outputs: Sequence[Tensor]) -> list[Column]:
         """The outputs of a step as columns: something for each leaf."""

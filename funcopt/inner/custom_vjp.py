@@ -1,4 +1,4 @@
-"""Running a function apart from the graph, inside an autograd.Function.
+"""autograd.Functions with a backward of their own, run apart from the graph.
 
 There a gradient by what the function closes over would be lost: here it raises.
 """
@@ -21,14 +21,14 @@ def is_possible() -> bool:
     Forward mode keeps no graph, nor does a pass without gradients; a compiler chooses
     itself what is kept, and would draw other random numbers.
     """
-    if levels.pushing() or torch.compiler.is_compiling():
+    if levels.in_forward_mode() or torch.compiler.is_compiling():
         return False
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return False
     return levels.inside() or torch.is_grad_enabled()
 
 
-class Apart:
+class CallContext:
     """The grad mode and depth of transforms where one call of a function was made."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class Apart:
 
         torch.func.grad always asks for a graph of its backward pass, and drops it. So
         the function runs one level lower, where second derivatives by an outer transform
-        still pass; at this level they raise (`_Once`).
+        still pass; at this level they raise (`_OnceDifferentiable`).
         """
         saved = [*map(levels.alive, saved)]
         given = [*saved, *cotangents]
@@ -99,13 +99,16 @@ class Apart:
             for x in given
         ]
         found = function(below[: len(saved)], below[len(saved) :])
-        return [g if g is None else _Once.apply(top.level(), g, *followed) for g in found]
+        return [
+            g if g is None else _OnceDifferentiable.apply(top.level(), g, *followed)
+            for g in found
+        ]
 
 
-class ApartFunction(torch.autograd.Function):
+class CustomVJP(torch.autograd.Function):
     """An autograd.Function of a call, which knows how it goes and how it goes back.
 
-    The call has ``apart``, ``forward(tensors)`` and ``backward(saved, cotangents,
+    The call has ``context``, ``forward(tensors)`` and ``backward(saved, cotangents,
     wanted)``; what is saved, a subclass says in its ``setup_context``.
     """
 
@@ -113,12 +116,14 @@ class ApartFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(levels.of_each_task(call.apart.run(call.forward, tensors), tensors))
+        return tuple(
+            levels.of_each_task(call.context.run(call.forward, tensors), tensors)
+        )
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         call, wanted = ctx.call, ctx.needs_input_grad[1:]
-        found = call.apart.back(
+        found = call.context.back(
             lambda saved, bars: call.backward(saved, bars, wanted),
             ctx.saved_tensors,
             cotangents,
@@ -145,7 +150,7 @@ def distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor
     return made
 
 
-class _Once(torch.autograd.Function):
+class _OnceDifferentiable(torch.autograd.Function):
     """A gradient that at one level raises if it is differentiated; elsewhere itself."""
 
     generate_vmap_rule = True

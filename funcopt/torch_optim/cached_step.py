@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from funcopt.execution import choice, dispatch
-from funcopt.execution.guard import Known
-from funcopt.execution.lane import Lane
+from funcopt.execution import dispatch, executor_choice
+from funcopt.execution.fast_path import FastPath
+from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.native import objects
 from funcopt.torch_optim import flags
@@ -48,16 +48,16 @@ class _Row:
         return self._numbers
 
 
-class _Way:
-    """Parameters of a batch that one lane steps, and how to read their scalars."""
+class _Part:
+    """Parameters of a batch that one fast path steps, and how to read their scalars."""
 
-    def __init__(self, batch: Batch, lane: Lane, known: Flags) -> None:
-        self.batch, self._lane = batch, lane
+    def __init__(self, batch: Batch, path: FastPath, known: Flags) -> None:
+        self.batch, self._path = batch, path
         columns = batch.columns()
-        self._owner = owner = leaves_of(batch).rows(lane.kinds)[1]
+        self._owner = owner = leaves_of(batch).rows(path.kinds)[1]
         self._firsts = [owner.index(row) for row in range(max(owner) + 1)]
         self._rows = [
-            _Row(batch, batch.groups[i], known, lane.kinds) for i in self._firsts
+            _Row(batch, batch.groups[i], known, path.kinds) for i in self._firsts
         ]
         self.fixed = [*batch.params]
         for slot in batch.stepper.trees:
@@ -98,7 +98,7 @@ class _Way:
 
     def run(self, grads: list[Tensor], rows: list[list[Any]]) -> None:
         """One update."""
-        columns = self._lane.step([*grads, *self.fixed], rows, donate=True)
+        columns = self._path.step([*grads, *self.fixed], rows, donate=True)
         if columns is None:
             given = [self._rows[row].row for row in self._owner]
             batch = replace(self.batch, grads=grads, rows=given)
@@ -112,7 +112,7 @@ class _Way:
                 vector.copy_(torch.tensor(column, dtype=torch.float64))
 
 
-class Repeat:
+class CachedStep:
     """The plan of a step of all groups.
 
     It holds for as long as groups and parameters are the same objects, the same ones have
@@ -120,19 +120,19 @@ class Repeat:
     """
 
     def __init__(
-        self, groups: Sequence[Group], state: dict[Tensor, Any], ways: Sequence[_Way]
+        self, groups: Sequence[Group], state: dict[Tensor, Any], parts: Sequence[_Part]
     ) -> None:
-        self._ways = ways
+        self._ways = parts
         self._groups = [*groups]  # of which the rows are read
-        self._live = [way.batch.params for way in ways]
+        self._live = [part.batch.params for part in parts]
         live = {id(p) for params in self._live for p in params}
         self._params = [p for group in groups for p in group["params"]]
         self._idle = [p for p in self._params if id(p) not in live]
         self._state = state
         self._held = _held(state)
-        self._fixed = [x for way in ways for x in way.fixed]
+        self._fixed = [x for part in parts for x in part.fixed]
         grads: list[Any] = [p.grad for params in self._live for p in params]
-        self._alike: Known[bool] = Known()
+        self._alike: GuardedCache[bool] = GuardedCache()
         self._alike.put([*grads, *self._fixed], True)
 
     def run(self, groups: Sequence[Group], state: dict[Tensor, Any]) -> bool:
@@ -141,7 +141,7 @@ class Repeat:
         params, same = [*chain(*map(_params, groups))], objects.load().same
         if (
             state is not self._state
-            or not choice.is_free()
+            or not executor_choice.is_free()
             or not same([*groups], self._groups)
             or not same(params, self._params)
             or not objects.load().holds(state, self._held)
@@ -149,12 +149,12 @@ class Repeat:
             or not self._alike.get([*chain(*grads), *self._fixed])
         ):
             return False
-        rows = [way.rows() for way in self._ways]
+        rows = [part.rows() for part in self._ways]
         if None in rows:
             return False
-        for way, gradients, scalars in zip(self._ways, grads, rows):
+        for part, gradients, scalars in zip(self._ways, grads, rows):
             assert scalars is not None
-            way.run(gradients, scalars)
+            part.run(gradients, scalars)
         return True
 
 
@@ -186,22 +186,22 @@ def leaves_of(batch: Batch) -> Leaves:
     return Leaves(stepper.rule, batch.grads, batch.params, slots, steps, batch.rows)
 
 
-def repeat(
+def cached(
     groups: Sequence[Group],
     state: dict[Tensor, Any],
     batches: Sequence[Batch],
     known: Flags,
-) -> Repeat | None:
+) -> CachedStep | None:
     """A plan for steps like this one, which is done; None if there can be none."""
-    ways = []
+    parts = []
     for batch in batches:
         if not _simple(batch):
             return None
-        lanes = dispatch.lanes(leaves_of(batch))
-        if lanes is None:
+        paths = dispatch.fast_paths(leaves_of(batch))
+        if paths is None:
             return None
-        ways += [_Way(batch.pick(which), lane, known) for which, lane in lanes]
-    return Repeat(groups, state, ways) if ways else None
+        parts += [_Part(batch.pick(which), path, known) for which, path in paths]
+    return CachedStep(groups, state, parts) if parts else None
 
 
 def _simple(batch: Batch) -> bool:

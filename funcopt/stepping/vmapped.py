@@ -2,7 +2,7 @@
 
 To an elementwise rule a task's axis is one more axis of the leaf. So the vmap is left for
 as long as a step takes, which then goes the way of any other: looked at once for all
-tasks, and by the lane of the one before.
+tasks, and by the fast path of the one before.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +10,8 @@ from typing import Any
 
 from funcopt import tree
 from funcopt.errors import FuncoptError
-from funcopt.execution import levels, reading
-from funcopt.execution.batched import Tasks
+from funcopt.execution import concrete, levels
+from funcopt.execution.batched import TaskAxis
 from funcopt.execution.executor import PerTask
 from funcopt.types import State, Tensor, Tree
 
@@ -31,7 +31,7 @@ def step(
     numbers of its own there, or hyperparameters that are more than a number; or if
     something does not fit, which is to be said in the words of one task.
     """
-    tasks = Tasks()
+    tasks = TaskAxis()
     columns = [[*map(tasks.off, column)] for column in (grads, params, *slots.values())]
     with tasks.together():
         shared: dict[str, Any] = {
@@ -72,17 +72,17 @@ def step(
     return tree.unflatten(structure, [*map(tasks.on, p)]), state
 
 
-def _is_own(tasks: Tasks, x: Any) -> bool:
+def _is_own(tasks: TaskAxis, x: Any) -> bool:
     return isinstance(x, Tensor) and tasks.off(x)[1] is not None
 
 
-def _per_task(tasks: Tasks, row: Mapping[str, Any]) -> dict[str, Any] | None:
+def _per_task(tasks: TaskAxis, row: Mapping[str, Any]) -> dict[str, Any] | None:
     """The row with vectors for the tasks' own numbers, if these can be read."""
     found: dict[str, Any] = {}
     for name, x in row.items():
         value, axis = tasks.off(x) if isinstance(x, Tensor) else (x, None)
         if axis is not None:
-            if value.ndim > 1 or levels.is_tracked(value) or not reading.readable(value):
+            if value.ndim > 1 or levels.is_tracked(value) or not concrete.readable(value):
                 return None
             value = PerTask(value)
         found[name] = value
@@ -91,7 +91,7 @@ def _per_task(tasks: Tasks, row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _shared(vector: Tensor, axis: int | None) -> Tensor | None:
     """The vector of every task, if it is the same and can be read."""
-    if levels.is_tracked(vector) or not reading.readable(vector):
+    if levels.is_tracked(vector) or not concrete.readable(vector):
         return None
     if axis is None:
         return vector

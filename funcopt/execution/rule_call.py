@@ -8,57 +8,58 @@ from typing import Any
 import torch
 
 from funcopt.execution import layout, reference
-from funcopt.execution.form import Form, scalars_in
+from funcopt.execution.call_signature import CallSignature, scalars_in
 from funcopt.types import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """A form, and for each row its scalars: the numbers, None where one is a tensor."""
+class RuleCall:
+    """A signature, and the scalars of each row: numbers, None where one is a tensor."""
 
-    form: Form
+    signature: CallSignature
     rows: tuple[tuple[Any, ...], ...]
 
-    def vjp(self, wanted: Sequence[bool]) -> "Call":
-        """See `Form.vjp`."""
-        form = self.form.vjp(tuple(wanted))
-        more = (None,) * scalars_in(self.form.outputs)
-        return Call(form, tuple(row + more for row in self.rows))
+    def vjp(self, wanted: Sequence[bool]) -> "RuleCall":
+        """See `CallSignature.vjp`."""
+        signature = self.signature.vjp(tuple(wanted))
+        more = (None,) * scalars_in(self.signature.outputs)
+        return RuleCall(signature, tuple(row + more for row in self.rows))
 
-    def jvp(self) -> "Call":
-        """See `Form.jvp`: a number has the tangent 0."""
+    def jvp(self) -> "RuleCall":
+        """See `CallSignature.jvp`: a number has the tangent 0."""
         rows = tuple(
             (*row, *(None if value is None else 0.0 for value in row))
             for row in self.rows
         )
-        return Call(self.form.jvp(), rows)
+        return RuleCall(self.signature.jvp(), rows)
 
-    def with_tasks(self, tasks: int) -> "Call":
-        """See `Form.with_tasks`."""
-        return replace(self, form=self.form.with_tasks(tasks))
+    def with_tasks(self, tasks: int) -> "RuleCall":
+        """See `CallSignature.with_tasks`."""
+        return replace(self, signature=self.signature.with_tasks(tasks))
 
     def execute(self, tensors: Sequence[Tensor], recycle: bool = False) -> list[Tensor]:
         """The outputs, by kernels; nothing is recorded for a derivative.
 
         With ``recycle`` they may take old buffers: right where no graph holds outputs.
         """
-        form = self.form
-        streams = [tensors[column] for column in form.columns]
+        signature = self.signature
+        streams = [tensors[column] for column in signature.columns]
         rows, device = self._rows(tensors), streams[0][0].device
         out = None
         if recycle:
-            out = form.rule.recycler.columns(streams[1], sum(form.outputs))
-        found = form.ready.run(streams, rows, out)
+            out = signature.rule.recycler.columns(streams[1], sum(signature.outputs))
+        found = signature.launches.run(streams, rows, out)
         if found is None:
             alike = layout.alike(streams)
             with torch.no_grad():
-                found = form.executor(
-                    alike, rows, form.which, out=out, tasks=form.tasks, pooled=True
+                run, tasks = signature.executor, signature.tasks
+                found = run(
+                    alike, rows, signature.which, out=out, tasks=tasks, pooled=True
                 )
-            if not form.tasks and all(map(is_, alike, streams)):
-                form.ready.learn(form.executor, streams, form.which)
+            if not tasks and all(map(is_, alike, streams)):
+                signature.launches.learn(signature.executor, streams, signature.which)
         outputs: list[Tensor] = []
-        for column, stream, rows in zip(found, form.outputs, form.output_rows):
+        for column, stream, rows in zip(found, signature.outputs, signature.output_rows):
             outputs += (
                 column if stream else [self._as_tensor(column[r], device) for r in rows]
             )
@@ -67,34 +68,36 @@ class Call:
     def _as_tensor(self, value: Any, device: torch.device) -> Tensor:
         if not isinstance(value, Tensor):
             value = _float64(value, device)
-        tasks = self.form.tasks
+        tasks = self.signature.tasks
         if tasks and not value.ndim:
             return value.expand(tasks).clone()  # forward mode writes into it
         return value
 
     def plain(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The outputs by torch's own operations, which any transform follows."""
-        form = self.form
-        if form.of is None:
+        signature = self.signature
+        if signature.of is None:
             return self._step(tensors)
         # The first scalars of each row are those of what this is a derivative of.
-        of = Call(form.of, tuple(row[: scalars_in(form.of.inputs)] for row in self.rows))
-        count = len(form.of.places)
+        count, scalars = len(signature.of.places), scalars_in(signature.of.inputs)
+        of = RuleCall(signature.of, tuple(row[:scalars] for row in self.rows))
         given, more = tensors[:count], tensors[count:]
-        if form.what == "jvp":
+        if signature.what == "jvp":
             # Not torch.func.jvp: this may already be inside of forward mode.
             pulled: Any = torch.func.vjp(of.plain, *given)
             outputs, pull = pulled
             anything = tuple(map(torch.ones_like, outputs))
             return torch.func.vjp(lambda *u: pull(u), *anything)[1](more)
         found = torch.func.vjp(of.plain, *given)[1](more)
-        return tuple(g for g, (i, _) in zip(found, form.of.places) if form.wanted[i])
+        return tuple(
+            g for g, (i, _) in zip(found, signature.of.places) if signature.wanted[i]
+        )
 
     def _step(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        form, rows = self.form, self._rows(tensors)
-        streams = [tensors[column] for column in form.columns]
+        signature, rows = self.signature, self._rows(tensors)
+        streams = [tensors[column] for column in signature.columns]
         on_leaf = reference.on_leaf(
-            form.rule.flat(form.kinds), form.inputs, form.rule.outputs
+            signature.rule.flat(signature.kinds), signature.inputs, signature.rule.outputs
         )
 
         def function(*inputs: Any) -> tuple[Tensor, ...]:
@@ -105,25 +108,28 @@ class Call:
             )
 
         made: list[Sequence[Any]] = []
-        for leaf, row in enumerate(form.which):
+        for leaf, row in enumerate(signature.which):
             columns, scalars = iter(streams), iter(rows[row])
-            inputs = [next(columns)[leaf] if s else next(scalars) for s in form.inputs]
+            inputs = [
+                next(columns)[leaf] if s else next(scalars) for s in signature.inputs
+            ]
             step = function
-            if form.tasks:
+            if signature.tasks:
                 axes = tuple(
                     0 if isinstance(x, Tensor) and x.ndim else None for x in inputs
                 )
                 step = torch.vmap(function, in_dims=axes)
             made.append(step(*inputs))
-        first = {row: leaf for leaf, row in reversed(list(enumerate(form.which)))}
+        first = {row: leaf for leaf, row in reversed(list(enumerate(signature.which)))}
         return tuple(
-            made[at if form.outputs[i] else first[at]][i] for i, at in form.output_places
+            made[at if signature.outputs[i] else first[at]][i]
+            for i, at in signature.output_places
         )
 
     def _rows(self, tensors: Sequence[Tensor]) -> list[list[Any]]:
         """The rows with the tensors in them."""
         rows = [list(row) for row in self.rows]
-        for k, row, place in self.form.scalars:
+        for k, row, place in self.signature.scalars:
             rows[row][place] = tensors[k]
         return rows
 

@@ -1,4 +1,4 @@
-"""A cache of lanes, so that a step like an earlier one goes the fast path."""
+"""A cache of fast paths, for steps like an earlier one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 import torch
 
 from funcopt import tree
-from funcopt.execution import levels, reading
-from funcopt.execution.guard import Known
-from funcopt.execution.lane import Lane, Settled
+from funcopt.execution import concrete, levels
+from funcopt.execution.fast_path import FastPath, Settled
+from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.execution.native import objects
 from funcopt.stepping.totals import Measure
 from funcopt.types import State, Tensor, Tree
@@ -19,22 +19,22 @@ Values: TypeAlias = Callable[..., Sequence[dict[str, Any]]]
 _MOST = 64  # structures of params that one optimizer remembers
 
 
-class _Way:
-    """How steps of tensors that are alike go."""
+class _Paths:
+    """How steps of tensors that are alike go: by a path for each total, and its own."""
 
-    def __init__(self, lanes: list[Lane]) -> None:
-        self.lanes = lanes
+    def __init__(self, paths: list[FastPath]) -> None:
+        self.paths = paths
         self.settled: Settled | None = None  #: where nothing but the step changes
 
 
-class _Seen:
+class _Entry:
     """What is known of trees of one structure."""
 
     def __init__(
         self, structure: tree.Structure, slots: Sequence[str], vectors: Sequence[str]
     ) -> None:
         self.structure, self.count = structure, structure.num_leaves
-        self.ways: Known[_Way] = Known()
+        self.paths: GuardedCache[_Paths] = GuardedCache()
         with levels.outside():
             #: kept as a tensor: torch makes one of a number at each addition
             self.one = torch.ones((), dtype=torch.int64, device="cpu")
@@ -44,8 +44,8 @@ class _Seen:
         self.form = form, form, state
 
 
-class Again:
-    """The lanes of one optimizer, those of its totals before those of its step.
+class StepCache:
+    """The fast paths of one optimizer, those of its totals before those of its step.
 
     Args:
         slots: the names of the state's trees.
@@ -63,19 +63,19 @@ class Again:
     ) -> None:
         self._slots, self._vectors, self._measures = slots, vectors, measures
         self._always = always
-        self._all: tuple[_Seen, ...] = ()  # the last found first
+        self._all: tuple[_Entry, ...] = ()  # the last found first
 
     def keep(
-        self, structure: tree.Structure, tensors: Sequence[Tensor], lanes: list[Lane]
+        self, structure: tree.Structure, tensors: Sequence[Tensor], paths: list[FastPath]
     ) -> None:
         """Remember how these went: gradients, parameters, slots, vectors."""
-        for seen in self._all:
-            if seen.structure == structure:
+        for entry in self._all:
+            if entry.structure == structure:
                 break
         else:
-            seen = _Seen(structure, self._slots, self._vectors)
-            self._all = (seen, *self._all)[:_MOST]
-        seen.ways.put(tensors, _Way(lanes))
+            entry = _Entry(structure, self._slots, self._vectors)
+            self._all = (entry, *self._all)[:_MOST]
+        entry.paths.put(tensors, _Paths(paths))
 
     def step(
         self,
@@ -89,29 +89,29 @@ class Again:
         if not self._all:
             return None
         given, leaves = (grads, params, state), objects.load().leaves
-        for seen in self._all:
-            tensors = leaves(seen.form, given)
+        for entry in self._all:
+            tensors = leaves(entry.form, given)
             if tensors is not None:
                 break
         else:
             return None
-        if seen is not self._all[0]:
-            self._all = (seen, *(x for x in self._all if x is not seen))
-        way = seen.ways.get(tensors)
-        if way is None:
+        if entry is not self._all[0]:
+            self._all = (entry, *(x for x in self._all if x is not entry))
+        ways = entry.paths.get(tensors)
+        if ways is None:
             return None
         always = values is self._always
-        if donate and always and way.settled is not None:
+        if donate and always and ways.settled is not None:
             steps = tensors.pop()
             counts = steps.tolist()
             first = counts[0]
-            if counts.count(first) == seen.count and way.settled(tensors, first + 1):
-                return seen.structure, (), steps.add_(seen.one)
+            if counts.count(first) == entry.count and ways.settled(tensors, first + 1):
+                return entry.structure, (), steps.add_(entry.one)
             tensors.append(steps)
-        some, count = len(tensors) - len(self._vectors), seen.count
+        some, count = len(tensors) - len(self._vectors), entry.count
         steps, *others = tensors[some:]
         del tensors[some:]
-        read = reading.scalars_of if levels.inside() else torch.Tensor.tolist
+        read = concrete.scalars_of if levels.inside() else torch.Tensor.tolist
         counts = read(steps)
         first = counts[0]
         if type(first) is int and counts.count(first) == count:  # mostly, and soon told
@@ -119,17 +119,17 @@ class Again:
         else:
             counts = [t + 1 for t in counts]
         numbers = [*map(read, others), counts]
-        hyper = values(seen.structure, tensors[count : 2 * count], counts)
-        *of_totals, lane = way.lanes
+        hyper = values(entry.structure, tensors[count : 2 * count], counts)
+        *of_totals, path = ways.paths
         for measure, own in zip(self._measures, of_totals):
             sums = own.run(tensors, numbers, hyper, False)
             if sums is None:
                 return None
             hyper = measure.added(hyper, sums)
-        columns = lane.run(tensors, numbers, hyper, donate)
+        columns = path.run(tensors, numbers, hyper, donate)
         if columns is None:
             return None
         if donate and always:
-            way.settled = lane.settled(hyper)
-        new = steps.add_(seen.one) if donate else steps + seen.one
-        return seen.structure, columns, new
+            ways.settled = path.settled(hyper)
+        new = steps.add_(entry.one) if donate else steps + entry.one
+        return entry.structure, columns, new

@@ -25,7 +25,7 @@ from funcopt.meta.problem import (
     standing,
     stands_at,
 )
-from funcopt.meta.rolling import advance
+from funcopt.meta.rollout import advance
 from funcopt.types import Tree
 
 
