@@ -198,7 +198,20 @@ def test_odd_gradients(name: str, case: Case, dtype: torch.dtype):
     params, grads = pairs[:, 1].contiguous(), pairs[:, 0].contiguous()
     expected = expected_of(name, case, params, like=lambda p, s: grads * (1 + s % 2))
     found = steps(case, name, params, like=lambda p, s: grads * (1 + s % 2))
+    if case.row.functions:
+        found = without_rounding(found, expected, params, case.row.functions)
     assert_bits(found, expected)
+
+
+def without_rounding(
+    found: Result, expected: Result, before: Tensor, units: float
+) -> Result:
+    """With finite parameters as expected, each of which is within some units of it."""
+    (p, state), q = found, expected[0]
+    rounded = p.isfinite() & q.isfinite() & (p != q)
+    if rounded.any():
+        assert units_apart(p[rounded], q[rounded], before[rounded]) <= units
+    return torch.where(rounded, q, p), state
 
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -220,6 +233,8 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a condition as a number": lambda a, b: (a < b).to(a.dtype) * b,
     "lerp": lambda a, b: torch.lerp(a, b, 0.1),
     "lerp from the end": lambda a, b: torch.lerp(a, b, 0.9),
+    "addcmul": lambda a, b: torch.addcmul(a, a, b),
+    "addcmul by a number": lambda a, b: torch.addcmul(a, b, b, value=0.1),
 }
 
 

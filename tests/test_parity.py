@@ -108,6 +108,21 @@ def test_trajectory(case: Case, dtype: torch.dtype):
     assert run.state["step"].tolist() == [STEPS] * 5
 
 
+@pytest.mark.parametrize("size", [1e20, 1e30], ids=str)
+@pytest.mark.parametrize("case", [case for case in ENDS if case in TWINS], ids=str)
+def test_gradients_whose_squares_overflow(case: Case, size: float):
+    """1e40 is no float32, but 0.001 times it is; 1e57 is none: torch's stand still."""
+    run = race(case, case.mixed(torch.float32))
+    for step in range(4):
+        run.step(tree.map(lambda g: size * g, random_like(run.params, seed=100 + step)))
+        for name, ours, theirs in run.pairs():
+            finite = theirs[theirs.isfinite()].abs()
+            atol = 2e-6 * finite.max().item() if finite.numel() else 0.0
+            torch.testing.assert_close(
+                ours, theirs, rtol=0, atol=atol, equal_nan=True, msg=name
+            )
+
+
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_trajectory_the_other_way(case: Case):
     """Uphill for downhill: the mixes of flags that the table leaves out."""

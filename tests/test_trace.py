@@ -313,6 +313,7 @@ FORMULAS: dict[str, tuple[Callable[..., Any], tuple[float, ...], float]] = {
     "clamp": (lambda x: x.clamp(1.0, 2.0), (3.0,), 2.0),
     "sign": (torch.sign, (-3.0,), -1.0),
     "lerp": (lambda a, b: torch.lerp(a, b, 0.25), (2.0, 4.0), 2.5),
+    "addcmul": (lambda a, b: torch.addcmul(a, a, b, value=0.5), (2.0, 4.0), 6.0),
     "both": (lambda x: torch.where((x > 1) & (x < 3), x, -x), (2.0,), 2.0),
     "not": (lambda x: torch.where(torch.logical_not(x > 1), x, -x), (2.0,), -2.0),
     "sigmoid far out": (torch.sigmoid, (-800.0,), 0.0),

@@ -16,6 +16,7 @@ from funcopt.types import Tensor
 
 _LEAF: dict[str, Callable[..., Tensor]] = {
     "atan2": torch.atan2, "div": torch.div, "sub": torch.sub, "lerp": torch.lerp,
+    "addcmul": torch.addcmul,
     "pow": torch.pow, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge,
     "eq": torch.eq, "ne": torch.ne, "logical_and": torch.logical_and,
     "logical_or": torch.logical_or, "logical_not": torch.logical_not,
@@ -26,6 +27,7 @@ _LEAF: dict[str, Callable[..., Tensor]] = {
 _LISTS = {
     "add", "sub", "mul", "div", "neg", "abs", "sqrt", "rsqrt", "reciprocal", "sign",
     "exp", "log", "tanh", "sigmoid", "maximum", "minimum", "pow", "lerp",
+    "addcmul",
 }  # fmt: skip
 _COMMUTATIVE = {"add", "mul", "maximum", "minimum"}
 

@@ -21,6 +21,7 @@ _NUMBERS = {
     "reciprocal": "1 / {}", "exp": "exp({})", "log": "log({})", "tanh": "tanh({})",
     "sigmoid": "1 / (1 + exp(-{}))", "atan2": "atan2({}, {})",
     "where": "{1} if {0} else {2}", "lerp": "{0} + {2} * ({1} - {0})",
+    "addcmul": "{0} + {1} * {2}",
     "sign": "float(({0} > 0) - ({0} < 0))", "lt": "{} < {}", "le": "{} <= {}",
     "maximum": "{0} if {0} > {1} or {0} != {0} else {1}", "gt": "{} > {}",
     "minimum": "{0} if {0} < {1} or {0} != {0} else {1}", "ge": "{} >= {}",
@@ -123,7 +124,8 @@ _TENSORS: dict[str, Callable[..., Tensor]] = {
     name: getattr(torch, name)
     for name in (
         "add", "sub", "mul", "div", "neg", "pow", "sqrt", "rsqrt", "abs", "reciprocal",
-        "exp", "log", "tanh", "sigmoid", "atan2", "lerp", "sign", "maximum", "minimum",
+        "exp", "log", "tanh", "sigmoid", "atan2", "lerp", "addcmul", "sign",
+        "maximum", "minimum",
     )
 } | {
     name: _float64(getattr(torch, name))

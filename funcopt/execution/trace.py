@@ -108,7 +108,7 @@ _SAME = {
     "add", "sub", "mul", "div", "neg", "abs", "sqrt", "rsqrt", "sign", "exp", "log",
     "tanh", "atan2", "maximum", "minimum", "where", "lt", "le", "gt", "ge", "eq", "ne",
     "logical_and", "logical_or", "logical_not", "reciprocal", "pow", "lerp", "sum",
-    "sigmoid",
+    "sigmoid", "addcmul",
 }  # fmt: skip
 _OTHER = {"sgn": "sign", "fmax": "maximum", "bitwise_and": "logical_and",
           "bitwise_or": "logical_or", "bitwise_not": "logical_not"}  # fmt: skip
@@ -123,6 +123,7 @@ _FILLED = {
 }  # fmt: skip
 
 
+_OF_THREE = {"lerp", "where", "addcmul"}
 _SPECIAL = {
     "full", "full_like", "fill", "scalar_tensor", "copy", "rsub", "masked_fill", "clamp",
     "clamp_min", "clamp_max", "linalg_vector_norm",
@@ -218,11 +219,15 @@ class _Recorder(TorchDispatchMode):
         alpha = kwargs.get(
             "alpha", args[2] if name in ("add", "sub") and len(args) > 2 else 1
         )
-        numbers = [self._number(a) for a in args[: 3 if name in ("lerp", "where") else 2]]
+        alpha = kwargs.get("value", alpha)  # addcmul's name for it
+        numbers = [self._number(a) for a in args[: 3 if name in _OF_THREE else 2]]
         if kwargs.get("rounding_mode") is not None:
             raise UntraceableError("a rounded division is not among the operations")
         if alpha != 1:
-            numbers[1] = self._op("mul", (numbers[1], self._number(alpha)), stream)
+            scaled = stream if name != "addcmul" else self._is_stream(numbers[1])
+            numbers[1] = self._op("mul", (numbers[1], self._number(alpha)), scaled)
+        if name == "addcmul":  # of lists there is none with numbers
+            numbers = [self._as(number, stream) for number in numbers]
         return self._op(name, tuple(numbers), stream, boolean)
 
     def _check_cast(self, old: torch.dtype, new: torch.dtype, stream: bool) -> None:

@@ -23,6 +23,17 @@ def average(mean: Tensor, value: Tensor, beta: Number, **out: Any) -> Tensor:
     return towards(mean, value, 1 - beta, **out)
 
 
+def average_of_squares(mean: Tensor, x: Tensor, beta: Number) -> Tensor:
+    """The exponential moving average β·mean + (1 - β)·x².
+
+    With torch.optim's rounding, and as far as torch.optim goes: x² itself may overflow.
+    """
+    weight = 1 - beta
+    if isinstance(weight, Tensor):
+        return torch.addcmul(beta * mean, weight * x, x)
+    return torch.addcmul(beta * mean, x, x, value=weight)  # an op less
+
+
 def towards(start: Tensor, end: Tensor, weight: Number, **out: Any) -> Tensor:
     """start + weight·(end - start), and exactly ``end`` where the weight is 1."""
     if isinstance(weight, Tensor):

@@ -7,7 +7,13 @@ import torch
 
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import Number, adam_step, average, decoupled_decay
+from funcopt.optimizers._parts import (
+    Number,
+    adam_step,
+    average,
+    average_of_squares,
+    decoupled_decay,
+)
 from funcopt.types import HyperValue, Tensor
 
 
@@ -29,7 +35,7 @@ def rule(
     p = decoupled_decay(p, lr, weight_decay)
     exp_avg = average(exp_avg, g, beta1)
     surprise = g - exp_avg
-    exp_avg_var = average(exp_avg_var, surprise * surprise, beta2) + eps
+    exp_avg_var = average_of_squares(exp_avg_var, surprise, beta2) + eps
     p = p - adam_step(exp_avg, exp_avg_var, step, lr, beta1, beta2, eps)
     return p, exp_avg, exp_avg_var
 

@@ -7,7 +7,7 @@ import torch
 
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import Number, average, coupled_decay, root
+from funcopt.optimizers._parts import Number, average_of_squares, coupled_decay, root
 from funcopt.types import HyperValue, Tensor
 
 
@@ -26,9 +26,9 @@ def rule(
 ) -> tuple[Tensor, ...]:
     del step  # neither average is corrected for its start at zero
     g = coupled_decay(-g if maximize else g, p, weight_decay)
-    square_avg = average(square_avg, g * g, rho)
+    square_avg = average_of_squares(square_avg, g, rho)
     delta = root(acc_delta + eps) / root(square_avg + eps) * g
-    return p - lr * delta, square_avg, average(acc_delta, delta * delta, rho)
+    return p - lr * delta, square_avg, average_of_squares(acc_delta, delta, rho)
 
 
 def adadelta(

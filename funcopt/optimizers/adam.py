@@ -7,7 +7,13 @@ import torch
 
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import Number, adam_step, average, decayed
+from funcopt.optimizers._parts import (
+    Number,
+    adam_step,
+    average,
+    average_of_squares,
+    decayed,
+)
 from funcopt.types import HyperValue, Tensor
 
 
@@ -29,7 +35,7 @@ def rule(
     g = -g if maximize else g
     g, p = decayed(g, p, lr, weight_decay, decoupled_weight_decay)
     exp_avg = average(exp_avg, g, beta1)
-    exp_avg_sq = average(exp_avg_sq, g * g, beta2)
+    exp_avg_sq = average_of_squares(exp_avg_sq, g, beta2)
     max_exp_avg_sq = tuple(torch.maximum(x, exp_avg_sq) for x in max_exp_avg_sq)
     (second,) = max_exp_avg_sq or (exp_avg_sq,)
     p = p - adam_step(exp_avg, second, step, lr, beta1, beta2, eps)

@@ -8,7 +8,14 @@ import torch
 
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import Number, average, decoupled_decay, root, where
+from funcopt.optimizers._parts import (
+    Number,
+    average,
+    average_of_squares,
+    decoupled_decay,
+    root,
+    where,
+)
 from funcopt.types import HyperValue, Tensor
 
 
@@ -30,7 +37,7 @@ def rule(
     g = -g if maximize else g
     p = decoupled_decay(p, lr, weight_decay)
     exp_avg = average(exp_avg, g, beta1)
-    exp_avg_sq = average(exp_avg_sq, g * g, beta2)
+    exp_avg_sq = average_of_squares(exp_avg_sq, g, beta2)
     # An angle is of a ratio: both corrections in the one scalar.
     scale = b * (1 - beta1**step) / (1 - beta2**step) ** 0.5
     angle = torch.atan2(exp_avg, scale * root(exp_avg_sq))

@@ -7,7 +7,13 @@ import torch
 
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import Number, adam_step, average, decoupled_decay
+from funcopt.optimizers._parts import (
+    Number,
+    adam_step,
+    average,
+    average_of_squares,
+    decoupled_decay,
+)
 from funcopt.types import HyperValue, Tensor
 
 
@@ -28,7 +34,7 @@ def rule(
     g = -g if maximize else g
     p = decoupled_decay(p, lr, weight_decay)
     exp_avg = average(exp_avg, g, beta1)
-    exp_avg_sq = average(exp_avg_sq, g * g, beta2)
+    exp_avg_sq = average_of_squares(exp_avg_sq, g, beta2)
     max_exp_avg_sq = tuple(torch.maximum(x, exp_avg_sq) for x in max_exp_avg_sq)
     (second,) = max_exp_avg_sq or (exp_avg_sq,)
     p = p - adam_step(exp_avg, second, step, lr, beta1, beta2, eps)

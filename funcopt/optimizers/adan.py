@@ -7,7 +7,14 @@ import torch
 
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import Number, average, is_zero, root, where
+from funcopt.optimizers._parts import (
+    Number,
+    average,
+    average_of_squares,
+    is_zero,
+    root,
+    where,
+)
 from funcopt.types import HyperValue, Tensor
 
 
@@ -33,7 +40,7 @@ def rule(
     ahead = g + beta2 * change
     exp_avg = average(exp_avg, g, beta1)
     exp_avg_diff = average(exp_avg_diff, change, beta2)
-    exp_avg_sq = average(exp_avg_sq, ahead * ahead, beta3)
+    exp_avg_sq = average_of_squares(exp_avg_sq, ahead, beta3)
     # The three corrections in the scalars, as in Adam's step.
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     correction3 = (1 - beta3**step) ** 0.5

@@ -10,6 +10,7 @@ from funcopt.optimizer import Optimizer, elementwise
 from funcopt.optimizers._parts import (
     Number,
     average,
+    average_of_squares,
     decoupled_decay,
     exp,
     log,
@@ -49,7 +50,7 @@ def rule(
     p = decoupled_decay(p, lr, weight_decay)
     exp_avg = average(exp_avg, g, beta1)
     exp_avg_slow = average(exp_avg_slow, g, beta3)
-    exp_avg_sq = average(exp_avg_sq, g * g, beta2)
+    exp_avg_sq = average_of_squares(exp_avg_sq, g, beta2)
     # The corrections of the two that have one in the scalars, as in Adam's step.
     correction1, correction2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
     move = exp_avg + alpha * correction1 * exp_avg_slow

@@ -11,6 +11,7 @@ from funcopt.optimizers._parts import (
     Number,
     adam_step,
     average,
+    average_of_squares,
     coupled_decay,
     norm,
     where,
@@ -34,7 +35,7 @@ def rule(
 ) -> tuple[Tensor, ...]:
     g = -g if maximize else g
     exp_avg = average(exp_avg, g, beta1)
-    exp_avg_sq = average(exp_avg_sq, g * g, beta2)
+    exp_avg_sq = average_of_squares(exp_avg_sq, g, beta2)
     u = adam_step(exp_avg, exp_avg_sq, step, 1.0, beta1, beta2, eps)
     u = coupled_decay(u, p, weight_decay)
     (length, of_p), (own, of_u) = norm(p), norm(u)

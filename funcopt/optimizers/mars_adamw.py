@@ -11,6 +11,7 @@ from funcopt.optimizers._parts import (
     Number,
     adam_step,
     average,
+    average_of_squares,
     decoupled_decay,
     norm,
     where,
@@ -40,7 +41,7 @@ def rule(
     size, _ = norm(c)
     c = c / where(size > 1, size, 1.0)
     exp_avg = average(exp_avg, c, beta1)
-    exp_avg_sq = average(exp_avg_sq, c * c, beta2)
+    exp_avg_sq = average_of_squares(exp_avg_sq, c, beta2)
     p = p - adam_step(exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps)
     return p, exp_avg, exp_avg_sq, g.clone()
 

@@ -7,7 +7,7 @@ import torch
 
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import Number, average, decayed, root
+from funcopt.optimizers._parts import Number, average, average_of_squares, decayed, root
 from funcopt.types import HyperValue, Tensor
 
 
@@ -34,7 +34,7 @@ def rule(
     mu_next = beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * momentum_decay))
     mu_product = mu_product * mu
     exp_avg = average(exp_avg, g, beta1)
-    exp_avg_sq = average(exp_avg_sq, g * g, beta2)
+    exp_avg_sq = average_of_squares(exp_avg_sq, g, beta2)
     denom = root(exp_avg_sq / (1 - beta2**step)) + eps
     p = p - lr * (1 - mu) / (1 - mu_product) * g / denom
     p = p - lr * mu_next / (1 - mu_product * mu_next) * exp_avg / denom

@@ -7,7 +7,14 @@ import torch
 
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, elementwise
-from funcopt.optimizers._parts import Number, average, decayed, root, where
+from funcopt.optimizers._parts import (
+    Number,
+    average,
+    average_of_squares,
+    decayed,
+    root,
+    where,
+)
 from funcopt.types import HyperValue, Tensor
 
 
@@ -29,7 +36,7 @@ def rule(
     g = -g if maximize else g
     g, p = decayed(g, p, lr, weight_decay, decoupled_weight_decay)
     exp_avg = average(exp_avg, g, beta1)
-    exp_avg_sq = average(exp_avg_sq, g * g, beta2)
+    exp_avg_sq = average_of_squares(exp_avg_sq, g, beta2)
     bias_correction2 = 1 - beta2**step
     rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 * step * beta2**step / bias_correction2

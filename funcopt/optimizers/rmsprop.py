@@ -10,6 +10,7 @@ from funcopt.optimizer import Optimizer, elementwise
 from funcopt.optimizers._parts import (
     Number,
     average,
+    average_of_squares,
     coupled_decay,
     root,
     zero_everywhere,
@@ -33,11 +34,11 @@ def rule(
 ) -> tuple[Tensor, ...]:
     del step  # the average is not corrected for its start at zero
     g = coupled_decay(-g if maximize else g, p, weight_decay)
-    second = square_avg = average(square_avg, g * g, alpha)
+    second = square_avg = average_of_squares(square_avg, g, alpha)
     new: tuple[Tensor, ...] = ()
     if centered:
         grad_avg = average(rest[0], g, alpha)
-        second = square_avg - grad_avg * grad_avg
+        second = torch.addcmul(square_avg, -grad_avg, grad_avg)
         new = (grad_avg,)
     update = g / (root(second) + eps)
     if momentum is not None:

@@ -9,7 +9,7 @@ from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, from_spec
 from funcopt.optimizers._parts import (
     Number,
-    average,
+    average_of_squares,
     coupled_decay,
     root,
     schedule_free_average,
@@ -35,7 +35,7 @@ def rule(
     maximize: bool,
     **rest: Any,
 ) -> tuple[Any, ...]:
-    exp_avg_sq = average(exp_avg_sq, g * g, beta2)
+    exp_avg_sq = average_of_squares(exp_avg_sq, g, beta2)
     correction = (1 - beta2**step) ** 0.5
     g = correction * ((-g if maximize else g) / (root(exp_avg_sq) + eps * correction))
     g = coupled_decay(g, p, weight_decay)

@@ -36,15 +36,19 @@ static inline float arc_tangent(float y, float x) {
     return copysignf(r, y);  // a NaN has come through the quotient
 }
 
-// The nearer end is its base, and the product is contracted into the sum, as by torch.
+// The product is contracted into the sum, as by torch.
+static inline T addcmul(T a, T b, T c) {
+#ifdef CONTRACTED
+    return FMA(b, c, a);
+#else
+    return a + b * c;
+#endif
+}
+
+// From the nearer end.
 static inline T lerp(T a, T b, T w) {
     int near = FABS(w) < (T)0.5;
-    T factor = near ? w : w - 1, base = near ? a : b;
-#ifdef CONTRACTED
-    return FMA(factor, b - a, base);
-#else
-    return factor * (b - a) + base;
-#endif
+    return addcmul(near ? a : b, near ? w : w - 1, b - a);
 }
 
 static inline T from_bfloat16(uint16_t x) {

@@ -31,6 +31,7 @@ _EXPRESSIONS = {
     "maximum": "larger({0}, {1})",
     "minimum": "smaller({0}, {1})",
     "lerp": "lerp({0}, {1}, {2})",
+    "addcmul": "addcmul({0}, {1}, {2})",
     "where": "{0} ? {1} : {2}",
     "spread": "{0}",
     "lt": "{0} < {1}",
