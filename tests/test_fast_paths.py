@@ -379,6 +379,32 @@ def test_a_plain_step_goes_by_its_fast_path(
     assert not torch.equal(runs[0][0]["w"], params["w"])
 
 
+@pytest.mark.parametrize("factory", [fo.adamw, fo.lamb, fo.adafactor, fo.muon])
+def test_a_learned_rate_goes_by_the_fast_path_where_nothing_is_recorded(
+    factory: Callable[[], fo.Optimizer], monkeypatch: pytest.MonkeyPatch
+):
+    opt, params = factory(), {"w": positive(1)["w"]}
+    state, lr = opt.init(params), torch.tensor(0.1).requires_grad_()
+    looked: list[Any] = []
+    original = dispatch.step
+    monkeypatch.setattr(
+        dispatch, "step", lambda *a, **k: looked.append(a) or original(*a, **k)
+    )
+    for seed in range(2, 6):
+        grads = {"w": positive(seed)["w"]}
+        expected = opt.update(grads, state, params, lr=0.1)
+        looked.clear()
+        with torch.no_grad():
+            found = opt.update(grads, state, params, lr=lr)
+        assert not looked
+        assert torch.allclose(found[0]["w"], expected[0]["w"], rtol=1e-6)
+        assert not torch.equal(found[0]["w"], params["w"])
+        recorded, _ = opt.update(grads, state, params, lr=lr)
+        (slope,) = torch.autograd.grad(recorded["w"].sum(), lr)
+        assert slope != 0 and slope.isfinite()
+        params, state = found
+
+
 def settled(opt: fo.Optimizer, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Steps in place of this optimizer that were asked no more than their tensors."""
     taken: list[Any] = []

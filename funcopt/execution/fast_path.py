@@ -17,6 +17,7 @@ from funcopt.execution.executor import (
 )
 from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.execution.leaves import Leaves
+from funcopt.execution.levels import differentiating
 from funcopt.execution.native import objects
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.execution.rule_call import RuleCall
@@ -176,7 +177,7 @@ class ExecutorPath(FastPath):
         kinds = {type(x) for row in rows for x in row}
         if not kinds <= _NUMBERS:
             given = [x for row in rows for x in row if isinstance(x, Tensor)]
-            if any(type(x) is not Tensor or x.requires_grad for x in given):
+            if any(type(x) is not Tensor for x in given) or differentiating(given):
                 return None
             rows = [[*map(read_number, row)] for row in rows]
         if (self._tasks or PerTask in kinds) and self._tasks != _tasks_of(rows):
@@ -242,7 +243,7 @@ class WholePath(FastPath):
         self, tensors: list[Tensor], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
         given = [x for row in rows for x in row if isinstance(x, Tensor)]
-        if any(type(x) is not Tensor or x.requires_grad for x in given):
+        if any(type(x) is not Tensor for x in given) or differentiating(given):
             return None
         if donate and not self.may_write(tensors, objects.load().addresses(tensors)):
             return None
