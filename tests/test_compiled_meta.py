@@ -280,6 +280,25 @@ def test_numbers_drawn_anew_at_each_call(traced: Any):
     assert (first != second).all()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it
+def test_torch_cond(traced: Any):
+    def wave(p: Tensor, target: Tensor) -> Tensor:
+        made = torch.cond(p.sum() > 0, torch.sin, torch.cos, (p,))
+        return (made - target).square().sum()
+
+    def task_loss(theta: Tensor, task: Tensor) -> Tensor:
+        return wave(fo.unroll(fo.adam(lr=0.5), wave, theta, task, steps=2).params, task)
+
+    eager, meta = (
+        fo.meta.value_and_grad(task_loss, tasks="loop", compile=c) for c in (False, True)
+    )
+    for start in (1.0, -1.0):
+        given = torch.full((3,), start, dtype=torch.float64), f64(TASKS, 3, seed=9)
+        assert_close(meta(*given), eager(*given))
+    assert len(traced) == 1  # of both branches
+
+
 # What cannot be compiled ---------------------------------------------------------------
 
 
@@ -289,6 +308,10 @@ def asks_for_a_value(t: Tensor, x: Tensor) -> Tensor:
 
 def branches(t: Tensor, x: Tensor) -> Tensor:
     return (t * x).sum() if t.detach() > 0 else t.sum()
+
+
+def chooses(t: Tensor, x: Tensor) -> Tensor:
+    return torch.cond(t.sum() > 0, torch.sin, torch.cos, (t * x,)).sum()
 
 
 def broken(t: Tensor, x: Tensor) -> Tensor:
@@ -310,7 +333,7 @@ def with_loop(task_loss: Callable[..., Any]) -> Callable[..., Any]:
     return fo.meta.value_and_grad(task_loss, tasks="loop", compile=True)
 
 
-ONE, TWO = torch.tensor(1.0), torch.ones(2)
+ONE, TWO, TABLE = torch.tensor(1.0), torch.ones(2), torch.ones(3, 2)
 SCALE = torch.tensor(3.0)
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -339,6 +362,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: with_loop(broken)(ONE, TWO),
         KeyError,
         "of the user's own",
+    ),
+    "a choice for a batch of tasks": (
+        lambda: fo.meta.value_and_grad(chooses, tasks="vmap", compile=True)(TWO, TABLE),
+        fo.ExecutionError,
+        r"cannot differentiate torch\.cond.*torch\.where, or give tasks='loop'",
     ),
     "a graph of theta": (
         lambda: with_loop(times)(torch.ones((), requires_grad=True), TWO),

@@ -209,6 +209,10 @@ class _Lifting(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # else Dynamo leaves the branches of torch.cond as they are
+
     def __init__(self, without_values: Any) -> None:
         super().__init__()
         self.without_values = without_values

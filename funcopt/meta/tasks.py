@@ -1,7 +1,8 @@
 """The mean of a task loss over a batch of tasks, and its gradient."""
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from operator import itemgetter
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 
 from funcopt import tree
 from funcopt.checks import check_count, check_floats, check_no_graph
-from funcopt.errors import HyperparameterError, StructureError
+from funcopt.errors import ExecutionError, HyperparameterError, StructureError
 from funcopt.execution import levels
 from funcopt.flat_function import FlatFunction
 from funcopt.func import exact_norms
@@ -86,6 +87,7 @@ def value_and_grad(
         HyperparameterError: an unknown ``tasks`` or ``randomness``, a chunk size below 1.
         CompileError: by ``f``, with ``compile``: ``task_loss`` asks for a value, or the
             compiler fails; the message says where.
+        ExecutionError: by ``f``, under vmap, where ``task_loss`` calls ``torch.cond``.
         GradientLostError: by ``f``, with ``compile`` or ``process_group``, where a
             derivative of its result would be asked for.
         HyperparameterTypeError: by ``f``, for a ``process_group`` that is none, or that
@@ -128,7 +130,8 @@ def value_and_grad(
     def together(theta: Tree, batch: Tree) -> tuple[Tensor, Tree, Tree]:
         flat = FlatFunction(value_and_aux, theta, batch)
         many = torch.func.vmap(flat.grad, in_dims=(None, 0), randomness=randomness)
-        grads, out = many(*flat.inputs)
+        with _explained():
+            grads, out = many(*flat.inputs)
         loss, aux = flat.rebuild(out)
         return loss.sum(0), flat.like_first([g.sum(0) for g in grads]), aux
 
@@ -194,6 +197,22 @@ def value_and_grad(
         return (by_parts if size < count else whole)(theta, task_batch)
 
     return compiled
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to do where the loss calls an operator of functions, as torch.cond."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not any("_higher_order_ops" in frame.filename for frame in frames):
+            raise
+        raise ExecutionError(
+            "torch cannot differentiate torch.cond, nor its other operators that take "
+            "functions, for a batch of tasks: write the choice with torch.where, or give "
+            "tasks='loop'"
+        ) from error
 
 
 def choose(theta: Tree, count: int) -> Literal["vmap", "loop"]:
