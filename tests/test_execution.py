@@ -741,9 +741,14 @@ def test_the_argument_beats_the_context_and_contexts_nest():
     assert executed(opt, p) == "native"
 
 
+@pytest.mark.parametrize("past_cache", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_threads_do_not_change_a_bit(threads: int):
+def test_threads_do_not_change_a_bit(
+    threads: int, past_cache: bool, monkeypatch: pytest.MonkeyPatch
+):
     case = next(c for c in ELEMENTWISE_ENDS if c.row.name == "adamw")
+    if past_cache:
+        monkeypatch.setattr(native, "_PAST_CACHE", 0)
     params = {"big": dense(70_001), "small": dense(5), "also": dense(33, 1000)}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -45,13 +45,16 @@ static void work(void *data) {
         }
         for (int64_t task = 0; task < job->tasks; task++) {
             int64_t row = job->rows[i] * job->tasks + task;
-            for (int64_t b = 0; b < each; b++, block++) {
-                if (block < begin || block >= end) continue;
-                int64_t n = size - b * BLOCK < BLOCK ? size - b * BLOCK : BLOCK;
+            int64_t b = block < begin ? begin - block : 0;
+            int64_t stop = end - block < each ? end - block : each;
+            for (int64_t more = SUMS ? 1 : each; b < stop; b += more) {
+                int64_t past = b + more < stop ? b + more : stop;
+                int64_t n = (past * BLOCK < size ? past * BLOCK : size) - b * BLOCK;
                 sweep(n, task * size + b * BLOCK, job->pointers + i, job->leaves,
-                      job->scalars + row * SCALARS, job->partial + block * SUMS,
+                      job->scalars + row * SCALARS, job->partial + (block + b) * SUMS,
                       job->streaming);
             }
+            block += each;
         }
     }
     if (job->streaming) fence();

@@ -99,7 +99,9 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
         ),
         *(f"    double s{k} = 0;" for k in sums),
         # One loop for both ways: a kernel is built in half the time of two.
-        f"    for (int64_t j = 0, all = {size}; j < n; j += all) {{",
+        f"    const int64_t all = {size}, half = HALF(n);",
+        "    for (int64_t first = 0; first < half; first += all)",
+        "    for (int64_t j = first; j < n; j += half) {",
         "        int64_t end = n - j < all ? n - j : all;",
         *(f"        FETCH(in{v} + j);" for v in read if not sums),
         *(

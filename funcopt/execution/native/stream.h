@@ -6,7 +6,12 @@ typedef long long Line __attribute__((vector_size(64)));
 typedef long long Line __attribute__((vector_size(32)));
 #define PUT(to, line) __builtin_ia32_movntdq256((Line *)(to), line)
 #endif
-#define TILE 256
+// Elements that are fetched, computed and put away together: few, so that a processor
+// computes while it waits for the next; more where each tile ends in a sum of its own.
+#define TILE ((int64_t)(SUMS ? 256 : 256 / sizeof(S)))
+// Of many, the two halves in turn, tile by tile: memory that is read in more places at
+// once is read faster. Few are in the cache, or their ends would be what is waited for.
+#define HALF(n) (SUMS || (n) < 8192 ? (n) : ((n) / 2 + TILE - 1) / TILE * TILE)
 // Into the cache, two KiB before it is asked for: what the processor does by itself ends
 // with each page, and a step that goes over many streams at once waits there.
 #ifdef __GNUC__
