@@ -18,7 +18,7 @@ from funcopt.execution import (
     stacked,
 )
 from funcopt.execution.call_signature import CallSignature
-from funcopt.execution.executor import Column, Executor
+from funcopt.execution.executor import Column, Executor, Rows
 from funcopt.execution.executor_choice import ENGINES, LeafGroup
 from funcopt.execution.fast_path import (
     AutogradPath,
@@ -28,7 +28,6 @@ from funcopt.execution.fast_path import (
     WholePath,
 )
 from funcopt.execution.leaves import Leaves
-from funcopt.execution.rule import Rule
 from funcopt.execution.rule_call import RuleCall
 from funcopt.types import Tensor
 
@@ -122,7 +121,7 @@ def _path(
     if group.choice.transformed:
         row, *others = leaves.rows(group.kinds)[0]
         return None if others else AutogradPath(_signature(leaves, group), row)
-    executor = _executor(leaves.rule, group)
+    executor = _executor(group)
     given = [values[name] for name in elements for values in leaves.hyper]
     return ExecutorPath(
         executor, group.kinds, leaves.params, leaves.rule, which, given, leaves.tasks
@@ -137,7 +136,7 @@ def _run(leaves: Leaves, group: LeafGroup, donate: bool) -> Sequence[Column]:
     rows, which = leaves.rows(group.kinds)
     if group.choice.transformed:
         return _transformed(_signature(leaves, group), streams, rows)
-    executor = _executor(leaves.rule, group)
+    executor = _executor(group)
     alike = layout.alike(streams)
     if not donate:
         out = None
@@ -165,7 +164,7 @@ def _run_whole(
 
 
 def _transformed(
-    signature: CallSignature, streams: Sequence[Column], rows: Sequence[Sequence[Any]]
+    signature: CallSignature, streams: Sequence[Column], rows: Rows
 ) -> list[Column]:
     columns, scalars = iter(streams), iter(zip(*rows))
     tensors: list[Tensor] = []
@@ -211,7 +210,7 @@ def _written_over(leaves: Leaves, columns: Sequence[Column]) -> list[Column]:
     return kept
 
 
-def _executor(rule: Rule, group: LeafGroup) -> Executor:
+def _executor(group: LeafGroup) -> Executor:
     stored = group.params[0].dtype
-    program = rule.program(group.kinds, reference.computed(stored))
-    return rule.executor(ENGINES[group.choice.name], program, stored)
+    program = group.rule.program(group.kinds, reference.computed(stored))
+    return group.rule.executor(ENGINES[group.choice.name], program, stored)

@@ -21,8 +21,9 @@ except ImportError:  # a private helper
 
 #: a tensor, or a number, for each leaf
 Column: TypeAlias = Sequence[Any]
-
+#: the scalars of leaves that share them, a row each
 Rows: TypeAlias = Sequence[Sequence[Any]]
+#: see `Executor.direct`
 Direct: TypeAlias = Callable[
     [Sequence[Tensor], bytes, Rows, Sequence[Column] | None], Sequence[Column] | None
 ]
@@ -50,7 +51,7 @@ class Executor(ABC):
     def __call__(
         self,
         streams: Sequence[Column],
-        rows: Sequence[Sequence[Any]],
+        rows: Rows,
         which: Sequence[int],
         *,
         out: Sequence[Column] | None = None,

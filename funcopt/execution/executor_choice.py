@@ -150,7 +150,7 @@ def groups(leaves: Leaves, name: str | None = None) -> list[LeafGroup]:
     for (dtype, device, kind), which in _alike(leaves, alike).items():
         whole = transformed and not leaves.rule.elementwise
         if leaves.rule.sums and (whole or forced == "stacked"):
-            forced = None  # it is the step that is forced
+            forced = None  # what is forced is the step, not its totals
         kernels = forbidden
         if whole:
             kernels = f"{leaves.rule.name} needs each leaf, and each task's, whole"

@@ -112,14 +112,6 @@ class FastPath:
         """
         return None
 
-    def old(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Those of parameters and state."""
-        return tensors[self._count : self._count + self._written]
-
-    def columns(self, tensors: list[Tensor]) -> list[list[Tensor]]:
-        count = self._count
-        return [tensors[k : k + count] for k in range(0, len(tensors), count)]
-
     def leaves(
         self,
         tensors: list[Tensor],
@@ -127,7 +119,8 @@ class FastPath:
         hyper: Sequence[dict[str, Any]],
     ) -> Leaves:
         """What `run` is given, as what runs a rule leaf by leaf takes it."""
-        grads, params, *trees = self.columns(tensors)
+        starts = range(0, len(tensors), self._count)
+        grads, params, *trees = [tensors[k : k + self._count] for k in starts]
         slots, scalars = iter(trees), iter(numbers)
         state = [next(scalars if scalar else slots) for scalar in self._rule.scalar]
         return Leaves(self._rule, grads, params, state, numbers[-1], hyper)
@@ -135,7 +128,7 @@ class FastPath:
     def may_write(self, tensors: list[Tensor], addresses: bytes) -> bool:
         """Whether no two of the tensors share memory, where all are to be written."""
         if addresses != self._apart:
-            old = self.old(tensors)
+            old = tensors[self._count : self._count + self._written]
             if layout.overlap([tensors[: self._count], old]) or layout.folded([old]):
                 return False
             self._apart = addresses
@@ -159,9 +152,9 @@ class ExecutorPath(FastPath):
         kinds: Kinds,
         params: Column,
         rule: Rule,
-        which: Sequence[int] | None = None,
-        elements: Sequence[Tensor] = (),
-        tasks: int = 0,
+        which: Sequence[int] | None,
+        elements: Sequence[Tensor],
+        tasks: int,
     ) -> None:
         super().__init__(rule, kinds, len(params))
         self._alike.put(elements, True)
@@ -231,7 +224,7 @@ class WholePath(FastPath):
         kinds: Kinds,
         count: int,
         run_leaves: Callable[[Leaves, bool], Sequence[Column]],
-        which: Sequence[int] | None = None,
+        which: Sequence[int] | None,
     ) -> None:
         super().__init__(rule, kinds, count)
         self._run, self._which = run_leaves, which

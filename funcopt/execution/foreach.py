@@ -100,7 +100,7 @@ def _apply(
             column = args[-1]
             same = all(number == column[0] for number in column)
             args = [*args[:-1], column[0] if same else column]
-        if free[0] and args[0][0].dtype is dtype:  # a truth is no place for a number
+        if free[0] and args[0][0].dtype is dtype:  # a bool tensor holds no number
             getattr(torch, f"_foreach_{name}_")(*args)
             return args[0]
         return list(getattr(torch, f"_foreach_{name}")(*args))

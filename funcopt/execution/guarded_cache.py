@@ -28,7 +28,7 @@ class GuardedCache(Generic[T]):
     """A cache of what was worked out for tensors, and holds for others like them."""
 
     def __init__(self) -> None:
-        #: the tensors' number, what compares them, the grad mode if it matters, the rest
+        #: how many tensors, what compares them, grad mode if it matters, what is known
         self._all: tuple[tuple[int, Callable[..., bool], bool | None, T], ...] = ()
 
     def get(self, tensors: Sequence[Any]) -> T | None:

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
 
-from funcopt.execution.executor import Column, Direct, Executor, maker, read_number
+from funcopt.execution.executor import Column, Direct, Executor, Rows, maker, read_number
 from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.execution.native import objects
 
@@ -27,7 +26,7 @@ class LaunchCache:
     def run(
         self,
         streams: Sequence[Column],
-        rows: Sequence[Sequence[Any]],
+        rows: Rows,
         out: Sequence[Column] | None,
     ) -> Sequence[Column] | None:
         """The outputs; None where no call had such streams, or the scalars overflow."""

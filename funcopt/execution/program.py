@@ -133,6 +133,6 @@ class Program:
             op = self.op(value)
             number[value] = first + len(ops)
             args = tuple(number[a] for a in op.args)
-            ops.append(Op(op.name, args, op.stream, op.boolean, op.literal))
+            ops.append(replace(op, args=args))
         outputs = tuple(number[o] for o in self.outputs)
         return replace(self, ops=tuple(ops), outputs=outputs)

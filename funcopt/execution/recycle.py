@@ -128,7 +128,7 @@ def _holders(
 def _nobody() -> tuple[set[int], ...]:
     """What `_holders` says of tensors that only a list holds; () if it cannot."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
-        return ()  # counts are no truth there
+        return ()  # another thread may change a count while it is read
     tensors = [torch.empty(1, device="cpu")]
     storages = [tensors[0].untyped_storage()]
     try:

@@ -32,11 +32,10 @@ _NUMBERS = {
 
 def evaluator(program: Program, sweep: Pass) -> Callable[[list[Any]], None]:
     """What fills in the scalars ``sweep.before``, in a list with a place per value."""
-    on_numbers = _compiled(
+    fast = _compiled(
         "values",
         [f"values[{v}] = {_number(program, v, 'values[{}]')}" for v in sweep.before],
     )
-
     own = set(sweep.before)
     given = list(
         dict.fromkeys(a for v in sweep.before for a in program.op(v).args if a not in own)
@@ -46,7 +45,7 @@ def evaluator(program: Program, sweep: Pass) -> Callable[[list[Any]], None]:
         tensors = [i for i in given if isinstance(values[i], Tensor)]
         if not tensors:
             try:
-                return on_numbers(values)
+                return fast(values)
             except (ArithmeticError, ValueError):
                 pass  # an infinity or NaN that a where may discard
         for v in sweep.before:
@@ -116,7 +115,7 @@ def _as_tensor(value: Any) -> Tensor:
 
 
 def _float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A truth is a number, too: bool tensor times float would be float32."""
+    """As numbers, if they are truth values: bool times float would be float32."""
     return lambda *args: function(*args).to(torch.float64)
 
 

@@ -24,7 +24,7 @@ _STACK = 1 << 17
 _FEWEST = 3
 
 
-def refuses(leaves: Leaves, forced: bool = False) -> str | None:
+def refuses(leaves: Leaves, forced: bool) -> str | None:
     """Why there is nothing to stack, as a sentence, or None.
 
     Two leaves will do where it is ``forced``.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from funcopt.execution import scalars
-from funcopt.execution.executor import Column, Executor, read_number
+from funcopt.execution.executor import Column, Executor, Rows, read_number
 from funcopt.execution.program import Program
 
 
@@ -24,7 +24,7 @@ class Sweeping(Executor):
     def __call__(
         self,
         streams: Sequence[Column],
-        rows: Sequence[Sequence[Any]],
+        rows: Rows,
         which: Sequence[int],
         *,
         out: Sequence[Column] | None = None,
@@ -66,7 +66,7 @@ class Sweeping(Executor):
     ) -> tuple[Sequence[Column], Sequence[Column]]:
         """The outputs and the sums of sweep ``k``, a column each."""
 
-    def _environment(self, rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    def _environment(self, rows: Rows) -> list[list[Any]]:
         """For each row a list with a place for every value, the input scalars there."""
         size = len(self.program.inputs) + len(self.program.ops)
         env = []

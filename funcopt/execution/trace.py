@@ -233,7 +233,7 @@ class _Recorder(TorchDispatchMode):
     def _check_cast(self, old: torch.dtype, new: torch.dtype, stream: bool) -> None:
         """A leaf is computed in one dtype, and a scalar in float64 whatever is cast.
 
-        A truth becomes the number 0 or 1, which is how it is kept.
+        A bool becomes the number 0 or 1, which is how it is kept.
         """
         kept = new is self.dtype if stream else new.is_floating_point
         if not kept:

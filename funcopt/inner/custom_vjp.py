@@ -58,8 +58,7 @@ class CallContext:
         except RuntimeError as error:
             if "INTERNAL ASSERT FAILED" not in str(error):
                 raise
-            # a tensor of one of those levels that were left, of another kind
-            lost = True
+            lost = True  # it closes over a tensor of a level that was left
         if lost:
             raise GradientLostError(
                 "the inner loss, the optimizer or a schedule closes over a tensor that "

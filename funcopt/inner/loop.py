@@ -1,6 +1,5 @@
 """The inner loop as a function of its carry and of what all its steps share."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from funcopt import tree
+from funcopt.derivatives import Trees
 from funcopt.execution.levels import is_tracked
 from funcopt.inner.per_step import HyperBySteps
 from funcopt.inner.step import Step, Stepped
@@ -31,7 +31,6 @@ def is_absent(part: Tree) -> bool:
 
 #: what a step gives to the next
 CARRY = ("params", "state", "buffers")
-Trees = Mapping[str, Tree]
 
 
 @dataclass(frozen=True)

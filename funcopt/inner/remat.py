@@ -7,12 +7,13 @@ states again, and takes the adjoint of the carry back through its steps one by o
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from funcopt import derivatives, tree
-from funcopt.derivatives import SmoothLeaves
+from funcopt.derivatives import SmoothLeaves, Trees
 from funcopt.errors import ExecutionError
 from funcopt.execution import concrete
 from funcopt.inner import mixed
@@ -21,7 +22,6 @@ from funcopt.inner.loop import CARRY, Loop, Record, Unrolled
 from funcopt.inner.rng_state import RngState
 from funcopt.types import Tensor, Tree
 
-Trees = Mapping[str, Tree]
 Tensors = Sequence[Tensor]
 Bars = Sequence[Tensor | None]
 
@@ -119,7 +119,7 @@ class _LoopCall:
                 back = [] if self.loop.is_cut(k) else [*range(self.carried)]
                 back = [j for j in back if k or wanted[j]] + shared
                 made: list[Tensor] = []  # the loss, unless nothing is asked of the step
-                own = self.loop.has_own_params(k)  # as there: equal to the bit
+                own = self.loop.has_own_params(k)  # as in `Loop.run`, to the same bit
                 found = pull(at, [*ahead, *of_steps[k]], back, rngs.pop(), made, own)
                 again.update((k, loss) for loss in made)
                 by_place = dict(zip(back, found))
@@ -139,7 +139,7 @@ class _LoopCall:
         first = {j: bar for j, bar in enumerate(ahead) if wanted[j]}
         return [(first | sums).get(j) for j in range(len(wanted))]
 
-    @property
+    @cached_property
     def _sliced(self) -> list[Any]:
         """Whether each input holds an entry for each step."""
         marks = {"hyper": self.loop.hyper.sliced()}

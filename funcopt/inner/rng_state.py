@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,42 +15,36 @@ class RngState:
     """The states of torch's random generators, of the CPU and of the tensors' devices."""
 
     def __init__(self, tensors: Iterable[Any]) -> None:
-        self.states: dict[Any, Tensor] = {None: torch.get_rng_state()}
         devices = {x.device for x in tensors if isinstance(x, Tensor)}
+        #: what reads the state of each, and what sets it
+        self._generators: list[Any] = [(torch.get_rng_state, torch.set_rng_state)]
         for device in devices - {torch.device("cpu")}:
             module = torch.get_device_module(device)
             if hasattr(module, "get_rng_state"):
-                self.states[device] = module.get_rng_state(device)
+                read = partial(module.get_rng_state, device)
+                self._generators.append(
+                    (read, partial(module.set_rng_state, device=device))
+                )
+        self._states = self._now()
 
     def has_advanced(self) -> bool:
         """Whether numbers have been drawn since."""
         with levels.outside():
-            now = RngState([])._of(self.states)
-            return not all(torch.equal(now[d], s) for d, s in self.states.items())
+            return not all(map(torch.equal, self._now(), self._states))
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Draw the same numbers within; the generators go on as if nothing were drawn."""
-        now = self._of(self.states)
-        self._restore(self.states)
+        now = self._now()
+        self._set(self._states)
         try:
             yield
         finally:
-            self._restore(now)
+            self._set(now)
 
-    @staticmethod
-    def _of(devices: Iterable[Any]) -> dict[Any, Tensor]:
-        return {
-            d: torch.get_rng_state()
-            if d is None
-            else torch.get_device_module(d).get_rng_state(d)
-            for d in devices
-        }
+    def _now(self) -> list[Tensor]:
+        return [read() for read, _ in self._generators]
 
-    @staticmethod
-    def _restore(states: dict[Any, Tensor]) -> None:
-        for device, state in states.items():
-            if device is None:
-                torch.set_rng_state(state)
-            else:
-                torch.get_device_module(device).set_rng_state(state, device)
+    def _set(self, states: Iterable[Tensor]) -> None:
+        for (_, write), state in zip(self._generators, states):
+            write(state)

@@ -44,14 +44,14 @@ class Step:
             raise HyperparameterError(
                 f"grad_mode is 'reverse', 'mixed' or 'first_order', not {grad_mode!r}"
             )
-        if grad_mode == "first_order" and asks_for_loss(opt):
+        self.asks_for_loss = asks_for_loss(opt)
+        if grad_mode == "first_order" and self.asks_for_loss:
             raise HyperparameterError(
                 f"{opt.name} takes gradients of its own, which grad_mode='first_order' "
                 "cannot take as constants; use 'reverse'"
             )
         self.update = opt.update
         self.by_rule = opt.spec is not None
-        self.asks_for_loss = asks_for_loss(opt)
         self.loss = InnerLoss(loss_fn, has_aux)
         self.first_order = grad_mode == "first_order"
         self.mixed = grad_mode == "mixed"

@@ -127,7 +127,7 @@ def unroll(
         tensor(1.5000)
     """
     steps = number_of_steps(batch, batches, steps)
-    buffers = None if is_absent(buffers) else buffers  # of a run before
+    buffers = None if is_absent(buffers) else buffers  # () as of an earlier run
     if not all(x is None or isinstance(x, Tensor) for x in tree.leaves(buffers)):
         raise LeafError(
             "buffers is a tree of tensors, as dict(module.named_buffers()), not "

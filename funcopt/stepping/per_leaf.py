@@ -1,10 +1,10 @@
 """Hyperparameters as data: their value for each leaf."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from numbers import Real
 from operator import is_
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 
@@ -13,6 +13,12 @@ from funcopt.errors import HyperparameterError, HyperparameterTypeError
 from funcopt.hyper import Hyper, unknown
 from funcopt.schedules.schedule import Schedule
 from funcopt.types import HyperMapping, HyperValue, Tensor
+
+#: from the structure, leaves and steps of all leaves to the rule's keywords for each; one
+#: object for leaves that share them
+LeafValues: TypeAlias = Callable[
+    [tree.Structure, Sequence[Any], Sequence[Any]], Sequence[dict[str, Any]]
+]
 
 
 class Hypers:
@@ -34,9 +40,8 @@ class Hypers:
         self._constants = lru_cache(maxsize=32)(self._spread_constants)
         #: the last structure and its rows: to hash a structure takes long
         self._last: tuple[Any, Any] = None, None
-        self._varying = self.arguments.keys() - self._constant
-        #: whether there are others than plain numbers
-        self.vary = bool(self._varying)
+        #: those that are not plain numbers
+        self.varying = self.arguments.keys() - self._constant
         #: the arguments of which a leaf has one number, and not one per element
         self._scalar = {
             (hyper.parts or (name,))[place]
@@ -49,7 +54,7 @@ class Hypers:
 
     def check_start(self, params: Sequence[Any]) -> None:
         """Raises if a value is the very tree of parameters: ``fo.adamw(params)``."""
-        for name in self._varying:
+        for name in self.varying:
             given = tree.leaves(self.arguments[name])
             if given and len(given) == len(params) and all(map(is_, given, params)):
                 raise HyperparameterTypeError(
@@ -90,9 +95,9 @@ class Hypers:
             if structure is not last:
                 rows = self._constants(structure)
                 self._last = structure, rows
-        if not overrides and not self._varying:
+        if not overrides and not self.varying:
             return rows
-        arguments, varying = dict(self.arguments), set(self._varying)
+        arguments, varying = dict(self.arguments), set(self.varying)
         self.check_known(overrides)
         for name, value in overrides.items():
             given = self.declared[name].arguments(name, value)
@@ -177,7 +182,10 @@ def _column(
     steps: Sequence[Any],
     one: bool,
 ) -> list[Any]:
-    """One argument's value for each leaf, ready for arithmetic."""
+    """One argument's value for each leaf, ready for arithmetic.
+
+    ``one`` says that a leaf takes a single number, and not one per element.
+    """
 
     def scalar(number: Any) -> Any:
         return number if isinstance(number, Schedule) else _scalar(number, name)
@@ -185,15 +193,12 @@ def _column(
     value = tree.map(scalar, value)  # before the leaves share it: one cast
     column: list[Any] = []
     known: dict[tuple[int, int], Any] = {}  # of a schedule and count: leaves share it
-    spread = select.per_leaf(value, structure, name)
-    for i, (atom, p) in enumerate(zip(spread, params)):
+    for i, (atom, p) in enumerate(zip(select.per_leaf(value, structure, name), params)):
         if atom is None and p is not None:
             raise HyperparameterTypeError(
                 f"{name} is None at '{tree.paths(structure)[i]}', where params has a "
                 "leaf; only where params has None a tree of values may have it"
             )
-    for i, atom in enumerate(spread):
-        p = params[i]
         if isinstance(atom, Schedule):
             key, step = id(atom), steps[i]
             if not isinstance(step, int):
@@ -244,7 +249,7 @@ def _scalar(value: Any, name: str) -> Any:
     )
 
 
-def _is_leaf_shaped(value: Any) -> bool:
+def _is_leaf_shaped(value: Any) -> TypeGuard[Tensor]:
     """Whether it has a value per element; a complex one has, for the parts of each."""
     return isinstance(value, Tensor) and (value.ndim > 0 or value.is_complex())
 

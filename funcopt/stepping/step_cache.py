@@ -1,7 +1,7 @@
 """A cache of fast paths, for steps like an earlier one."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -10,11 +10,9 @@ from funcopt.execution import concrete, levels
 from funcopt.execution.fast_path import FastPath, Settled
 from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.execution.native import objects
+from funcopt.stepping.per_leaf import LeafValues
 from funcopt.stepping.totals import Measure
 from funcopt.types import State, Tensor, Tree
-
-#: from the structure, parameters and steps to the rule's keywords for each leaf
-Values: TypeAlias = Callable[..., Sequence[dict[str, Any]]]
 
 _MOST = 64  # structures of params that one optimizer remembers
 
@@ -59,7 +57,7 @@ class StepCache:
         slots: Sequence[str],
         vectors: Sequence[str],
         measures: Sequence[Measure],
-        always: Values | None = None,
+        always: LeafValues | None,
     ) -> None:
         self._slots, self._vectors, self._measures = slots, vectors, measures
         self._always = always
@@ -82,7 +80,7 @@ class StepCache:
         grads: Tree,
         state: State,
         params: Tree,
-        values: Values,
+        values: LeafValues,
         donate: bool,
     ) -> tuple[tree.Structure, Sequence[Any], Tensor] | None:
         """The structure, columns and steps; None where the step goes the long way."""
@@ -114,7 +112,7 @@ class StepCache:
         read = concrete.scalars_of if levels.inside() else torch.Tensor.tolist
         counts = read(steps)
         first = counts[0]
-        if type(first) is int and counts.count(first) == count:  # mostly, and soon told
+        if type(first) is int and counts.count(first) == count:  # as mostly
             counts = [first + 1] * count
         else:
             counts = [t + 1 for t in counts]

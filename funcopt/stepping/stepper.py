@@ -1,10 +1,10 @@
 """``init`` and ``update`` of one rule: trees become lists of leaves, and trees again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -24,16 +24,10 @@ from funcopt.execution.rule import Rule
 from funcopt.spec import Spec
 from funcopt.stepping import complex_leaves, sparse_rows, vectors, vmapped
 from funcopt.stepping.live import merged, picked, which_step
-from funcopt.stepping.per_leaf import Hypers
+from funcopt.stepping.per_leaf import Hypers, LeafValues
 from funcopt.stepping.step_cache import StepCache
 from funcopt.stepping.totals import Measure
 from funcopt.types import HyperValue, State, Tensor, Tree
-
-#: from the structure, leaves and steps of all leaves to the rule's keywords for each; one
-#: object for leaves that share them
-LeafValues: TypeAlias = Callable[
-    [tree.Structure, Sequence[Any], Sequence[Any]], Sequence[dict[str, Any]]
-]
 
 
 class Stepper:
@@ -49,7 +43,7 @@ class Stepper:
             slot: torch.float64 for slot in slots if self.scalar[slot]
         }
         self.hypers = Hypers(spec.hyper, spec.name)
-        self.values = partial(self.hypers.per_leaf, {})  # of its own, unless others come
+        self.values = partial(self.hypers.per_leaf, {})  # where update is given none
         scalar, arguments = tuple(self.scalar.values()), tuple(self.hypers.arguments)
         self.measures: list[Measure] = []
         for totals in spec.totals:  # a later one is given the earlier ones
@@ -72,7 +66,7 @@ class Stepper:
         }
         #: whether all tasks of a vmap can be one step: no element depends on another
         self.separable = spec.elementwise and not spec.totals
-        always = None if self.hypers.vary else self.values
+        always = None if self.hypers.varying else self.values
         self.cache = StepCache(self.trees, [*self.vectors], self.measures, always)
         #: what steps the entries of a sparse gradient
         self.lazy = Stepper(replace(spec, sparse="")) if spec.sparse else None

@@ -13,6 +13,7 @@ from funcopt.errors import FuncoptError
 from funcopt.execution import concrete, levels
 from funcopt.execution.batched import TaskAxis
 from funcopt.execution.executor import PerTask
+from funcopt.stepping.per_leaf import LeafValues
 from funcopt.types import State, Tensor, Tree
 
 
@@ -23,7 +24,7 @@ def step(
     slots: Mapping[str, Sequence[Tensor]],
     vectors: Mapping[str, Tensor],
     structure: tree.Structure,
-    values: Callable[..., Sequence[Any]],
+    values: LeafValues,
 ) -> tuple[Tree, State] | None:
     """One step of each task, by an ``update`` of lists of stacked leaves.
 
@@ -44,7 +45,7 @@ def step(
     rows = {id(row): row for row in hyper}
     own = any(_is_own(tasks, x) for row in rows.values() for x in row.values())
     if not own and all(axis is None for column in columns for _, axis in column):
-        return None  # it is one step
+        return None  # no task has anything of its own
     if own:
         if len(vectors) > 1:  # those would come to be each task's own
             return None
