@@ -9,6 +9,7 @@ tensor, and so keeps two trees aligned when one of them has gaps.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, TypeAlias
 
 import optree
@@ -80,26 +81,27 @@ def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
         ) from None
 
 
-def form(structure: Structure) -> Any:
-    """The structure as the tree itself, None for each leaf, its dicts in their order.
+def form(structure: Structure, there: Iterable[bool]) -> Any:
+    """The structure as the tree itself, its dicts in their order.
 
-    For containers other than dict, list and tuple: what gives the leaves of one, and
-    raises ValueError for a tree of another structure.
+    With None for each leaf that is ``there``, and ``...`` for one that is None. For
+    containers other than dict, list and tuple: what gives the leaves that are there of
+    one, and raises ValueError for a tree of another structure or with other gaps.
     """
     assert not isinstance(structure, traced_tree.Structure)  # which nobody keeps
-    kind, parts = structure.type, map(form, structure.children())
+    kind, rest = structure.type, iter(there)
     if kind is None:
-        return None
-    if kind is dict:
-        return dict(zip(structure.entries(), parts))
-    if kind in (list, tuple):
-        return kind(parts)
+        return None if next(rest) else ...
+    if kind in (dict, list, tuple):
+        parts = [form(child, rest) for child in structure.children()]
+        return dict(zip(structure.entries(), parts)) if kind is dict else kind(parts)
+    present = [*islice(rest, structure.num_leaves)]
 
     def leaves_of(tree: Tree) -> list[Any]:
         found, own = flatten(tree)
-        if own != structure:
+        if own != structure or [leaf is not None for leaf in found] != present:
             raise ValueError
-        return found
+        return [leaf for leaf in found if leaf is not None]
 
     return leaves_of
 

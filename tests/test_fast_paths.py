@@ -379,6 +379,105 @@ def test_a_plain_step_goes_by_its_fast_path(
     assert not torch.equal(runs[0][0]["w"], params["w"])
 
 
+def gap(given: Tree, *keys: str) -> Tree:
+    return {key: None if key in keys else x for key, x in given.items()}
+
+
+def two_dtypes(given: Tree) -> Tree:
+    return given | {"w": given["w"].double()}
+
+
+def channels_last(given: Tree) -> Tree:
+    image = given["w"].reshape(1, 2, 2, 3).to(memory_format=torch.channels_last)
+    return given | {"w": image}
+
+
+#: how params and grads are made of trees like LIKE, and the decay
+SEVERAL: dict[str, tuple[Callable[[Tree], Tree], Callable[[Tree], Tree], Any]] = {
+    "no decay": (dict, dict, {"w": 0.1, "b": 0.0, "none": 0.1}),
+    "two dtypes": (two_dtypes, two_dtypes, 0.1),
+    "channels last": (channels_last, channels_last, 0.1),
+    "no gradient": (dict, lambda given: gap(given, "b"), 0.1),
+    "no parameter": (lambda given: gap(given, "w"), lambda given: gap(given, "w"), 0.1),
+    "gaps of both kinds, no decay, two dtypes": (
+        lambda given: two_dtypes(given) | {"none": None, "c": given["b"] + 1},
+        lambda given: two_dtypes(given) | {"none": None, "b": None, "c": given["b"]},
+        {"w": 0.0, "b": 0.1, "none": 0.1, "c": 0.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("what", SEVERAL)
+@pytest.mark.parametrize(
+    "factory",
+    [
+        fo.adamw,
+        fo.nadam,
+        fo.lamb,
+        lambda **given: fo.chain(fo.clip_by_global_norm(0.5), fo.adamw(**given)),
+    ],
+    ids=["adamw", "nadam", "lamb", "chain"],
+)
+def test_leaves_that_go_several_ways_or_stay(
+    factory: Callable[..., fo.Optimizer],
+    what: str,
+    donate: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    make_params, make_grads, decay = SEVERAL[what]
+    opt, named = factory(weight_decay=decay), factory(weight_decay=decay)
+    params = make_params(positive(1))
+    runs = [(tree.map(torch.clone, params), opt.init(params)) for _ in range(2)]
+    looked: list[Any] = []
+    original = dispatch.step
+    monkeypatch.setattr(
+        dispatch, "step", lambda *a, **k: looked.append(a) or original(*a, **k)
+    )
+    for seed in range(2, 6):
+        grads, before = make_grads(positive(seed)), runs[0][0]
+        expected = named.update(grads, *runs[1][::-1], execution="native")
+        looked.clear()
+        found = opt.update(grads, *runs[0][::-1], donate=donate)
+        assert bool(looked) is (seed == 2)
+        pairs = zip(tree.leaves(found), tree.leaves(expected), strict=True)
+        assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
+        for key, g in grads.items():
+            assert (found[0][key] is before[key]) is (donate or g is None)
+        runs = [found, expected]
+    first = next(key for key, g in grads.items() if g is not None)
+    assert not torch.equal(runs[0][0][first], params[first])
+
+
+def test_a_part_that_refuses_when_another_is_written():
+    """The long way steps the rest: each leaf is stepped once."""
+    opt = fo.lamb(weight_decay={"w": 0.1, "b": 0.0, "none": 0.1})
+    params = positive(1)
+    state, large = opt.init(params), positive(2) | {"b": positive(2)["b"] * 3e38}
+    for grads in (positive(2), large):
+        expected = opt.update(grads, state, params, execution="native")
+        params, state = opt.update(grads, state, params, donate=True)
+        for a, b in zip(tree.leaves((params, state)), tree.leaves(expected)):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_what_several_parts_refuse_changes_nothing():
+    opt = fo.adamw(weight_decay={"w": 0.1, "b": 0.0, "none": 0.1})
+    params = positive(1)
+    state = opt.init(params)
+    for _ in range(2):
+        opt.update(positive(2), state, params, donate=True)
+    before = tree.map(torch.clone, (params, state))
+    shared = params | {"b": params["w"].reshape(-1)[:5]}
+    with pytest.raises(fo.ExecutionError, match="memory"):
+        opt.update(positive(2), state, shared, donate=True)
+    rate = {"w": 0.1, "b": torch.tensor(0.1).requires_grad_(), "none": 0.1}
+    with pytest.raises(fo.ExecutionError):
+        opt.update(positive(2), state, params, donate=True, lr=rate)
+    pairs = zip(tree.leaves(before), tree.leaves((params, state)))
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("factory", [fo.adamw, fo.lamb, fo.adafactor, fo.muon])
 def test_a_learned_rate_goes_by_the_fast_path_where_nothing_is_recorded(
     factory: Callable[[], fo.Optimizer], monkeypatch: pytest.MonkeyPatch
@@ -526,12 +625,13 @@ def test_a_sum_that_overflows_is_looked_at_anew(donate: bool):
 
 def _adapted(name: str | None, opt: fo.Optimizer, p: Tensor, lr: Tensor) -> Tensor:
     """What three steps on a quartic make of p, as a number."""
-    state = opt.init({"w": p})
-    params: Any = {"w": p}
+    params: Any = {"w": p, "v": p.cos(), "still": torch.ones(2)}
+    state = opt.init(params)
     for _ in range(3):
-        grads = grad(lambda q: (q["w"] ** 4).sum())(params)
+        grads = grad(lambda q: (q["w"] ** 4 * q["v"]).sum())(params)
+        grads["still"] = None
         params, state = opt.update(grads, state, params, lr=lr, execution=name)
-    return (params["w"] ** 2).sum() + state["step"].sum()
+    return (params["w"] ** 2 - params["v"]).sum() + state["step"].sum()
 
 
 FOLLOWED: dict[str, Callable[..., Any]] = {
@@ -557,6 +657,7 @@ FOLLOWED: dict[str, Callable[..., Any]] = {
     "opt",
     [
         fo.sgd(momentum=0.9, weight_decay=0.1),
+        fo.sgd(weight_decay={"w": 0.1, "v": 0.0, "still": 0.0}),
         fo.nadam(),
         fo.asgd(lambd=0.1, t0=0.0),
         fo.lars(),

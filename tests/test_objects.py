@@ -58,7 +58,7 @@ OTHERS: dict[str, Any] = {
 def test_leaves_are_those_of_the_form_and_of_no_other(name: str):
     given = TREES[name]
     expected, structure = tree.flatten(given)
-    form = tree.form(structure)
+    form = tree.form(structure, [True] * structure.num_leaves)
     for found in both():
         leaves = found.leaves(form, given)
         assert leaves is not None and list(map(id, leaves)) == list(map(id, expected))
@@ -67,9 +67,27 @@ def test_leaves_are_those_of_the_form_and_of_no_other(name: str):
 
 
 @pytest.mark.parametrize("name", TREES)
+def test_leaves_among_gaps(name: str):
+    """Of every kind of container; a gap more or less makes another form."""
+    tensors, structure = tree.flatten(TREES[name])
+    for gap in range(len(tensors)):
+        some = [None if i == gap else x for i, x in enumerate(tensors)]
+        form = tree.form(structure, [x is not None for x in some])
+        for found in both():
+            leaves = found.leaves(form, tree.unflatten(structure, some))
+            assert leaves is not None
+            assert [*map(id, leaves)] == [id(x) for x in some if x is not None]
+            assert found.leaves(form, TREES[name]) is None
+            assert found.leaves(form, tree.unflatten(structure, some[::-1])) is None or (
+                some[::-1].index(None) == gap
+            )
+
+
+@pytest.mark.parametrize("name", TREES)
 def test_a_tree_in_another_order_has_the_same_leaves(name: str):
     given = TREES[name]
-    form = tree.form(tree.flatten(given)[1])
+    structure = tree.flatten(given)[1]
+    form = tree.form(structure, [True] * structure.num_leaves)
     if type(given) is dict:
         given = dict(reversed(given.items()))
     expected = [id(x) for x in tree.leaves(given)]

@@ -27,6 +27,7 @@ from funcopt.execution.fast_path import (
     ReferencePath,
     WholePath,
 )
+from funcopt.execution.group_paths import GroupPaths
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule_call import RuleCall
 from funcopt.types import Tensor
@@ -61,18 +62,19 @@ def step(
         raise ExecutionError(f"{leaves.rule.name}'s tasks cannot be run together")
     if donate:
         donation.check(leaves.grads, [leaves.params, *leaves.state], leaves.tensors())
+    readable = all(concrete.readable(x) and not levels.is_tracked(x) for x in vectors)
+    free = readable and name is None and executor_choice.is_free()
     if len(groups) == 1 and len(groups[0].which) == len(leaves.params):
-        readable = all(concrete.readable(x) and not levels.is_tracked(x) for x in vectors)
-        free = readable and name is None and executor_choice.is_free()
         path = _path(leaves, groups[0]) if free else None
         return _run(leaves, groups[0], donate), path
+    path = _paths(leaves, groups) if free and groups else None
     columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
     for group in groups:
         some = leaves.pick(group.which)
         for column, values in zip(columns, _run(some, group, donate)):
             for i, value in zip(group.which, values):
                 column[i] = value
-    return columns, None
+    return columns, path
 
 
 def fast_paths(leaves: Leaves) -> list[tuple[list[int], FastPath]] | None:
@@ -90,6 +92,17 @@ def fast_paths(leaves: Leaves) -> list[tuple[list[int], FastPath]] | None:
             return None
         made.append((group.which, path))
     return made
+
+
+def _paths(leaves: Leaves, groups: Sequence[LeafGroup]) -> FastPath | None:
+    """A fast path for leaves that go several ways, if each has one."""
+    made = []
+    for group in groups:
+        path = _path(leaves.pick(group.which), group)
+        if path is None:
+            return None
+        made.append((group.which, path))
+    return GroupPaths(leaves.rule, made, lambda some: step(some, donate=True)[0])
 
 
 def _path(

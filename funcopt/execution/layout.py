@@ -10,6 +10,8 @@ from funcopt.types import Tensor
 def alike(columns: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
     """The columns, with copies where the tensors of a leaf differ in strides.
 
+    A column without any is the one that was given.
+
     A parameter that fills its memory sets the order of its leaf, be it contiguous,
     channels-last or transposed; one with gaps or overlaps is made contiguous. The first
     column holds gradients, the second parameters.
@@ -18,17 +20,17 @@ def alike(columns: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
     if all(map(Tensor.is_contiguous, tensors)):
         if not any(map(Tensor.is_neg, tensors)) and not any(map(_is_zero, tensors)):
             return list(columns)
-    made = [list(column) for column in columns]
+    copies: dict[int, list[Tensor]] = {}
     for i, leaf in enumerate(zip(*columns)):
         if all(map(_is_plain, leaf)):
             continue
         model = torch.empty_like(leaf[1])  # keeps the strides of what fills its memory
-        for column, x in zip(made, leaf):
+        for k, x in enumerate(leaf):
             if x.stride() != model.stride() or _is_lazy(x):
-                column[i] = torch.empty_strided(
+                copies.setdefault(k, list(columns[k]))[i] = torch.empty_strided(
                     x.shape, model.stride(), dtype=x.dtype, device=x.device
                 ).copy_(x)
-    return list(made)
+    return [copies.get(k, column) for k, column in enumerate(columns)]
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -1,6 +1,6 @@
-"""Leaves that have a gradient and so step: picked out of their columns, and put back."""
+"""Leaves that step, among those without a gradient, or without a parameter."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -16,7 +16,7 @@ def picked(column: Sequence[Any], live: list[int] | None) -> Sequence[Any]:
 
 
 def merged(
-    columns: Sequence[Sequence[Any]],
+    columns: Iterable[Sequence[Any]],
     new: Sequence[Sequence[Any]],
     live: list[int] | None,
 ) -> Sequence[Sequence[Any]]:
@@ -25,6 +25,42 @@ def merged(
         return new
     whole = [list(column) for column in columns]
     for column, values in zip(whole, new):
-        for i, value in zip(live, values):
+        for i, value in zip(live, values or ()):  # none, of what was written over
             column[i] = value
     return whole
+
+
+class Gaps:
+    """Where leaves lie in a list of those that are there, gradients before the others.
+
+    Args:
+        live: the leaves that have gradients.
+        there: whether each leaf has a parameter.
+    """
+
+    def __init__(self, live: Sequence[int], there: Sequence[bool]) -> None:
+        self._places = [i for i, is_there in enumerate(there) if is_there]
+        self._count, self._first = len(there), len(live)
+        place = {i: k for k, i in enumerate(self._places)}
+        self._own = [place[i] for i in live]
+
+    def _columns(self, tensors: Sequence[Any]) -> Iterable[Sequence[Any]]:
+        size = len(self._places)
+        for k in range(self._first, len(tensors), size):
+            yield tensors[k : k + size]
+
+    def live(self, tensors: Sequence[Any]) -> list[Any]:
+        """Those of the leaves that step."""
+        found = [*tensors[: self._first]]
+        for column in self._columns(tensors):
+            found += map(column.__getitem__, self._own)
+        return found
+
+    def whole(self, tensors: Sequence[Any]) -> list[list[Any]]:
+        """The columns behind the gradients, with None where nothing is there."""
+        found = []
+        for column in self._columns(tensors):
+            found.append([None] * self._count)
+            for i, x in zip(self._places, column):
+                found[-1][i] = x
+        return found

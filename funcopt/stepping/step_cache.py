@@ -1,6 +1,7 @@
 """A cache of fast paths, for steps like an earlier one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import add
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from funcopt.execution import concrete, levels
 from funcopt.execution.fast_path import FastPath, Settled
 from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.execution.native import objects
+from funcopt.stepping.live import Gaps, merged, picked
 from funcopt.stepping.per_leaf import LeafValues
 from funcopt.stepping.totals import Measure
 from funcopt.types import State, Tensor, Tree
@@ -26,52 +28,74 @@ class _Paths:
 
 
 class _Entry:
-    """What is known of trees of one structure."""
+    """What is known of trees of one structure, where the same leaves step.
+
+    ``live`` are those, None for all of them; ``there`` says which have a parameter.
+    """
 
     def __init__(
-        self, structure: tree.Structure, slots: Sequence[str], vectors: Sequence[str]
+        self,
+        structure: tree.Structure,
+        live: list[int] | None,
+        there: list[bool],
+        scalar: Mapping[str, bool],
     ) -> None:
-        self.structure, self.count = structure, structure.num_leaves
+        self.structure, self.live, self.there = structure, live, there
+        self.count = count = structure.num_leaves
+        self.gaps = None if live is None else Gaps(live, there)
+        #: what is added to each leaf's step
+        self.more = [int(live is None or i in live) for i in range(count)]
         self.paths: GuardedCache[_Paths] = GuardedCache()
+        #: the last hyperparameters of all leaves, and of those that step
+        self._hyper: tuple[Any, Sequence[dict[str, Any]]] = None, ()
         with levels.outside():
             #: kept as a tensor: torch makes one of a number at each addition
-            self.one = torch.ones((), dtype=torch.int64, device="cpu")
-        form = tree.form(structure)
-        state = {**dict.fromkeys(slots, form), **dict.fromkeys(vectors)}
+            self.one = torch.tensor(self.more if live else 1, device="cpu")
+        form = tree.form(structure, there)
+        trees = {slot: form for slot, each in scalar.items() if not each}
+        vectors = {"step": None} | {slot: None for slot, each in scalar.items() if each}
         #: of grads, params and state
-        self.form = form, form, state
+        self.form = tree.form(structure, map(bool, self.more)), form, trees | vectors
+
+    def of_live(self, hyper: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """The same list for the same list, by which paths know that nothing changed."""
+        if hyper is not self._hyper[0]:
+            self._hyper = hyper, picked(hyper, self.live)
+        return self._hyper[1]
 
 
 class StepCache:
     """The fast paths of one optimizer, those of its totals before those of its step.
 
     Args:
-        slots: the names of the state's trees.
-        vectors: the names of what the state holds for all leaves at once, steps first.
+        scalar: of each slot, whether it is one number for each leaf.
         measures: of the totals.
         always: what gives the same hyperparameters at every step, if that is known.
     """
 
     def __init__(
         self,
-        slots: Sequence[str],
-        vectors: Sequence[str],
+        scalar: Mapping[str, bool],
         measures: Sequence[Measure],
         always: LeafValues | None,
     ) -> None:
-        self._slots, self._vectors, self._measures = slots, vectors, measures
-        self._always = always
+        self._scalar, self._measures, self._always = scalar, measures, always
         self._all: tuple[_Entry, ...] = ()  # the last found first
 
     def keep(
-        self, structure: tree.Structure, tensors: Sequence[Tensor], paths: list[FastPath]
+        self,
+        structure: tree.Structure,
+        live: list[int] | None,
+        there: list[bool],
+        tensors: Sequence[Tensor],
+        paths: list[FastPath],
     ) -> None:
         """Remember how these went: gradients, parameters, slots, vectors."""
         for entry in self._all:
-            if entry.structure == structure:
+            if (entry.structure, entry.live, entry.there) == (structure, live, there):
                 break
         else:
-            entry = _Entry(structure, self._slots, self._vectors)
+            entry = _Entry(structure, live, there, self._scalar)
             self._all = (entry, *self._all)[:_MOST]
         entry.paths.put(tensors, _Paths(paths))
 
@@ -106,18 +130,27 @@ class StepCache:
             if counts.count(first) == entry.count and ways.settled(tensors, first + 1):
                 return entry.structure, (), steps.add_(entry.one)
             tensors.append(steps)
-        some, count = len(tensors) - len(self._vectors), entry.count
+        some, count = len(tensors) - 1 - sum(self._scalar.values()), entry.count
         steps, *others = tensors[some:]
         del tensors[some:]
         read = concrete.scalars_of if levels.inside() else torch.Tensor.tolist
         counts = read(steps)
         first = counts[0]
-        if type(first) is int and counts.count(first) == count:  # as mostly
-            counts = [first + 1] * count
+        live, gaps, old = entry.live, entry.gaps, []
+        if live is None and type(first) is int and counts.count(first) == count:
+            counts = [first + 1] * count  # as mostly
         else:
-            counts = [t + 1 for t in counts]
+            counts = [*map(add, counts, entry.more)]
         numbers = [*map(read, others), counts]
-        hyper = values(entry.structure, tensors[count : 2 * count], counts)
+        if gaps is None:
+            hyper = values(entry.structure, tensors[count : 2 * count], counts)
+        else:
+            old, tensors = gaps.whole(tensors), gaps.live(tensors)
+            hyper = entry.of_live(values(entry.structure, old[0], counts))
+            slots, scalars = iter(old), iter(numbers)
+            of = (False, *self._scalar.values())
+            old = [next(scalars if each else slots) for each in of]
+            numbers = [[*picked(column, live)] for column in numbers]
         *of_totals, path = ways.paths
         for measure, own in zip(self._measures, of_totals):
             sums = own.run(tensors, numbers, hyper, False)
@@ -127,7 +160,7 @@ class StepCache:
         columns = path.run(tensors, numbers, hyper, donate)
         if columns is None:
             return None
-        if donate and always:
+        if donate and always and live is None:
             ways.settled = path.settled(hyper)
         new = steps.add_(entry.one) if donate else steps + entry.one
-        return entry.structure, columns, new
+        return entry.structure, merged(old, columns, live), new

@@ -67,7 +67,7 @@ class Stepper:
         #: whether all tasks of a vmap can be one step: no element depends on another
         self.separable = spec.elementwise and not spec.totals
         always = None if self.hypers.varying else self.values
-        self.cache = StepCache(self.trees, [*self.vectors], self.measures, always)
+        self.cache = StepCache(self.scalar, self.measures, always)
         #: what steps the entries of a sparse gradient
         self.lazy = Stepper(replace(spec, sparse="")) if spec.sparse else None
 
@@ -199,9 +199,11 @@ class Stepper:
                 complex_leaves.rejoined(column, halved) if stream else column
                 for column, stream in zip(columns, self.rule.outputs)
             ]
-        elif live is None and None not in paths:
-            tensors = [*chain(g, p, *map(trees.__getitem__, self.trees)), *held]
-            self.cache.keep(structure, tensors, [x for x in paths if x])
+        elif live != [] and None not in paths:
+            given = chain(g, p, *map(trees.__getitem__, self.trees), held)
+            tensors = [x for x in given if x is not None]
+            there = [x is not None for x in p]
+            self.cache.keep(structure, live, there, tensors, [x for x in paths if x])
         return merged((p, *old.values()), columns, live), steps
 
     def _lazily(

@@ -43,6 +43,7 @@ static int address(PyObject *x, void **found) {
 
 // Appends the leaves of `tree` to `found`: 1; 0 if it is not of this form; -1: an error.
 static int gather(PyObject *form, PyObject *tree, PyObject *found) {
+    if (form == Py_Ellipsis) return tree == Py_None;
     if (form == Py_None)
         return !PyObject_TypeCheck(tree, class) ? 0 : PyList_Append(found, tree) ? -1 : 1;
     if (PyCallable_Check(form)) {  // a container that optree takes apart

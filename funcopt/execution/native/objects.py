@@ -49,9 +49,9 @@ class Objects(Protocol):
     def leaves(self) -> Callable[[Any, Tree], list[Any] | None]:
         """The tensors of a tree of this form, in the form's order; None for another's.
 
-        A form is a tree of dicts, lists and tuples, with None for each tensor. What else
-        stands in it is called with what stands there in the tree: it gives a list of
-        leaves, or raises ValueError.
+        A form is a tree of dicts, lists and tuples, with None for each tensor, and with
+        ``...`` for each None. What else stands in it is called with what stands there in
+        the tree: it gives a list of leaves, or raises ValueError.
         """
         ...
 
@@ -178,6 +178,8 @@ class InPython:
 
 
 def _gather(form: Any, tree: Tree, found: list[Any]) -> bool:
+    if form is ...:
+        return tree is None
     if form is None:
         found.append(tree)
         return isinstance(tree, Tensor)
