@@ -54,7 +54,7 @@ def step(
             be written over; nothing has changed then.
     """
     if torch.compiler.is_compiling():  # the plain rule is what the compiler fuses
-        plain = reference.of_leaves(leaves)
+        plain = reference.step(leaves)
         return (_written_over(leaves, plain) if donate else plain), None
     groups, tasks = executor_choice.groups(leaves, name), leaves.tasks
     choices = [group.choice for group in groups]
@@ -116,16 +116,13 @@ def _path(
         if executor_choice.untouchable(leaves):
             return None
         return ReferencePath(leaves.rule, group.kinds, len(leaves.params))
-    if levels.inside():
+    if levels.inside() or elements and (group.choice.transformed or which is not None):
         return None
-    whole = group.choice.name not in ENGINES
-    if whole and (leaves.rule.sums or group.choice.transformed or elements):
-        return None
-    if whole and executor_choice.untouchable(leaves):
-        return None
-    if elements and (group.choice.transformed or which is not None):
-        return None
-    if whole:
+    if group.choice.name not in ENGINES:
+        if leaves.rule.sums or group.choice.transformed or elements:
+            return None
+        if executor_choice.untouchable(leaves):
+            return None
         run = partial(_run_whole, group.choice.name)
         return WholePath(leaves.rule, group.kinds, len(leaves.params), run, which)
     columns = leaves.streams(group.kinds)
@@ -170,7 +167,7 @@ def _run_whole(
 ) -> Sequence[Column]:
     with donation.running(given=donate if plain else None):
         if name == "reference":
-            columns = reference.of_leaves(leaves)
+            columns = reference.step(leaves)
         else:
             columns = stacked.step(leaves, apart=not donate)
     return _written_over(leaves, columns) if donate else columns

@@ -161,8 +161,10 @@ def groups(leaves: Leaves, name: str | None = None) -> list[LeafGroup]:
             )
         params = leaves.pick(which).params
         least = _least_worth(params) if followed and not forced else 0
-        name, refused = _choose(leaves.rule, kind, dtype, device, least, reasons, forced)
-        choice = Choice(name, followed and name in ENGINES, transformed, refused)
+        chosen, refused = _choose(
+            leaves.rule, kind, dtype, device, least, reasons, forced
+        )
+        choice = Choice(chosen, followed and chosen in ENGINES, transformed, refused)
         made.append(LeafGroup(leaves.rule, kind, which, params, choice))
     observer = _observer.get()
     if observer is not None:

@@ -261,7 +261,7 @@ class ReferencePath(FastPath):
         donate: bool,
     ) -> Sequence[Column] | None:
         leaves = self.leaves(tensors, numbers, hyper)
-        return None if donate or leaves.tasks else reference.of_leaves(leaves)
+        return None if donate or leaves.tasks else reference.step(leaves)
 
 
 class AutogradPath(FastPath):

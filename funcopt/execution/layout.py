@@ -17,12 +17,15 @@ def alike(columns: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
     column holds gradients, the second parameters.
     """
     tensors = [x for column in columns for x in column]
-    if all(map(Tensor.is_contiguous, tensors)):
-        if not any(map(Tensor.is_neg, tensors)) and not any(map(_is_zero, tensors)):
-            return list(columns)
+    if (
+        all(map(Tensor.is_contiguous, tensors))
+        and not any(map(Tensor.is_neg, tensors))
+        and not any(map(Tensor._is_zerotensor, tensors))
+    ):
+        return list(columns)
     copies: dict[int, list[Tensor]] = {}
     for i, leaf in enumerate(zip(*columns)):
-        if all(map(_is_plain, leaf)):
+        if all(x.is_contiguous() and not _is_lazy(x) for x in leaf):
             continue
         model = torch.empty_like(leaf[1])  # keeps the strides of what fills its memory
         for k, x in enumerate(leaf):
@@ -33,16 +36,9 @@ def alike(columns: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
     return [copies.get(k, column) for k, column in enumerate(columns)]
 
 
-def _is_plain(x: Tensor) -> bool:
-    return x.is_contiguous() and not _is_lazy(x)
-
-
 def _is_lazy(x: Tensor) -> bool:
     """Whether the memory does not hold the values: torch's own zeros and negatives."""
     return x.is_neg() or x._is_zerotensor()
-
-
-_is_zero = Tensor._is_zerotensor
 
 
 def overlap(columns: Sequence[Sequence[Tensor]]) -> bool:

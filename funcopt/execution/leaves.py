@@ -19,7 +19,7 @@ class Leaves:
     grads: Column
     params: Column
     slots: Sequence[Column]
-    steps: Column
+    steps: Column  #: the number of the update, from 1: an int, or a 0-d float64 tensor
     hyper: Sequence[dict[str, Any]]  #: one object for leaves that share their values
 
     @property
@@ -86,7 +86,7 @@ class Leaves:
             self.rule,
             some(self.grads),
             some(self.params),
-            [some(column) for column in self.slots],
+            [*map(some, self.slots)],
             some(self.steps),
             some(self.hyper),
         )

@@ -6,49 +6,28 @@ from typing import Any
 import torch
 
 from funcopt.execution import donation
+from funcopt.execution.executor import Column
 from funcopt.execution.leaves import Leaves
-from funcopt.execution.rule import Rule
 from funcopt.types import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def step(
-    rule: Rule,
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor],
-    slots: Sequence[Sequence[Any]],
-    steps: Sequence[Any],
-    hyper: Sequence[dict[str, Any]],
-) -> list[Sequence[Any]]:
-    """The columns ``p, *slots``, or of sums: what the rule makes of each leaf.
-
-    ``slots[s][i]`` is slot s of leaf i, ``steps[i]`` its update number (from 1; an int,
-    or a 0-d float64 tensor), ``hyper[i]`` the rule's keyword arguments.
-    """
+def step(leaves: Leaves) -> list[Column]:
+    """The columns ``p, *slots``, or of sums: what the rule makes of each leaf."""
+    rule, given = leaves.rule, donation.is_given()
     function, inputs = rule.function, (True, True, *(not s for s in rule.scalar))
-    given = donation.is_given()
     rows = [
         _apart(function(g, p, *state, step=t, **values), (g, p, *state), given)
         if p.ndim and p.dtype not in _HALF
         else _promoted(
             function, inputs, rule.outputs, (g, p, *state), {"step": t, **values}
         )
-        for g, p, t, values, *state in zip(grads, params, steps, hyper, *slots)
+        for g, p, t, values, *state in zip(
+            leaves.grads, leaves.params, leaves.steps, leaves.hyper, *leaves.slots
+        )
     ]
     return list(zip(*rows))
-
-
-def of_leaves(leaves: Leaves) -> list[Sequence[Any]]:
-    """`step` of a whole step's leaves."""
-    return step(
-        leaves.rule,
-        leaves.grads,
-        leaves.params,
-        leaves.slots,
-        leaves.steps,
-        leaves.hyper,
-    )
 
 
 def _apart(

@@ -6,6 +6,7 @@ and what does not is called so by ``torch.vmap``.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def step(leaves: Leaves, apart: bool = True) -> list[Column]:
         if len(which) >= fewest > 1:
             made = _together(some, apart)
         else:
-            made = reference.of_leaves(some)
+            made = reference.step(some)
         for column, values in zip(columns, made):
             for i, value in zip(which, values):
                 column[i] = value
@@ -95,7 +96,7 @@ def _together(leaves: Leaves, apart: bool) -> Sequence[Column]:
             column if scalar else [next(given)]
             for column, scalar in zip(first.slots, first.rule.scalar)
         ]
-        columns = reference.step(first.rule, [g], [p], slots, first.steps, first.hyper)
+        columns = reference.step(replace(first, grads=[g], params=[p], slots=slots))
         return tuple(torch.as_tensor(x) for (x,) in columns)  # vmap returns no numbers
 
     stacks = [torch.stack([*column]) for column in streams]

@@ -1,4 +1,4 @@
-"""What follows what where a training ends: asked of autograd, which records it."""
+"""What depends on what where a training ends, as autograd records it."""
 
 from collections.abc import Callable
 

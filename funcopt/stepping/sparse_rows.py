@@ -25,7 +25,7 @@ def dense(grads: Sequence[Any]) -> list[Any]:
 
 
 def numbers(g: Tensor) -> Tensor:
-    """Of a gradient, those that are there."""
+    """The numbers that a gradient holds: of a sparse one, those that are not left out."""
     return g.coalesce().values() if are_among([g]) else g
 
 
