@@ -8,7 +8,7 @@ import torch
 
 from funcopt import tree
 from funcopt.checks import check_leaves, check_params, check_state
-from funcopt.conditions import alone
+from funcopt.conditions import Number, alone
 from funcopt.errors import (
     ExecutionError,
     HyperparameterError,
@@ -21,7 +21,6 @@ from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
 from funcopt.select import ByName
 from funcopt.stepping import one_vector, pages
-from funcopt.stepping.complex_leaves import parts
 from funcopt.stepping.per_leaf import Hypers
 from funcopt.types import State, Tensor, Tree
 
@@ -46,7 +45,8 @@ def flat(
             for the loss f. ``slope(x)`` gives the gradient and the loss of any x.
             ``moves`` is None or False for the elements of leaves without a gradient:
             there g is 0, and what the rule returns is not looked at. With ``donate`` it
-            may write over slots, and return them. Hyperparameters are 0-d tensors.
+            may write over slots, and return them. Hyperparameters are 0-d tensors,
+            or floats where nobody follows what is computed.
         name: what messages call the optimizer.
         slots: the state from the vector of all parameters; shapes must not change.
         hyper: the hyperparameters, each one number for all leaves.
@@ -112,8 +112,8 @@ class _Flat:
                 [tree.present(p), [state["step"], *old.values()]],
                 tree.leaves(overrides),
             )
-        values = self._values(overrides, state["step"], x)
         loss = _Loss(loss_fn, structure, g, p, x)
+        values = self._values(overrides, state["step"], x, loss.alone)
         found, kept = self.rule(
             loss.slope,
             loss(x) if value is None else value,
@@ -142,18 +142,18 @@ class _Flat:
         return old
 
     def _values(
-        self, overrides: Mapping[str, Any], steps: Tensor, x: Tensor
-    ) -> dict[str, Tensor]:
+        self, overrides: Mapping[str, Any], steps: Tensor, x: Tensor, plain: bool
+    ) -> dict[str, Number]:
         """The hyperparameters of this step, to which all leaves are one, too."""
         for key, override in overrides.items():
             _check_one(key, override, self.name)
-        count = steps.amax()[None] + 1 if steps.numel() else torch.ones(1)
-        (row,) = self.hypers.per_leaf(
-            overrides, tree.flatten(x)[1], [x], concrete.scalars_of(count)
-        )
+        count: list[Any] = [1]
+        if (overrides or self.hypers.varying) and steps.numel():
+            count = concrete.scalars_of(steps.amax()[None] + 1)
+        (row,) = self.hypers.per_leaf(overrides, tree.flatten(x)[1], [x], count)
+        number = float if plain else x.new_tensor
         return {
-            key: v.to(x) if isinstance(v, Tensor) else x.new_tensor(v)
-            for key, v in row.items()
+            key: v.to(x) if isinstance(v, Tensor) else number(v) for key, v in row.items()
         }
 
 
@@ -180,15 +180,14 @@ class _Loss:
         self.structure = structure
         self.grads = grads
         self.params = params
-        self._sizes = [parts(p).numel() for p in params if p is not None]
         self._live = [i for i, g in enumerate(grads) if g is not None]
-        self._alone = alone(x) and not torch.is_inference_mode_enabled()
+        self.alone = alone(x) and not torch.is_inference_mode_enabled()
+        self._pieces = one_vector.splitter(params, x.dtype, self.alone)
 
     def leaves(self, x: Tensor) -> list[Any]:
         """The leaves with a gradient as parts of x, and the others."""
-        pieces = iter(x.split_with_sizes(self._sizes))
-        form = one_vector.leaf_of
-        new = [p if p is None else form(next(pieces), p) for p in self.params]
+        pieces = iter(self._pieces(x))
+        new = [p if p is None else next(pieces) for p in self.params]
         rows = zip(new, self.params, self.grads)
         return [p if g is None else leaf for leaf, p, g in rows]
 
@@ -197,7 +196,7 @@ class _Loss:
 
     def slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The loss's gradient, and its value."""
-        if not self._alone:
+        if not self.alone:
             return self._transformed(x)
         # What nobody differentiates or watches autograd does alone, in half the time.
         leaves, slopes = self.leaves(x), [*self.grads]
@@ -206,7 +205,7 @@ class _Loss:
             value = self.loss_fn(tree.unflatten(self.structure, leaves))
         if value.ndim or not (asked and value.requires_grad):
             return self._transformed(x)  # which has the words for it
-        found = torch.autograd.grad(value, asked, materialize_grads=True)
+        found = torch.autograd.grad(value, asked, allow_unused=True)  # None is 0, too
         for i, slope in zip(self._live, found):
             slopes[i] = slope
         like = {"dtype": x.dtype, "device": x.device}

@@ -1,5 +1,7 @@
 """The pairs by which L-BFGS knows the curvature, and the direction that follows."""
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import pad
 
@@ -13,8 +15,9 @@ Slots = dict[str, Tensor]
 class Pairs:
     """The last pairs y, s, the oldest first, and their ρ = 1 / s·y, 0 where none is yet.
 
-    And the matrix R of products s·y, of which only those above the diagonal are read: of
-    each s with all later y.
+    And the coefficients of the two loops of the recursion, each loop a triangular system
+    with ones on its diagonal, both in one matrix. With i before j it holds ρⱼ sᵢ·yⱼ at
+    (i, j), and ρᵢ sᵢ·yⱼ at (j, i); what is on the diagonal is not looked at.
 
     Args:
         slots: the state.
@@ -24,10 +27,14 @@ class Pairs:
 
     def __init__(self, slots: Slots, more: int, donate: bool) -> None:
         y, s, ro = (slots[key] for key in ("old_dirs", "old_stps", "ro"))
-        self._size = ro.shape[0]
-        known = min(self._size, most((ro > 0).sum(), self._size))
+        size = ro.shape[0]
+        known = min(size, most((ro > 0).sum(), size))
         self._ro = _Rows(ro, known)
-        self._r = s[self._size - known :] @ y[self._size - known :].T
+        self._both = ro.new_zeros(0, 0)
+        if known:
+            products = s[size - known :] @ y[size - known :].T
+            products = products.triu() + products.T.tril(-1)
+            self._both = products * ro[size - known :]
         #: whether no derivative, transform or mode sees what is computed
         self.in_place = alone(ro)
         if self.in_place:
@@ -35,16 +42,19 @@ class Pairs:
         else:
             self.y, self.s = _Rows(y, known), _Rows(s, known)
 
-    def push(self, y: Tensor, s: Tensor, ys: Number, new: Condition) -> None:
+    def push(self, y: Tensor, s: Tensor, ro: Tensor, new: Condition) -> None:
         """Remember a pair where it is new; the oldest makes room."""
-        column = _products(self.s, y)[:, None]
-        r = pad(torch.cat([self._r, column], 1), (0, 0, 0, 1))
+        for rows, row in ((self.y, y), (self.s, s), (self._ro, ro)):
+            rows.push(row, new)
+        (rhos,) = self._ro.blocks()
+        both, products = self._both, _products(self.s, y)
+        full = rhos.shape[0] == both.shape[0]  # so that the oldest is gone
+        longer = both[1:, 1:] if full else both
+        longer = torch.cat([longer, (rhos * products)[None, :-1]])
+        longer = torch.cat([longer, (ro * products)[:, None]], 1)
         if not everywhere(new):
-            r = where(new, r, pad(self._r, (1, 0, 1, 0)))
-        self._r = r[-self._size :, -self._size :]
-        self.y.push(y, new)
-        self.s.push(s, new)
-        self._ro.push(torch.as_tensor(1 / ys, dtype=y.dtype, device=y.device), new)
+            longer = where(new, longer, both if full else pad(both, (1, 0, 1, 0)))
+        self._both = longer
 
     def direction(self, g: Tensor, scale: Number, memory: Tensor | None) -> Tensor:
         """-H·g, where H begins as the scale times 1; in ``memory``, if there is any.
@@ -52,24 +62,25 @@ class Pairs:
         The two loops of the recursion are the substitutions in two triangular systems:
         so they cost a few operations, and not some for each row.
         """
+        way = torch.mul(g, -scale, out=memory)
         (ro,) = self._ro.blocks()
         if not ro.shape[0]:
-            return torch.mul(g, -scale, out=memory)
-        way = torch.neg(g, out=memory)
-        newer = (ro[:, None] * self._r).triu(1)
-        older = (ro[:, None] * self._r.T).tril(-1)
-        alpha = _solved(newer, ro * _products(self.s, way), upper=True)
-        way = self._added(way, -alpha, self.y)
-        way = torch.mul(way, scale, out=way if self.in_place else None)
-        right = alpha - ro * _products(self.y, way)
-        return self._added(way, _solved(older, right, upper=False), self.s)
+            return way
+        alpha = _solved(self._both, ro * _products(self.s, g), upper=False)
+        way = self._added(way, scale, alpha, self.y)
+        right = torch.addcmul(alpha, ro, _products(self.y, way))
+        return self._added(way, -1, _solved(self._both, right, upper=True), self.s)
 
-    def _added(self, x: Tensor, factors: Tensor, rows: "_Rows | _Ring") -> Tensor:
-        """x and the rows by their factors, in the memory of x if it may be."""
+    def _added(
+        self, x: Tensor, scale: Number, factors: Tensor, rows: "_Rows | _Ring"
+    ) -> Tensor:
+        """x and the rows by scaled factors, in the memory of x if it may be."""
         blocks = rows.blocks()
-        parts = factors.split_with_sizes([block.shape[0] for block in blocks])
-        for part, block in zip(parts, blocks):
-            x = x.addmv_(block.T, part) if self.in_place else x + part @ block
+        for part, block in zip(_parts(factors, blocks), blocks):
+            if self.in_place:
+                x.addmv_(block.t(), part, alpha=scale)
+            else:
+                x = x + (scale * part) @ block
         return x
 
     def slots(self) -> Slots:
@@ -165,12 +176,18 @@ class _Ring:
 
 
 def _products(rows: "_Rows | _Ring", x: Tensor) -> Tensor:
-    found = [block @ x for block in rows.blocks()]
+    found = [torch.mv(block, x) for block in rows.blocks()]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _solved(r: Tensor, right: Tensor, upper: bool) -> Tensor:
-    """x of r·x = right, r with ones on its diagonal, and one triangle that counts."""
+def _parts(factors: Tensor, blocks: Sequence[Tensor]) -> Sequence[Tensor]:
+    if len(blocks) == 1:
+        return (factors,)
+    return factors.split_with_sizes([block.shape[0] for block in blocks])
+
+
+def _solved(both: Tensor, right: Tensor, upper: bool) -> Tensor:
+    """The row x of x·r = right, r one triangle of both, with ones on its diagonal."""
     return torch.linalg.solve_triangular(
-        r, right[:, None], upper=upper, unitriangular=True
-    )[:, 0]
+        both, right[None], upper=upper, left=False, unitriangular=True
+    )[0]

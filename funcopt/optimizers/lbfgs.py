@@ -17,7 +17,7 @@ from funcopt.stepping import pages
 from funcopt.types import HyperValue, Tensor
 
 _CURVED = 1e-10  # y·s of a pair that is remembered
-_SOME = 1024  # elements that are looked at before all are
+_SOME = 16  # elements that are looked at before all are
 
 
 def rule(
@@ -41,12 +41,12 @@ def rule(
         d, last_g = torch.where(moves, d, 0.0), torch.where(moves, last_g, 0.0)
     n_iter = slots["n_iter"]
     rounds = min(max_iter, max_eval)
-    begun = most((n_iter > 0).int(), 1) > 0  # else the first step's is no pair
+    begun = most(n_iter, 1) > 0  # else the first step's is no pair
     pairs = Pairs(slots, rounds - 1 + begun, donate)
     in_place = pairs.in_place
 
-    def read(x: Tensor) -> Number:
-        return x.item() if in_place else x
+    def read(x: Number) -> Number:
+        return x.item() if in_place and isinstance(x, Tensor) else x
 
     def memory(used: Tensor | None) -> Tensor | None:
         """What to write over, where nobody follows what is computed."""
@@ -55,9 +55,11 @@ def rule(
         return pages.large_like(g) if used is None else used
 
     def within(x: Tensor, bound: Number) -> Condition:
-        """Whether no element is larger; that one is, the first ones tell mostly."""
-        if in_place and not read(_largest(x[:_SOME])) <= bound:
-            return False
+        """Whether no element is larger; that one is, a few tell mostly."""
+        if in_place:
+            few = x[:: 1 + x.shape[0] // _SOME].tolist()
+            if any(abs(value) > bound for value in few):
+                return False
         return read(_largest(x)) <= bound
 
     n_iter, evals = read(n_iter), 1
@@ -75,12 +77,12 @@ def rule(
 
         if s is not None:
             y = torch.sub(g, last_g, out=pairs.y.room())
-            ys = read(y.dot(s))
-            new = no(done) & (ys > _CURVED)
+            ys = y.dot(s)
+            new = no(done) & (read(ys) > _CURVED)
             if not everywhere(no(new)):
                 ys = where(new, ys, 1.0)
-                pairs.push(y, s, ys, new)
-                scale = where(new, ys / where(new, read(y.dot(y)), 1.0), scale)
+                pairs.push(y, s, ys.reciprocal(), new)
+                scale = where(new, read(ys / where(new, y.dot(y), 1.0)), scale)
         way = pairs.direction(g, scale, memory(d if i or donate else None))
         if moves is not None:
             way = torch.where(moves, way, 0.0)
@@ -99,10 +101,9 @@ def rule(
         done = done | (slope > -tolerance_change)
         if everywhere(done):
             break
-        room = pairs.s.room()
         if search:
             found, tried = strong_wolfe(
-                _line(evaluate, x, d, read, room),
+                _line(evaluate, x, d, read),
                 Point(0 * t, f, g, slope),
                 t,
                 read(_largest(d)),
@@ -113,8 +114,8 @@ def rule(
             )
             t, f, g = where(done, t, found.t), found.loss, found.g
             evals = evals + tried
-        s = torch.mul(d, t, out=room)
-        x = where(done, x, torch.add(x, s, out=memory(spare)))
+        s = torch.mul(d, t, out=pairs.s.room())
+        x = where(done, x, _moved(x, d, t, memory(spare)))
         if not search and i + 1 < max_iter:
             new_g, new_f = evaluate(x)
             f, g = where(done, f, read(new_f.to(x.dtype))), where(done, g, new_g)
@@ -153,15 +154,21 @@ def _line(
     x: Tensor,
     d: Tensor,
     read: Callable[[Tensor], Number],
-    memory: Tensor | None,
 ) -> Callable[[Number], Point]:
     """The loss at x + t·d, as a function of t."""
 
     def at(t: Number) -> Point:
-        g, f = evaluate(x + torch.mul(d, t, out=memory))
+        g, f = evaluate(_moved(x, d, t))
         return Point(t, read(f.to(x.dtype)), g, read(g.dot(d)))
 
     return at
+
+
+def _moved(x: Tensor, d: Tensor, t: Number, memory: Tensor | None = None) -> Tensor:
+    """x + t·d; in one pass, and rounded as torch's, where t is Python's number."""
+    if isinstance(t, Tensor):
+        return x + d * t
+    return torch.add(x, d, alpha=t, out=memory)
 
 
 def _largest(x: Tensor) -> Tensor:
