@@ -66,6 +66,7 @@ FLOORS = {
     "funcopt.execution.fused_autograd": 2.4,
     "funcopt.execution.executor_choice": 2.5,
     "funcopt.execution.fast_path": 2.5,
+    "funcopt.execution.group_paths": 2.6,
     "funcopt.execution.dispatch": 3,
     "funcopt.execution": 3.5,
     "funcopt.spec": 3.5,
