@@ -21,7 +21,8 @@ static inline T smaller(T a, T b) {
 
 static inline float arc_tangent(float y, float x) {
     float a = fabsf(x), b = fabsf(y), long_ = a > b ? a : b, short_ = a > b ? b : a;
-    float q = short_ == long_ ? (float)(long_ > 0) : short_ / long_, z = q * q;
+    long_ = long_ < 0x1p-149f ? 0x1p-149f : long_;  // 0 / 0 is 0, and inf / inf is 1
+    float q = short_ == long_ ? 1 : short_ / long_, z = q * q;
     float r = HORNER(-0x1.d62e0cp-10f, z, 0x1.65a54ep-7f);
     r = HORNER(r, z, -0x1.fed062p-6f);
     r = HORNER(r, z, 0x1.dac964p-5f);

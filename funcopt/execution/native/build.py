@@ -31,6 +31,9 @@ _FLAGS = (
     "-fno-unswitch-loops", "-fopenmp-simd", "-fPIC", "-shared", "-std=gnu11", "-w",
     "-x", "c",
 )  # fmt: skip
+# Vectors as wide as torch's own: compilers by themselves take half of what there is.
+if torch.backends.cpu.get_cpu_capability() == "AVX512":
+    _FLAGS += ("-mprefer-vector-width=512",)
 _DIGEST = 32  # bytes of a SHA-256
 _SECONDS = 60  # a compiler that takes longer than this hangs
 

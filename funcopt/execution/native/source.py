@@ -27,7 +27,7 @@ _EXPRESSIONS = {
     "sqrt": "SQRT({0})",
     "rsqrt": "1 / SQRT({0})",
     "reciprocal": "1 / {0}",
-    "sign": "(T)(({0} > 0) - ({0} < 0))",
+    "sign": "{0} > 0 ? (T)1 : {0} < 0 ? (T)-1 : (T)0",
     "maximum": "larger({0}, {1})",
     "minimum": "smaller({0}, {1})",
     "lerp": "lerp({0}, {1}, {2})",
