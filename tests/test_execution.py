@@ -1,10 +1,12 @@
 """Every executor computes what the reference computes: every rule, dtype and layout."""
 
+import math
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -23,6 +25,7 @@ import funcopt as fo
 from funcopt import tree
 from funcopt.execution.native import kernels as native
 from funcopt.hyper import Hyper
+from funcopt.optimizers.madgrad import cube_root
 from funcopt.types import State, Tree
 
 FAST = ["foreach", "native"]
@@ -890,3 +893,25 @@ def test_an_arc_tangent_in_every_octant(dtype: torch.dtype):
     assert torch.equal(found.signbit()[number], exact.signbit()[number])
     place = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
     assert ((found.double() - exact).abs() <= 2 * place).logical_or(exact.isnan()).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "digits"), [(torch.float32, 1e-6), (torch.float64, 1e-14)]
+)
+def test_a_cube_root_of_every_size(dtype: torch.dtype, digits: float):
+    """To two places from the least number to the largest; its derivatives, too."""
+    least, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    sizes = torch.linspace(math.log2(least) - 20, math.log2(largest), 2_001)
+    x = torch.exp2(sizes.double()).clamp(max=largest).to(dtype)
+    place = Decimal(torch.finfo(dtype).eps)
+    for value, found in zip(x.tolist(), cube_root(x).tolist()):
+        exact = Decimal(value) ** (1 / Decimal(3))  # to 28 digits
+        assert abs(Decimal(found) - exact) <= 2 * place * exact
+    assert 0 < cube_root(torch.zeros(1, dtype=dtype)) < 1e-14
+    x = torch.linspace(0, 8, 2_001, dtype=dtype).requires_grad_()
+    (slope,) = torch.autograd.grad(cube_root(x).sum(), x, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), x)
+    assert slope[0] == bend[0] == 0
+    x, slope, bend = (y.detach()[1:].double() for y in (x, slope, bend))
+    assert (slope * 3 * x ** (2 / 3) - 1).abs().max() <= digits
+    assert (bend * -4.5 * x ** (5 / 3) - 1).abs().max() <= 100 * digits

@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "funcopt.errors": 0,
     "funcopt.types": 0,
+    "funcopt.bits": 0.5,
     "funcopt.traced_tree": 0.5,
     "funcopt.tree": 1,
     "funcopt.checks": 2,

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import funcopt as fo
+from funcopt.bits import INTEGERS
 from funcopt.execution import executor_choice, scalars
 from funcopt.execution.program import Program
 from funcopt.execution.rule import Rule
@@ -37,6 +38,11 @@ def kinds_of(case: Case) -> tuple[str, ...]:
 
 
 # --- refusals
+
+
+def integer(x: Tensor, bits: bool = False) -> Tensor:
+    """x rounded, or its bits."""
+    return x.view(INTEGERS[x.dtype]) if bits else x.to(INTEGERS[x.dtype])
 
 
 def writes_to_own_alias(g: Tensor, p: Tensor, lr: Tensor) -> tuple[Tensor]:
@@ -91,6 +97,15 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         "bfloat16",
     ),
     "to an integer": (lambda g, p, lr: (p - lr * g.to(torch.int64),), "int64"),
+    "rounded": (
+        lambda g, p, lr: (p - integer(g).to(g.dtype),),
+        "a rounded number is not",
+    ),
+    "bits moved": (
+        lambda g, p, lr: (p - (integer(g, bits=True) + 1).view(g.dtype),),
+        "no operations on torch.int",
+    ),
+    "bits given away": (lambda g, p, lr: (integer(g, bits=True),), "torch.int"),
     "not tensors": (lambda g, p, lr: (p - math.exp(g),), "."),
     "wrong arguments": (lambda g, p: (p,), "it cannot be called on tensors"),
 }

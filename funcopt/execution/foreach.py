@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from funcopt.bits import bits, of_bits
 from funcopt.execution.executor import Column
 from funcopt.execution.program import Pass, Program
 from funcopt.execution.sweeping import Sweeping
@@ -22,6 +23,7 @@ _LEAF: dict[str, Callable[..., Tensor]] = {
     "logical_or": torch.logical_or, "logical_not": torch.logical_not,
     "where": lambda condition, a, b: torch.where(condition.bool(), a, b),
     "spread": lambda value, like: value.expand_as(like).clone(),
+    "bits": bits, "of_bits": of_bits,
 }  # fmt: skip
 # torch has these for a list, for two lists, and for a list and a number for each leaf.
 _LISTS = {

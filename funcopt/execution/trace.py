@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from funcopt.bits import INTEGERS
 from funcopt.execution.program import Function, Op, Program
 from funcopt.types import Tensor
 
@@ -146,6 +147,7 @@ class _Recorder(TorchDispatchMode):
         self.ops: list[Op] = []
         self.number: dict[int, int] = {id(x): i for i, x in enumerate(inputs)}
         self.known: dict[Any, int] = {}  # one value for equal operations
+        self.read: set[int] = set()  # ids of integers that are the bits of floats
         self.alive = list(inputs)  # an id stays a tensor's own only while it lives
 
     def __torch_dispatch__(
@@ -197,8 +199,11 @@ class _Recorder(TorchDispatchMode):
                 return self._as(self._number(filling), stream)
             return self._filled(float(filling), stream)
         if name in _UNCHANGED:
-            if out.dtype is not args[0].dtype:
-                self._check_cast(args[0].dtype, out.dtype, stream)
+            pair = args[0].dtype, out.dtype
+            if stream and INTEGERS[self.dtype] in pair:
+                return self._recast(name == "view", args[0], out)
+            if pair[0] is not pair[1]:
+                self._check_cast(*pair, stream)
             return self._as(self._number(args[0]), stream)
         if name == "copy":
             return self._as(self._number(args[1]), stream)
@@ -241,6 +246,19 @@ class _Recorder(TorchDispatchMode):
                 f"a cast from {old} to {new} is not among the operations"
             )
 
+    def _recast(self, view: bool, given: Tensor, out: Tensor) -> int:
+        """`bits` and `of_bits`, of two steps each; nothing else is done with integers."""
+        value, read = self._number(given, integers=True), id(given) in self.read
+        if out.dtype in INTEGERS.values():
+            first = view and given.dtype is self.dtype
+            if first or read:
+                self.read.add(id(out))
+            return self._op("bits", (value,), True) if first else value
+        self._check_cast(given.dtype, out.dtype, stream=True)
+        if view == read:
+            raise UntraceableError("a rounded number is not among the operations")
+        return self._op("of_bits", (value,), True) if view else value
+
     def _clamped(self, name: str, args: Any, kwargs: Any, stream: bool) -> int:
         value = self._number(args[0])
         bounds = {"clamp": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}
@@ -261,9 +279,11 @@ class _Recorder(TorchDispatchMode):
         squares = self._op("sum", (self._op("mul", (value, value), True),), False)
         return self._op("sqrt", (squares,), False)
 
-    def _number(self, value: Any) -> int:
+    def _number(self, value: Any, integers: bool = False) -> int:
         """The number of a tensor's value, or of a literal."""
         if isinstance(value, Tensor):
+            if value.dtype in INTEGERS.values() and not integers:
+                raise UntraceableError(f"there are no operations on {value.dtype}")
             if id(value) in self.number:
                 return self.number[id(value)]
             raise UntraceableError("it uses a tensor that is no argument of the rule")

@@ -1,4 +1,4 @@
-// What expressions are made of. T is computed in; S is what is stored.
+// What expressions are made of. T is computed in, I is as long; S is what is stored.
 
 // A NaN comes through, as in torch: the comparison with one is false.
 static inline T larger(T a, T b) {
@@ -50,6 +50,19 @@ static inline T addcmul(T a, T b, T c) {
 static inline T lerp(T a, T b, T w) {
     int near = FABS(w) < (T)0.5;
     return addcmul(near ? a : b, near ? w : w - 1, b - a);
+}
+
+static inline T bits(T x) {
+    I out;
+    memcpy(&out, &x, sizeof out);
+    return (T)out;
+}
+
+static inline T of_bits(T number) {
+    I in = (I)number;
+    T out;
+    memcpy(&out, &in, sizeof out);
+    return out;
 }
 
 static inline T from_bfloat16(uint16_t x) {

@@ -47,6 +47,8 @@ _EXPRESSIONS = {
     "log": "LOG({0})",
     "tanh": "TANH({0})",
     "atan2": "ATAN2({0}, {1})",
+    "bits": "bits({0})",
+    "of_bits": "of_bits({0})",
     "pow": "POW({0}, {1})",
     "sigmoid": "1 / (1 + EXP(-{0}))",
 }
@@ -65,6 +67,7 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
         "#include <stdlib.h>",
         "#include <string.h>",
         f"typedef {'double' if wide else 'float'} T;",
+        f"typedef int{64 if wide else 32}_t I;",
         f"typedef {storage} S;",
         f"#define SUMS {len(sweep.sums)}",
         *(f"#define {name.upper()} {_function(name, wide)}" for name in _MATH),

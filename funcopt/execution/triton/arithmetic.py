@@ -68,6 +68,22 @@ def sign(x):
 
 
 @triton.jit
+def bits(x):
+    if x.dtype == tl.float64:
+        return x.to(tl.int64, bitcast=True).to(tl.float64)
+    else:
+        return x.to(tl.int32, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def of_bits(number):
+    if number.dtype == tl.float64:
+        return number.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        return number.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def interpolate(a, b, w):
     """torch's lerp: from the nearer end, with one rounding for product and sum."""
     near = tl.abs(w) < 0.5

@@ -34,7 +34,7 @@ _EXPRESSIONS = {
     "logical_and": "({0} != 0) & ({1} != 0)", "logical_or": "({0} != 0) | ({1} != 0)",
     "exp": "exponential({0})", "log": "logarithm({0})", "sigmoid": "sigmoid({0})",
     "pow": "power({0}, {1})", "tanh": "hyperbolic_tangent({0})",
-    "atan2": "angle({0}, {1})",
+    "atan2": "angle({0}, {1})", "bits": "bits({0})", "of_bits": "of_bits({0})",
 }  # fmt: skip
 _POWERS = {
     0.5: "root({0})", 1.0: "{0}", 2.0: "{0} * {0}", -0.5: "divide({one}, root({0}))",
