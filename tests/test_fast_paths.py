@@ -397,6 +397,11 @@ SEVERAL: dict[str, tuple[Callable[[Tree], Tree], Callable[[Tree], Tree], Any]] =
     "no decay": (dict, dict, {"w": 0.1, "b": 0.0, "none": 0.1}),
     "two dtypes": (two_dtypes, two_dtypes, 0.1),
     "channels last": (channels_last, channels_last, 0.1),
+    "gradients in another order": (
+        channels_last,
+        lambda given: {k: x.contiguous() for k, x in channels_last(given).items()},
+        0.1,
+    ),
     "no gradient": (dict, lambda given: gap(given, "b"), 0.1),
     "no parameter": (lambda given: gap(given, "w"), lambda given: gap(given, "w"), 0.1),
     "gaps of both kinds, no decay, two dtypes": (

@@ -145,6 +145,34 @@ def test_addresses():
         fast.addresses([torch.eye(2).to_sparse()])
 
 
+SPANS: dict[str, tuple[list[tuple[int, int]], bool]] = {
+    "none": ([], True),
+    "one": ([(8, 100)], True),
+    "side by side, in no order": ([(64, 8), (0, 32), (32, 32)], True),
+    "a byte shared": ([(64, 8), (0, 33), (32, 32)], False),
+    "the same": ([(64, 8), (16, 4), (64, 8)], False),
+    "one within another, not its neighbour": ([(0, 90), (80, 4), (8, 4)], False),
+    "nothing lies nowhere": ([(0, 0), (4, 16), (8, 0), (0, 0)], True),
+    "at the top": ([(2**64 - 16, 8), (2**63, 8)], True),
+}
+
+
+@pytest.mark.parametrize("what", SPANS)
+def test_apart(what: str):
+    spans, expected = SPANS[what]
+    addresses, extents = (
+        array("Q", [span[k] for span in spans]).tobytes() for k in range(2)
+    )
+    for found in both():
+        assert found.apart(addresses, extents) is expected
+        assert found.apart(addresses + extents, extents) is expected
+    fast: Any = both()[0]
+    if spans:
+        for wrong in ((b"", extents), (addresses, None), (spans, extents)):
+            with pytest.raises(TypeError, match="addresses and extents"):
+                fast.apart(*wrong)
+
+
 LOOKS: dict[str, list[list[Any]]] = {
     "alike": [[leaf(), leaf(3)], [leaf().view(2, 1)]],
     "none": [],

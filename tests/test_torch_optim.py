@@ -792,3 +792,66 @@ def test_a_step_like_the_last_one_is_not_gathered_anew(
             monkeypatch.setattr(torch_optim.adapter.batch, "gather", None)
     for p, twin in zip(params, twins):
         torch.testing.assert_close(p, twin)
+
+
+def test_a_scheduled_rate_is_no_other_step(monkeypatch: pytest.MonkeyPatch):
+    """Its number alone is read; where it may be another formula, the group anew."""
+    pair = [
+        make(library, "AdamW", weight_decay=0.1) for library in (torch_optim, torch.optim)
+    ]
+    read: list[Any] = []
+    original = torch_optim.cached_step.flags.row
+    monkeypatch.setattr(
+        torch_optim.cached_step.flags, "row", lambda *a: read.append(a) or original(*a)
+    )
+    changes: list[tuple[int, str, Any]] = [
+        (3, "lr", 0.03), (4, "lr", 0.01), (5, "weight_decay", 0.2), (6, "lr", 0.0),
+        (7, "lr", 0.02), (8, "betas", (0.8, 0.9)), (9, "eps", 0.1), (10, "lr", 1),
+        (11, "lr", torch.tensor(0.05).double()), (12, "lr", 0.01),
+        (13, "weight_decay", 0.0),
+    ]  # fmt: skip
+    quiet = {3, 4, 5, 7, 9}
+    for step, name, value in changes:
+        for opt in pair:
+            train(opt, 2, seed=step)
+            opt.param_groups[1][name] = value
+        read.clear()
+        for opt in pair:
+            train(opt, 1, seed=step)
+        assert bool(read) is (step not in quiet), step
+        assert_like(values(pair[0]), values(pair[1]), f"{name} in step {step}")
+    assert_like(pair[0].state_dict(), pair[1].state_dict())
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "ASGD"])
+def test_parameters_that_have_gradients_in_turn(
+    name: str, monkeypatch: pytest.MonkeyPatch, float64_scalars: None
+):
+    """Each set has a plan of its own; all count by the same numbers."""
+    pair = [make(library, name) for library in (torch_optim, torch.optim)]
+    patterns = [{0, 1}, {2, 3}, {1, 2}, {0, 1, 2, 3}]
+
+    def rounds(count: int, start: int) -> None:
+        for k in range(count):
+            for opt in pair:
+                generator = torch.Generator().manual_seed(start + k)
+                for i, p in enumerate(leaves(opt)):
+                    there = i in patterns[k % len(patterns)]
+                    g = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+                    p.grad = g if there else None
+                opt.step()
+
+    rounds(8, 0)
+    gather = torch_optim.adapter.batch.gather
+    monkeypatch.setattr(torch_optim.adapter.batch, "gather", None)
+    rounds(8, 100)
+    monkeypatch.setattr(torch_optim.adapter.batch, "gather", gather)
+    assert_like(values(pair[0]), values(pair[1]))
+    assert_like(pair[0].state_dict(), pair[1].state_dict())
+    assert len(pair[0]._cached) == len(patterns)
+    for opt in pair:  # other tensors: no plan may keep the old ones
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    rounds(1, 200)
+    assert len(pair[0]._cached) == 1
+    rounds(7, 201)
+    assert_like(pair[0].state_dict(), pair[1].state_dict())

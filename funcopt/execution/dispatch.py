@@ -126,7 +126,11 @@ def _path(
         run = partial(_run_whole, group.choice.name)
         return WholePath(leaves.rule, group.kinds, len(leaves.params), run, which)
     columns = leaves.streams(group.kinds)
-    if any(a is not b for a, b in zip(columns, layout.alike(columns))):
+    grads, *others = layout.alike(columns)
+    if any(a is not b for a, b in zip(columns[1:], others)):
+        return None
+    strides = {i: x.stride() for i, x in enumerate(grads) if x is not columns[0][i]}
+    if strides and group.choice.transformed:
         return None
     if group.choice.transformed:
         row, *others = leaves.rows(group.kinds)[0]
@@ -134,7 +138,14 @@ def _path(
     executor = _executor(group)
     given = [values[name] for name in elements for values in leaves.hyper]
     return ExecutorPath(
-        executor, group.kinds, leaves.params, leaves.rule, which, given, leaves.tasks
+        executor,
+        group.kinds,
+        leaves.params,
+        leaves.rule,
+        which,
+        given,
+        leaves.tasks,
+        strides,
     )
 
 

@@ -1,8 +1,11 @@
 """Fast paths for steps like an earlier one, whose decisions still hold."""
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from operator import ne
 from typing import Any, TypeAlias
+
+import torch
 
 from funcopt.execution import fused_autograd, layout, reference
 from funcopt.execution.call_signature import CallSignature
@@ -49,7 +52,8 @@ class FastPath:
         #: hyperparameters, and their numbers as all leaves share them
         self._settled: tuple[Sequence[dict[str, Any]], list[Any]] = (), []
         self._written = count * sum(rule.outputs)
-        self._apart = b""  # addresses of which no two tensors overlap
+        #: addresses of which no two tensors overlap, and the bytes of each tensor
+        self._apart = self._extents = b""
 
     def run(
         self,
@@ -127,11 +131,16 @@ class FastPath:
 
     def may_write(self, tensors: list[Tensor], addresses: bytes) -> bool:
         """Whether no two of the tensors share memory, where all are to be written."""
-        if addresses != self._apart:
-            old = tensors[self._count : self._count + self._written]
-            if layout.overlap([tensors[: self._count], old]) or layout.folded([old]):
+        if addresses == self._apart:
+            return True
+        if not self._extents:
+            some = tensors[: self._count + self._written]
+            if layout.folded([some[self._count :]]):
                 return False
-            self._apart = addresses
+            self._extents = array("Q", map(layout.extent, some)).tobytes()
+        if not objects.load().apart(addresses, self._extents):
+            return False
+        self._apart = addresses
         return True
 
 
@@ -141,7 +150,8 @@ class ExecutorPath(FastPath):
     Where there are several rows of scalars, ``which`` gives the row of each leaf; without
     it each leaf has its own. ``elements`` are the hyperparameters that have a value per
     element. ``tasks`` is how many tasks a leaf's leading axis holds if a scalar has a
-    value for each of them, else 0.
+    value for each of them, else 0. ``strides`` are those that gradients are copied to,
+    by their numbers.
     """
 
     takes_tasks = True
@@ -155,9 +165,11 @@ class ExecutorPath(FastPath):
         which: Sequence[int] | None,
         elements: Sequence[Tensor],
         tasks: int,
+        strides: Mapping[int, tuple[int, ...]],
     ) -> None:
         super().__init__(rule, kinds, len(params))
         self._alike.put(elements, True)
+        self._strides = strides
         self._executor, self._tasks = executor, tasks
         self._shared = executor.direct(params, [0] * len(params), tasks=tasks)
         self._make = maker(params)
@@ -185,7 +197,19 @@ class ExecutorPath(FastPath):
             return self._in_place(direct, tensors, rows)
         params, written = tensors[count : 2 * count], self._written // count
         out = self._rule.recycler.columns(params, written, self._make)
+        tensors = self._as_parameters_lie(tensors)
         return direct(tensors, objects.load().addresses(tensors), rows, out)
+
+    def _as_parameters_lie(self, tensors: list[Tensor]) -> list[Tensor]:
+        """With copies of the gradients whose strides are not their parameters'."""
+        if not self._strides:
+            return tensors
+        copied = [*tensors]
+        for i, stride in self._strides.items():
+            x = tensors[i]
+            new = torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device)
+            copied[i] = new.copy_(x)
+        return copied
 
     def _in_place(
         self, direct: Direct, tensors: list[Tensor], rows: Rows
@@ -194,6 +218,9 @@ class ExecutorPath(FastPath):
         addresses = found.addresses(tensors)
         if addresses != self._apart and not self.may_write(tensors, addresses):
             return None
+        if self._strides:
+            tensors = self._as_parameters_lie(tensors)
+            addresses = found.addresses(tensors)
         columns = direct(tensors, addresses, rows, None)
         if columns is not None:
             found.written(tensors, self._count, self._count + self._written)

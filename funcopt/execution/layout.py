@@ -44,10 +44,10 @@ def _is_lazy(x: Tensor) -> bool:
 def overlap(columns: Sequence[Sequence[Tensor]]) -> bool:
     """Whether two of the tensors share memory."""
     spans = sorted(
-        (at, at + (x.nbytes if x.is_contiguous() else _extent(x)))
+        (x.data_ptr(), x.data_ptr() + size)
         for column in columns
         for x in column
-        if (at := x.data_ptr()) and x.numel()
+        if (size := extent(x))
     )
     return any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:]))
 
@@ -66,7 +66,9 @@ def _folds(x: Tensor) -> bool:
     return False
 
 
-def _extent(x: Tensor) -> int:
+def extent(x: Tensor) -> int:
     """The bytes from the first element to behind the last."""
+    if x.is_contiguous() or not x.numel():
+        return x.nbytes
     reach = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
     return (reach + 1) * x.element_size()

@@ -25,6 +25,10 @@ from funcopt.types import State, Tensor, Tree
 Closure = Callable[[], Any] | None
 
 
+# Parameters may have gradients in turn: those of two networks, or of some experts.
+_MOST_PLANS = 4
+
+
 class Adapter(Optimizer):
     """What the classes of `funcopt.torch_optim` have in common.
 
@@ -35,7 +39,7 @@ class Adapter(Optimizer):
     flags: ClassVar[Flags]  #: the keyword arguments of the factory behind the class
     layout: ClassVar[StateLayout] = StateLayout()
 
-    _cached: CachedStep | None = None
+    _cached: tuple[CachedStep, ...] = ()  # the last one used first
 
     def functional(self) -> tuple[functions.Optimizer, Tree, State]:
         """The optimizer with its groups, and copies of its parameters and their state.
@@ -163,17 +167,23 @@ class Adapter(Optimizer):
         if self._overflowed():
             return
         groups, state = self.param_groups, self.state
-        if not data and self._cached is not None and self._cached.run(groups, state):
-            return
-        self._cached = None
+        for plan in () if data else self._cached:
+            if plan.run(groups, state):
+                if plan is not self._cached[0]:
+                    others = (x for x in self._cached if x is not plan)
+                    self._cached = (plan, *others)
+                return
         differentiable = self.defaults.get("differentiable", False)
         name = type(self).__name__
         given = {key: self._by_parameter(key, column) for key, column in data.items()}
         batches = batch.gather(groups, state, self.flags, self.layout, name)
         for each in batches:
             batch.step(each, given, differentiable)
+        plan = None
         if not data and not differentiable:
-            self._cached = cached(groups, state, batches, self.flags)
+            plan = cached(groups, state, batches, self.flags)
+        still = (x for x in self._cached if x.fits(groups, state))
+        self._cached = (*([plan] if plan else []), *still)[:_MOST_PLANS]
 
     def _by_parameter(self, key: str, column: Any) -> dict[int, Any]:
         """A number of this step: by each parameter's ``id``, the value given for it."""

@@ -15,6 +15,7 @@ from funcopt.execution.leaves import Leaves
 from funcopt.execution.native import objects
 from funcopt.torch_optim import flags
 from funcopt.torch_optim.batch import Batch, Group, of_one_dtype, step
+from funcopt.torch_optim.entries import Entries
 from funcopt.torch_optim.flags import Flags
 from funcopt.types import Tensor
 
@@ -36,7 +37,7 @@ class _Row:
     def get(self) -> list[Any] | None:
         """The scalars among the arguments; None if these are now of another kind."""
         values = self._read(self.group)
-        if self._seen and all(map(is_, values, self._seen)):
+        if self._seen and (all(map(is_, values, self._seen)) or self._moved(values)):
             return self._numbers
         if self._known.key(self.group) != self._key:
             return None
@@ -46,6 +47,18 @@ class _Row:
         self.row, self._numbers = row, [*map(row.__getitem__, self._scalars)]
         self._seen = values if flags.fixed(self.group, self._names) else ()
         return self._numbers
+
+    def _moved(self, values: tuple[Any, ...]) -> bool:
+        """Whether no more than numbers differ, as a scheduler's; they are then known."""
+        moved = {}
+        for name, new, old in zip(self._names, values, self._seen):
+            if new is not old:
+                if name not in self._scalars or not (new and type(new) is float):
+                    return False
+                moved[name] = new
+        self.row, self._seen = self.row | moved, values
+        self._numbers = [*map(self.row.__getitem__, self._scalars)]
+        return True
 
 
 class _Part:
@@ -62,12 +75,11 @@ class _Part:
         self.fixed = [*batch.params]
         for slot in batch.stepper.trees:
             self.fixed += columns[slot]
-        # Numbers are views of one vector each: one operation steps all.
-        self._steps = _joined(batch, "step") if batch.layout.counts else None
-        if self._steps is not None:
-            self._one = torch.ones((), dtype=self._steps.dtype, device="cpu")
-        scalar = batch.stepper.scalar
-        self._scalars = {slot: _joined(batch, slot) for slot in scalar if scalar[slot]}
+        self._steps = Entries(batch.states, "step") if batch.layout.counts else None
+        scalar, states = batch.stepper.scalar, batch.states
+        self._scalars = {
+            s: Entries(states, s) for s, is_number in scalar.items() if is_number
+        }
         self._outputs = [*scalar]
 
     def rows(self) -> list[list[Any]] | None:
@@ -79,8 +91,8 @@ class _Part:
         if None in groups:
             return None
         count = len(self.batch.params)
-        numbers = [vector.tolist() for vector in self._scalars.values()]
-        steps = [1] * count if self._steps is None else self._steps.tolist()
+        numbers = [entries.read() for entries in self._scalars.values()]
+        steps = [1] * count if self._steps is None else self._steps.read()
         if steps.count(steps[0]) == count:
             numbers.append([int(steps[0]) + 1] * count)
         else:
@@ -105,11 +117,10 @@ class _Part:
             step(batch, {}, differentiable=False)
             return
         if self._steps is not None:
-            self._steps.add_(self._one)  # torch would make a tensor of a number
+            self._steps.count()
         for slot, column in zip(self._outputs, columns[1:]):
             if slot in self._scalars:
-                vector = self._scalars[slot]
-                vector.copy_(torch.tensor(column, dtype=torch.float64))
+                self._scalars[slot].write(column)
 
 
 class CachedStep:
@@ -135,17 +146,23 @@ class CachedStep:
         self._alike: GuardedCache[bool] = GuardedCache()
         self._alike.put([*grads, *self._fixed], True)
 
+    def fits(self, groups: Sequence[Group], state: dict[Tensor, Any]) -> bool:
+        """Whether groups, parameters and state are the objects of the plan."""
+        params, same = [*chain(*map(_params, groups))], objects.load().same
+        return (
+            state is self._state
+            and same([*groups], self._groups)
+            and same(params, self._params)
+            and objects.load().holds(state, self._held)
+        )
+
     def run(self, groups: Sequence[Group], state: dict[Tensor, Any]) -> bool:
         """Whether this was such a step; it is then done."""
         grads: list[Any] = [[*map(_grad, params)] for params in self._live]
-        params, same = [*chain(*map(_params, groups))], objects.load().same
         if (
-            state is not self._state
+            any(p.grad is not None for p in self._idle)
             or not executor_choice.is_free()
-            or not same([*groups], self._groups)
-            or not same(params, self._params)
-            or not objects.load().holds(state, self._held)
-            or any(p.grad is not None for p in self._idle)
+            or not self.fits(groups, state)
             or not self._alike.get([*chain(*grads), *self._fixed])
         ):
             return False
@@ -164,15 +181,6 @@ _params, _grad = itemgetter("params"), attrgetter("grad")
 def _held(state: dict[Tensor, Any]) -> list[Any]:
     """What the state holds: each key, and the values of its entry."""
     return [x for p, entry in state.items() for x in (p, *entry.values())]
-
-
-def _joined(batch: Batch, key: str) -> Tensor:
-    """A vector of what are 0-d tensors, which are its entries from now on."""
-    with torch.inference_mode(False):  # whose tensors no step outside of it may write
-        vector = torch.stack([state[key] for state in batch.states])
-        for state, entry in zip(batch.states, vector.unbind()):
-            state[key] = entry
-    return vector
 
 
 def leaves_of(batch: Batch) -> Leaves:

@@ -105,6 +105,35 @@ static PyObject *addresses(PyObject *self, PyObject *const *args, Py_ssize_t cou
     return made;
 }
 
+typedef struct {
+    uint64_t begin, end;
+} Span;
+
+static int earlier(const void *a, const void *b) {
+    uint64_t x = ((const Span *)a)->begin, y = ((const Span *)b)->begin;
+    return (x > y) - (x < y);
+}
+
+// apart(addresses, extents): whether no two of the spans share a byte. There may be more
+// addresses than extents; what has no bytes lies nowhere.
+static PyObject *apart(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    if (!PyBytes_Check(args[0]) || !PyBytes_Check(args[1]) ||
+        PyBytes_GET_SIZE(args[0]) < PyBytes_GET_SIZE(args[1]))
+        return PyErr_Format(PyExc_TypeError, "apart takes addresses and extents");
+    const uint64_t *addresses = (const uint64_t *)PyBytes_AS_STRING(args[0]);
+    const uint64_t *extents = (const uint64_t *)PyBytes_AS_STRING(args[1]);
+    Py_ssize_t size = PyBytes_GET_SIZE(args[1]) / sizeof *extents, some = 0;
+    Span *spans = PyMem_New(Span, size);
+    if (!spans) return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < size; i++)
+        if (extents[i]) spans[some++] = (Span){addresses[i], addresses[i] + extents[i]};
+    qsort(spans, some, sizeof *spans, earlier);
+    Py_ssize_t i = 1;
+    while (i < some && spans[i - 1].end <= spans[i].begin) i++;
+    PyMem_Free(spans);
+    return PyBool_FromLong(i >= some);
+}
+
 // Of what is in some lists: whether there are tensors alone, of no other subclass than
 // Parameter; whether these are then of one dtype and device; whether one requires grad.
 static PyObject *look(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -199,6 +228,7 @@ static PyMethodDef methods[] = {
     {"bind", (PyCFunction)(void *)bind, METH_FASTCALL, NULL},
     {"leaves", (PyCFunction)(void *)leaves, METH_FASTCALL, NULL},
     {"addresses", (PyCFunction)(void *)addresses, METH_FASTCALL, NULL},
+    {"apart", (PyCFunction)(void *)apart, METH_FASTCALL, NULL},
     {"look", (PyCFunction)(void *)look, METH_FASTCALL, NULL},
     {"written", (PyCFunction)(void *)written, METH_FASTCALL, NULL},
     {"same", (PyCFunction)(void *)same, METH_FASTCALL, NULL},

@@ -61,6 +61,14 @@ class Objects(Protocol):
         ...
 
     @property
+    def apart(self) -> Callable[[bytes, bytes], bool]:
+        """Whether no two share memory, of tensors at these addresses, of so many bytes.
+
+        Eight bytes for each, too. There may be more addresses; they do not count.
+        """
+        ...
+
+    @property
     def look(self) -> Callable[..., tuple[bool, bool, bool]]:
         """What is in some lists, at a glance.
 
@@ -150,6 +158,11 @@ class InPython:
 
     def addresses(self, *lists: Sequence[Tensor]) -> bytes:
         return array("Q", map(Tensor.data_ptr, chain(*lists))).tobytes()
+
+    def apart(self, addresses: bytes, extents: bytes) -> bool:
+        pairs = zip(array("Q", addresses), array("Q", extents))
+        spans = sorted((at, at + size) for at, size in pairs if size)
+        return all(end <= at for (_, end), (at, _) in zip(spans, spans[1:]))
 
     def look(self, *lists: Sequence[Any]) -> tuple[bool, bool, bool]:
         found = [*chain(*lists)]
