@@ -119,6 +119,7 @@ FLOORS = {
     "funcopt.torch_optim.layout": 6,
     "funcopt.torch_optim.flags": 6,
     "funcopt.torch_optim.shards": 6,
+    "funcopt.torch_optim.entries": 6,
     "funcopt.torch_optim.batch": 6.1,
     "funcopt.torch_optim.checkpoint": 6.1,
     "funcopt.torch_optim.functional": 6.2,
