@@ -209,7 +209,8 @@ class _Loss:
         for i, slope in zip(self._live, found):
             slopes[i] = slope
         like = {"dtype": x.dtype, "device": x.device}
-        g = one_vector.joined(slopes, self.params, like, out=pages.large_like(x))
+        memory = pages.large_like(x)
+        g = one_vector.joined(slopes, self.params, like, memory, alone=True)
         return g, value.detach()
 
     def _transformed(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -472,6 +472,34 @@ def run_some(opt: fo.Optimizer, params: Any, state: Any, without: Any) -> Any:
     return opt.update(grads, state, params, loss_fn=squares)
 
 
+@searches
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_leaves_of_all_kinds_where_nobody_follows(search: Any, dtype: torch.dtype):
+    """One without elements, one that the loss does not read, and one number."""
+    params = {
+        "a": drawn(2, 3),
+        "b": drawn(0, 3),
+        "c": drawn(2),
+        "d": drawn(1)[0].to(dtype),
+    }
+    unread = params["c"]
+
+    def loss(p: Tree) -> Tensor:
+        return squares({key: p[key] for key in ("a", "b", "d")})
+
+    opt = fo.lbfgs(0.1, 3, history_size=2, line_search_fn=search)
+    expected, known = run(opt, loss, params, 2)
+    state = opt.init(params)
+    for _ in range(2):
+        grads = tree.unflatten(tree.flatten(params)[1], slopes(loss, params))
+        with torch.no_grad():
+            params, state = opt.update(grads, state, params, loss_fn=loss)
+    assert form((params, state)) == form((expected, known))
+    assert torch.equal(params["c"], unread)
+    for x, y in zip(tree.leaves((params, state)), tree.leaves((expected, known))):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
 def test_nothing_to_step():
     opt = fo.lbfgs()
     for params in ({}, {"a": None}, {"a": torch.zeros(0)}):

@@ -130,10 +130,11 @@ class _Ring:
         self._known, turn, first = known, more % size, size - known
         self._next = (size - turn) % size
         self._room: Tensor | None = None  # for the next row, and perhaps written
-        turned = old[first:turn].clone()
+        turned = old[first:turn].clone() if first < turn else None
         for i in range(max(first, turn), size):  # from the oldest on, in one memory
             self._rows[i - turn] = old[i]
-        self._rows[size - turned.shape[0] :] = turned
+        if turned is not None:
+            self._rows[size - turned.shape[0] :] = turned
         self._blocks = self._known_rows()
 
     def room(self) -> Tensor:
@@ -158,11 +159,12 @@ class _Ring:
         return self._blocks
 
     def _known_rows(self) -> list[Tensor]:
-        """Those after the newest, and those up to it."""
-        size, split = self._rows.shape[0], self._next
-        unknown = size - self._known
-        ranges = (split + unknown, size), (max(0, split + unknown - size), split)
-        return [self._rows[i:j] for i, j in ranges if i < j] or [self._rows[:0]]
+        """Those after the newest, if they are older ones, and those up to it."""
+        first, split = self._next - self._known, self._next
+        if first >= 0:
+            return [self._rows[first:split]]
+        older = self._rows[first:]
+        return [older, self._rows[:split]] if split else [older]
 
     def whole(self) -> Tensor:
         if self._room is not None and self._known < self._rows.shape[0]:
