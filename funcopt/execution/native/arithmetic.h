@@ -21,6 +21,8 @@ static inline T smaller(T a, T b) {
 
 static inline float arc_tangent(float y, float x) {
     float a = fabsf(x), b = fabsf(y), long_ = a > b ? a : b, short_ = a > b ? b : a;
+    int32_t sign;  // of -0, too
+    memcpy(&sign, &x, sizeof sign);
     long_ = long_ < 0x1p-149f ? 0x1p-149f : long_;  // 0 / 0 is 0, and inf / inf is 1
     float q = short_ == long_ ? 1 : short_ / long_, z = q * q;
     float r = HORNER(-0x1.d62e0cp-10f, z, 0x1.65a54ep-7f);
@@ -33,7 +35,7 @@ static inline float arc_tangent(float y, float x) {
     r = HORNER(r, z, -0x1.55553ep-2f);
     r = HORNER(q, z * r, q);
     r = b > a ? 0x1.921fb6p0f - (r + 0x1.777a5cp-25f) : r;
-    r = copysignf(1.0f, x) < 0 ? 0x1.921fb6p1f - (r + 0x1.777a5cp-24f) : r;
+    r = sign < 0 ? 0x1.921fb6p1f - (r + 0x1.777a5cp-24f) : r;
     return copysignf(r, y);  // a NaN has come through the quotient
 }
 
