@@ -875,21 +875,6 @@ def test_masked_guards_change_nothing(monkeypatch: pytest.MonkeyPatch):
             assert_bits(found, update(execution="reference"))
 
 
-def test_bounds_that_are_numbers_keep_nan_and_the_sign_of_zero():
-    bounds: list[dict[str, float]] = [{"min": 0.0}, {"max": 0.0}, {"min": -1.0, "max": 1}]
-    opt = fo.elementwise(
-        lambda g, p, *s, step: tuple(p.clamp(**each) for each in bounds),
-        name="bounds",
-        slots=dict.fromkeys("ab", torch.zeros_like),
-        hyper={},
-    )
-    p = torch.tensor([-0.0, 0.0, float("nan"), 3.0, -3.0]).repeat(9)
-    found, expected = (
-        opt.update(p, opt.init(p), p, execution=name) for name in ("native", "reference")
-    )
-    assert_bits(found, expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_arc_tangent_in_every_octant(dtype: torch.dtype):
     """Its signs, zeros, infinities and NaN exact, the rest to two places."""

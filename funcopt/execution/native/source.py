@@ -52,9 +52,6 @@ _EXPRESSIONS = {
     "pow": "POW({0}, {1})",
     "sigmoid": "1 / (1 + EXP(-{0}))",
 }
-# Where the second is a number: one instruction, and a NaN comes through. Of zeros the
-# first, as of clamp.
-_BOUNDED = {"maximum": "{1} > {0} ? {1} : {0}", "minimum": "{1} < {0} ? {1} : {0}"}
 
 _FLOATS = {"atan2": "arc_tangent"}
 _MATH = ("fabs", "sqrt", "exp", "log", "tanh", "atan2", "pow", "fma")
@@ -122,10 +119,7 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
     for v in sweep.streams:
         op = program.op(v)
         kind = "int" if op.boolean else "T"
-        form = _EXPRESSIONS[op.name]
-        if program.is_literal(op.args[-1]):  # no NaN: what has one is not traced
-            form = _BOUNDED.get(op.name, form)
-        expression = form.format(*(name(a) for a in op.args))
+        expression = _EXPRESSIONS[op.name].format(*(name(a) for a in op.args))
         lines.append(f"            const {kind} v{v} = {expression};")
     lines += [
         *(f"            to{k}[i] = {store.format(name(v))};" for k, v in outputs),
