@@ -297,6 +297,36 @@ def test_a_fast_path_holds_no_tensor():
     assert [ref() for ref in gone] == [None] * 3
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_nor_does_one_of_several_ways_and_gaps(grad: bool):
+    opt = fo.adamw(weight_decay={"w": 0.1, "b": 0.0, "none": 0.0})
+    params, lr = gap(positive(1), "none"), number(0.1).requires_grad_()
+    state = opt.init(params)
+    with torch.set_grad_enabled(grad):
+        for seed in range(3):
+            grads = gap(positive(seed), "none")
+            new = opt.update(grads, state, params, lr=lr)[0]
+    gone = [weakref.ref(x) for x in (new["w"], new["b"], params["w"], grads["b"], lr)]
+    del new, params, state, grads, lr
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 5
+
+
+def test_threads_of_several_ways_keep_to_their_numbers():
+    opt = fo.adamw(weight_decay={"w": 0.1, "b": 0.0, "none": 0.1})
+    params, grads = positive(1), positive(2)
+    state, rates = opt.init(params), [0.1 * k for k in range(1, 7)] * 30
+
+    def moved(lr: float) -> Tree:
+        return opt.update(grads, state, params, lr=lr)[0]
+
+    expected = {lr: moved(lr) for lr in rates}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(moved, rates))
+    for lr, each in zip(rates, found):
+        assert all(torch.equal(each[key], x) for key, x in expected[lr].items())
+
+
 def test_shapes_that_alternate(paths: list[Any]):
     """One optimizer, more kinds of trees than it remembers ways for."""
     opt = fo.adamw()

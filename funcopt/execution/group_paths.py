@@ -45,12 +45,14 @@ class GroupPaths(FastPath):
                 return None
             if not self.may_write(tensors, objects.load().addresses(tensors)):
                 return None
-        if hyper is not self._hyper[0]:
-            parts = [[hyper[i] for i in which] for which, _ in self._parts]
-            self._hyper = hyper, parts
+        known, hypers = self._hyper
+        if hyper is not known:
+            hypers = [[hyper[i] for i in which] for which, _ in self._parts]
+            if not any(isinstance(x, Tensor) for row in hyper for x in row.values()):
+                self._hyper = hyper, hypers  # tensors may have graphs, and are not kept
         made: list[list[Any]] = [[None] * self._count for _ in self._rule.outputs]
         written = False
-        for (which, path), values in zip(self._parts, self._hyper[1]):
+        for (which, path), values in zip(self._parts, hypers):
             starts = range(0, len(tensors), self._count)
             some = [tensors[k + i] for k in starts for i in which]
             own = [[column[i] for i in which] for column in numbers]

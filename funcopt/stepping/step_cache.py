@@ -44,7 +44,9 @@ class _Entry:
         self.count = count = structure.num_leaves
         self.gaps = None if live is None else Gaps(live, there)
         #: what is added to each leaf's step
-        self.more = [int(live is None or i in live) for i in range(count)]
+        self.more = [1] * count if live is None else [0] * count
+        for i in live or ():
+            self.more[i] = 1
         self.paths: GuardedCache[_Paths] = GuardedCache()
         #: the last hyperparameters of all leaves, and of those that step
         self._hyper: tuple[Any, Sequence[dict[str, Any]]] = None, ()
@@ -57,11 +59,20 @@ class _Entry:
         #: of grads, params and state
         self.form = tree.form(structure, map(bool, self.more)), form, trees | vectors
 
-    def of_live(self, hyper: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-        """The same list for the same list, by which paths know that nothing changed."""
-        if hyper is not self._hyper[0]:
-            self._hyper = hyper, picked(hyper, self.live)
-        return self._hyper[1]
+    def of_live(
+        self, hyper: Sequence[dict[str, Any]], always: bool
+    ) -> Sequence[dict[str, Any]]:
+        """Those of the leaves that step.
+
+        Of hyperparameters that are ``always`` the same, the same list for the same list,
+        by which paths know that nothing changed; others may be tensors, with graphs.
+        """
+        known, found = self._hyper
+        if hyper is not known:
+            found = picked(hyper, self.live)
+            if always:
+                self._hyper = hyper, found
+        return found
 
 
 class StepCache:
@@ -146,7 +157,7 @@ class StepCache:
             hyper = values(entry.structure, tensors[count : 2 * count], counts)
         else:
             old, tensors = gaps.whole(tensors), gaps.live(tensors)
-            hyper = entry.of_live(values(entry.structure, old[0], counts))
+            hyper = entry.of_live(values(entry.structure, old[0], counts), always)
             slots, scalars = iter(old), iter(numbers)
             of = (False, *self._scalar.values())
             old = [next(scalars if each else slots) for each in of]
