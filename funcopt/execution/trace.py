@@ -282,7 +282,8 @@ class _Recorder(TorchDispatchMode):
     def _number(self, value: Any, integers: bool = False) -> int:
         """The number of a tensor's value, or of a literal."""
         if isinstance(value, Tensor):
-            if value.dtype in INTEGERS.values() and not integers:
+            # A sum of truths is an integer, too, and as good a number as any.
+            if value.ndim and value.dtype in INTEGERS.values() and not integers:
                 raise UntraceableError(f"there are no operations on {value.dtype}")
             if id(value) in self.number:
                 return self.number[id(value)]
