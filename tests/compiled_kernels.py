@@ -19,7 +19,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from funcopt.execution.trace import trace, vjp
+from funcopt.execution.rule_derivatives import vjp
+from funcopt.execution.trace import trace
 from funcopt.execution.triton import kernels
 from funcopt.execution.triton.source import Printer
 from funcopt.execution.triton.tables import BLOCK

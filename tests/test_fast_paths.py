@@ -18,7 +18,7 @@ from trees import assert_close, random_like, relative
 
 import funcopt as fo
 from funcopt import tree
-from funcopt.execution import dispatch, fast_path, fused_autograd
+from funcopt.execution import dispatch, executor_path, fast_path, fused_autograd
 from funcopt.types import Tree
 
 LIKE = {"w": torch.empty(4, 3), "b": torch.empty(5), "none": torch.empty(0)}
@@ -542,13 +542,13 @@ def test_a_learned_rate_goes_by_the_fast_path_where_nothing_is_recorded(
 def settled(opt: fo.Optimizer, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Steps in place of this optimizer that were asked no more than their tensors."""
     taken: list[Any] = []
-    original = fast_path.ExecutorPath.settled
+    original = executor_path.ExecutorPath.settled
 
     def spy(self: Any, hyper: Any) -> Any:
         step = original(self, hyper)
         return step and (lambda *given: taken.append(given) or step(*given))
 
-    monkeypatch.setattr(fast_path.ExecutorPath, "settled", spy)
+    monkeypatch.setattr(executor_path.ExecutorPath, "settled", spy)
     return taken
 
 

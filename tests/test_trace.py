@@ -18,7 +18,8 @@ from funcopt.bits import INTEGERS
 from funcopt.execution import executor_choice, scalars
 from funcopt.execution.program import Program
 from funcopt.execution.rule import Rule
-from funcopt.execution.trace import UntraceableError, trace, vjp
+from funcopt.execution.rule_derivatives import vjp
+from funcopt.execution.trace import UntraceableError, trace
 from funcopt.hyper import Hyper
 
 G_P_LR = (True, True, False)  # two streams and a scalar

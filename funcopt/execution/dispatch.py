@@ -20,13 +20,8 @@ from funcopt.execution import (
 from funcopt.execution.call_signature import CallSignature
 from funcopt.execution.executor import Column, Executor, Rows
 from funcopt.execution.executor_choice import ENGINES, LeafGroup
-from funcopt.execution.fast_path import (
-    AutogradPath,
-    ExecutorPath,
-    FastPath,
-    ReferencePath,
-    WholePath,
-)
+from funcopt.execution.executor_path import ExecutorPath
+from funcopt.execution.fast_path import AutogradPath, FastPath, ReferencePath, WholePath
 from funcopt.execution.group_paths import GroupPaths
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule_call import RuleCall
@@ -67,14 +62,17 @@ def step(
     if len(groups) == 1 and len(groups[0].which) == len(leaves.params):
         path = _path(leaves, groups[0]) if free else None
         return _run(leaves, groups[0], donate), path
-    path = _paths(leaves, groups) if free and groups else None
+    paths = _paths(leaves, groups, by_rows=False) if free else None
     columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
     for group in groups:
         some = leaves.pick(group.which)
         for column, values in zip(columns, _run(some, group, donate)):
             for i, value in zip(group.which, values):
                 column[i] = value
-    return columns, path
+    if not paths:
+        return columns, None
+    in_place = partial(step, donate=True)
+    return columns, GroupPaths(leaves.rule, paths, in_place)
 
 
 def fast_paths(leaves: Leaves) -> list[tuple[list[int], FastPath]] | None:
@@ -84,25 +82,21 @@ def fast_paths(leaves: Leaves) -> list[tuple[list[int], FastPath]] | None:
     """
     if not executor_choice.is_free():
         return None
+    return _paths(leaves, executor_choice.groups(leaves), by_rows=True)
+
+
+def _paths(
+    leaves: Leaves, groups: Sequence[LeafGroup], by_rows: bool
+) -> list[tuple[list[int], FastPath]] | None:
+    """A fast path for each group, if all have one; ``by_rows`` as for `fast_paths`."""
     made = []
-    for group in executor_choice.groups(leaves):
+    for group in groups:
         some = leaves.pick(group.which)
-        path = _path(some, group, some.rows(group.kinds)[1])
+        path = _path(some, group, some.rows(group.kinds)[1] if by_rows else None)
         if path is None:
             return None
         made.append((group.which, path))
     return made
-
-
-def _paths(leaves: Leaves, groups: Sequence[LeafGroup]) -> FastPath | None:
-    """A fast path for leaves that go several ways, if each has one."""
-    made = []
-    for group in groups:
-        path = _path(leaves.pick(group.which), group)
-        if path is None:
-            return None
-        made.append((group.which, path))
-    return GroupPaths(leaves.rule, made, lambda some: step(some, donate=True)[0])
 
 
 def _path(
@@ -126,8 +120,8 @@ def _path(
         run = partial(_run_whole, group.choice.name)
         return WholePath(leaves.rule, group.kinds, len(leaves.params), run, which)
     columns = leaves.streams(group.kinds)
-    grads, *others = layout.alike(columns)
-    if any(a is not b for a, b in zip(columns[1:], others)):
+    grads, *rest = layout.alike(columns)
+    if any(a is not b for a, b in zip(columns[1:], rest)):
         return None
     strides = {i: x.stride() for i, x in enumerate(grads) if x is not columns[0][i]}
     if strides and group.choice.transformed:

@@ -1,22 +1,16 @@
 """Fast paths for steps like an earlier one, whose decisions still hold."""
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import ne
 from typing import Any, TypeAlias
-
-import torch
 
 from funcopt.execution import fused_autograd, layout, reference
 from funcopt.execution.call_signature import CallSignature
 from funcopt.execution.executor import (
     Column,
-    Direct,
-    Executor,
     PerTask,
     Rows,
-    maker,
-    read_number,
 )
 from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.execution.leaves import Leaves
@@ -144,101 +138,6 @@ class FastPath:
         return True
 
 
-class ExecutorPath(FastPath):
-    """For steps of which no derivative is asked: by one executor.
-
-    Where there are several rows of scalars, ``which`` gives the row of each leaf; without
-    it each leaf has its own. ``elements`` are the hyperparameters that have a value per
-    element. ``tasks`` is how many tasks a leaf's leading axis holds if a scalar has a
-    value for each of them, else 0. ``strides`` are those that gradients are copied to,
-    by their numbers.
-    """
-
-    takes_tasks = True
-
-    def __init__(
-        self,
-        executor: Executor,
-        kinds: Kinds,
-        params: Column,
-        rule: Rule,
-        which: Sequence[int] | None,
-        elements: Sequence[Tensor],
-        tasks: int,
-        strides: Mapping[int, tuple[int, ...]],
-    ) -> None:
-        super().__init__(rule, kinds, len(params))
-        self._alike.put(elements, True)
-        self._strides = strides
-        self._executor, self._tasks = executor, tasks
-        self._shared = executor.direct(params, [0] * len(params), tasks=tasks)
-        self._make = maker(params)
-        self._which = which or range(len(params))
-        self._own: Direct | None = None  # where not all leaves share their scalars
-
-    def step(
-        self, tensors: list[Tensor], rows: Rows, donate: bool
-    ) -> Sequence[Column] | None:
-        kinds = {type(x) for row in rows for x in row}
-        if not kinds <= _NUMBERS:
-            given = [x for row in rows for x in row if isinstance(x, Tensor)]
-            if any(type(x) is not Tensor for x in given) or differentiating(given):
-                return None
-            rows = [[*map(read_number, row)] for row in rows]
-        if (self._tasks or PerTask in kinds) and self._tasks != _tasks_of(rows):
-            return None
-        direct, count = self._shared, self._count
-        if len(rows) > 1:
-            if self._own is None:
-                params, direct = tensors[count : 2 * count], self._executor.direct
-                self._own = direct(params, self._which, tasks=self._tasks)
-            direct = self._own
-        if donate:
-            return self._in_place(direct, tensors, rows)
-        params, written = tensors[count : 2 * count], self._written // count
-        out = self._rule.recycler.columns(params, written, self._make)
-        tensors = self._as_parameters_lie(tensors)
-        return direct(tensors, objects.load().addresses(tensors), rows, out)
-
-    def _as_parameters_lie(self, tensors: list[Tensor]) -> list[Tensor]:
-        """With copies of the gradients whose strides are not their parameters'."""
-        if not self._strides:
-            return tensors
-        copied = [*tensors]
-        for i, stride in self._strides.items():
-            x = tensors[i]
-            new = torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device)
-            copied[i] = new.copy_(x)
-        return copied
-
-    def _in_place(
-        self, direct: Direct, tensors: list[Tensor], rows: Rows
-    ) -> Sequence[Column] | None:
-        found = objects.load()
-        addresses = found.addresses(tensors)
-        if addresses != self._apart and not self.may_write(tensors, addresses):
-            return None
-        if self._strides:
-            tensors = self._as_parameters_lie(tensors)
-            addresses = found.addresses(tensors)
-        columns = direct(tensors, addresses, rows, None)
-        if columns is not None:
-            found.written(tensors, self._count, self._count + self._written)
-        return columns
-
-    def settled(self, hyper: Sequence[dict[str, Any]]) -> Settled | None:
-        known, numbers = self._settled
-        if hyper is not known or self._tasks or any(self._rule.scalar):
-            return None
-        if not {*map(type, numbers)} <= _NUMBERS:
-            return None
-
-        def step(tensors: list[Tensor], t: int) -> bool:
-            return self._in_place(self._shared, tensors, [(t, *numbers)]) is not None
-
-        return step
-
-
 class WholePath(FastPath):
     """For rules that need each leaf whole, by torch's own operations.
 
@@ -314,11 +213,3 @@ class AutogradPath(FastPath):
             return None
         call = RuleCall(signature, (numbers,))
         return signature.gather(fused_autograd.record(call, [*tensors, *given]))
-
-
-_NUMBERS = {int, float}
-
-
-def _tasks_of(rows: Rows) -> int:
-    each = (len(x.values) for row in rows for x in row if type(x) is PerTask)
-    return next(each, 0)

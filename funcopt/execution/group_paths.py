@@ -25,7 +25,7 @@ class GroupPaths(FastPath):
         self,
         rule: Rule,
         parts: Sequence[tuple[Sequence[int], FastPath]],
-        in_place: Callable[[Leaves], Sequence[Column]],
+        in_place: Callable[[Leaves], tuple[Sequence[Column], FastPath | None]],
     ) -> None:
         super().__init__(rule, parts[0][1].kinds, sum(len(which) for which, _ in parts))
         self._parts, self._in_place = parts, in_place
@@ -58,7 +58,7 @@ class GroupPaths(FastPath):
             own = [[column[i] for i in which] for column in numbers]
             columns = path.run(some, own, values, donate)
             if columns is None and written:
-                columns = self._in_place(path.leaves(some, own, values))
+                columns, _ = self._in_place(path.leaves(some, own, values))
             if columns is None:
                 return None
             written = donate

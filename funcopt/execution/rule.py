@@ -10,6 +10,7 @@ from funcopt.execution import levels, trace
 from funcopt.execution.executor import BuildError, Executor
 from funcopt.execution.program import Function, Program
 from funcopt.execution.recycle import Recycler
+from funcopt.execution.rule_derivatives import jvp, vjp
 from funcopt.execution.trace import UntraceableError
 from funcopt.types import RuleFunction, Tensor
 
@@ -96,7 +97,7 @@ class Rule:
         return self._traced(
             ("vjp", kinds, dtype, wanted),
             lambda: (
-                trace.vjp(self.flat(kinds), wanted),
+                vjp(self.flat(kinds), wanted),
                 (*self.inputs(kinds), *self.outputs),
             ),
             dtype,
@@ -107,7 +108,7 @@ class Rule:
         inputs = self.inputs(kinds)
         return self._traced(
             ("jvp", kinds, dtype),
-            lambda: (trace.jvp(self.flat(kinds), len(inputs)), inputs * 2),
+            lambda: (jvp(self.flat(kinds), len(inputs)), inputs * 2),
             dtype,
         )
 
@@ -127,7 +128,7 @@ class Rule:
         return self._traced(
             ("second_vjp", kinds, dtype, first, wanted),
             lambda: (
-                trace.vjp(trace.vjp(self.flat(kinds), first), wanted),
+                vjp(vjp(self.flat(kinds), first), wanted),
                 (*inputs, *self.outputs, *asked),
             ),
             dtype,

@@ -55,55 +55,6 @@ def _recorded(
         raise UntraceableError(f"it cannot be called on tensors: {error}") from error
 
 
-def vjp(function: Function, wanted: Sequence[bool]) -> Function:
-    """The gradients of the inputs that are ``wanted``, from all inputs and cotangents.
-
-    By plain autograd: it can be nested, and unlike torch.func does not import Dynamo.
-    """
-    count = len(wanted)
-
-    def gradients(*tensors: Tensor) -> Sequence[Tensor]:
-        inputs = [_leaf(x) for x in tensors[:count]]
-        asked = [x for x, w in zip(inputs, wanted) if w]
-        return _gradients(function(*inputs), asked, tensors[count:])
-
-    return gradients
-
-
-def jvp(function: Function, count: int) -> Function:
-    """The tangents of the outputs, from ``count`` inputs and as many tangents.
-
-    J·t as the derivative of uᵀ·J in u: forward mode could not be nested in forward mode.
-    """
-
-    def tangents(*tensors: Tensor) -> Sequence[Tensor]:
-        inputs = [_leaf(x) for x in tensors[:count]]
-        outputs = function(*inputs)
-        anything = [_leaf(torch.ones_like(x)) for x in outputs]
-        pulled = _gradients(outputs, inputs, anything)
-        return _gradients(pulled, anything, tensors[count:])
-
-    return tangents
-
-
-def _leaf(x: Tensor) -> Tensor:
-    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-
-
-def _gradients(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    followed = [i for i, x in enumerate(outputs) if x.requires_grad]
-    return torch.autograd.grad(
-        [outputs[i] for i in followed],
-        inputs,
-        [cotangents[i] for i in followed],
-        create_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-
-
 # What the dispatcher sees → the name of the operation.
 _SAME = {
     "add", "sub", "mul", "div", "neg", "abs", "sqrt", "rsqrt", "sign", "exp", "log",
@@ -147,7 +98,7 @@ class _Recorder(TorchDispatchMode):
         self.ops: list[Op] = []
         self.number: dict[int, int] = {id(x): i for i, x in enumerate(inputs)}
         self.known: dict[Any, int] = {}  # one value for equal operations
-        self.read: set[int] = set()  # ids of integers that are the bits of floats
+        self.bits: set[int] = set()  # ids of integers that are a float's
         self.alive = list(inputs)  # an id stays a tensor's own only while it lives
 
     def __torch_dispatch__(
@@ -248,14 +199,14 @@ class _Recorder(TorchDispatchMode):
 
     def _recast(self, view: bool, given: Tensor, out: Tensor) -> int:
         """`bits` and `of_bits`, of two steps each; nothing else is done with integers."""
-        value, read = self._number(given, integers=True), id(given) in self.read
+        value, are_bits = self._number(given, integers=True), id(given) in self.bits
         if out.dtype in INTEGERS.values():
             first = view and given.dtype is self.dtype
-            if first or read:
-                self.read.add(id(out))
+            if first or are_bits:
+                self.bits.add(id(out))
             return self._op("bits", (value,), True) if first else value
         self._check_cast(given.dtype, out.dtype, stream=True)
-        if view == read:
+        if view == are_bits:
             raise UntraceableError("a rounded number is not among the operations")
         return self._op("of_bits", (value,), True) if view else value
 
