@@ -34,7 +34,7 @@ def unflatten(structure: Structure, leaves: Sequence[Any]) -> Tree:
     """The tree of ``structure`` that holds ``leaves``."""
     if isinstance(structure, traced_tree.Structure):
         return structure.filled(iter(leaves))
-    return optree.tree_unflatten(structure, leaves)
+    return structure.unflatten(leaves)
 
 
 def leaves(tree: Tree) -> list[Any]:

@@ -43,7 +43,7 @@ FLOORS = {
     "funcopt.execution.guarded_cache": 1,
     "funcopt.execution.scalars": 1.1,
     "funcopt.execution.executor": 1.1,
-    "funcopt.execution.recycle": 1.2,
+    "funcopt.execution.recycle": 1.3,
     "funcopt.execution.sweeping": 1.2,
     "funcopt.execution.foreach": 1.3,
     "funcopt.execution.native.source": 1.2,

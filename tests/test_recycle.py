@@ -11,16 +11,12 @@ from torch import Tensor
 from torch.utils import dlpack
 
 import funcopt as fo
-from funcopt.execution import executor, recycle
+from funcopt.execution import executor
+from funcopt.execution.native import objects
 from funcopt.execution.recycle import Recycler
 
 SIZE = 100_000  # floats: more bytes than the allocator keeps at hand
 SMALL = 40
-
-
-@pytest.fixture(autouse=True)
-def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recycle, "_SMALLEST", 0)
 
 
 def large(seed: int, size: int = SIZE) -> Tensor:
@@ -36,6 +32,13 @@ def values_of_graph(loss: Any) -> Tensor:
     product = loss.grad_fn.next_functions[0][0]
     (leaf,) = (f.variable for f, _ in product.next_functions if f is not None)
     return torch.autograd.grad(loss, leaf)[0]
+
+
+def within_grad(x: Tensor) -> list[Tensor]:
+    """What a level that is gone wrapped: it holds the tensor in C++."""
+    held: list[Tensor] = []
+    torch.func.grad(lambda y: held.append(y) or y.sum())(x)
+    return held
 
 
 # What holds the tensor, and how its values are seen through that.
@@ -58,6 +61,17 @@ HOLDERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
         lambda x: setattr(y := torch.zeros_like(x, requires_grad=True), "grad", x) or y,
         lambda y: y.grad,
     ),
+    "its data": (lambda x: x.data, lambda x: x),
+    "a view of another dtype": (
+        lambda x: x.view(torch.int32),
+        lambda x: x.view(torch.float32),
+    ),
+    "a part of the memory": (
+        lambda x: x.untyped_storage()[-8:],
+        lambda s: torch.empty(0).set_(s),
+    ),
+    "a closure": (lambda x: lambda: x, lambda f: f()),
+    "a wrapper of torch.func": (within_grad, lambda held: held[0]),
     "another's memory": (lambda x: torch.empty(0).set_(x.untyped_storage()), lambda y: y),
 }
 
@@ -203,22 +217,60 @@ def test_other_shapes_are_other_tensors():
         assert all([x.shape for x in c] == [x.shape for x in like] for c in found)
 
 
-def test_a_small_set_is_not_kept(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.undo()
-    recycler = Recycler()
-    recycler.columns([large(0, 1000)] * 100, 3)
+def test_no_more_than_two_sets_of_a_kind_are_held():
+    recycler, kinds = Recycler(), [[large(k) for k in range(n)] for n in (1, 4, 2)]
+    for like in kinds:
+        for _ in range(5):
+            recycler.columns(like, 3)
+    made = [len(x.tensors) for x in recycler._made]
+    assert made == [12, 12, 6, 6]  # of the kind before these until their time is over
+
+
+def test_a_tensor_given_twice_is_of_no_kind():
+    recycler, x = Recycler(), large(0)
+    for _ in range(4):
+        recycler.columns([x, x], 3)
     assert not recycler._made
-    recycler.columns([large(0, 1000)] * 200, 3)
-    assert recycler._made
 
 
-def test_no_more_than_two_sets_are_held():
+def test_what_has_not_been_asked_for_lately_is_let_go():
     recycler = Recycler()
-    for n in (1, 4, 2):
-        held = [recycler.columns([large(0)] * n, 3) for _ in range(5)]
-        kept = [x for made in recycler._made for x in made.tensors]
-        assert len(recycler._made) == 2 and len(kept) == 2 * 3 * n
-        del held
+    seen = weakref.ref(recycler.columns([large(0)], 1)[0][0])
+    for _ in range(9):
+        assert seen() is not None
+        recycler.columns([large(0, SMALL)], 1)
+    assert seen() is None
+
+
+@pytest.mark.parametrize("kinds", range(1, 5))
+def test_kinds_in_turns_recycle_each_its_own(kinds: int):
+    """The groups of a tree, or two nets with one optimizer."""
+    recycler, places = Recycler(), []
+    for k in range(6 * kinds):
+        made = recycler.columns([large(0, SMALL + k % kinds)], 2)
+        places.append([x.data_ptr() for column in made for x in column])
+    first, *rounds = [places[k : k + 2 * kinds] for k in range(0, len(places), 2 * kinds)]
+    assert rounds == [first] * 2
+
+
+def test_groups_recycle():
+    opt = fo.adam(lr={"w": 0.1, "b": 0.01}, weight_decay={"w": 0.1, "b": 0.0})
+    params, places = {"w": large(0), "b": large(1, SMALL)}, []
+    state = opt.init(params)
+    for step in range(10):
+        grads = {"w": large(step), "b": large(step, SMALL)}
+        params, state = opt.update(grads, state, params)
+        places.append([x.data_ptr() for x in params.values()])
+    assert places[6::2] == [places[6]] * 2 and places[7::2] == [places[7]] * 2
+
+
+def test_of_more_axes_than_a_tensor_holds_itself_none_is_kept():
+    """Their order might have changed unseen."""
+    like, recycler = [torch.zeros(1, 2, 1, 2, 3, 1)], Recycler()
+    for _ in range(4):
+        ((made,),) = recycler.columns(like, 1)
+        assert made.stride() == like[0].stride()
+        made.transpose_(1, 4)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
@@ -228,7 +280,7 @@ def test_in_modes(mode: Callable[[], Any]):
 
 
 def test_without_the_private_helpers(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(recycle, "_nobody", lambda: ())
+    monkeypatch.setattr(objects, "load", objects.InPython)
     recycler = Recycler()
     for _ in range(4):
         recycler.columns([large(0)], 2)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -120,11 +121,12 @@ def _path(
         run = partial(_run_whole, group.choice.name)
         return WholePath(leaves.rule, group.kinds, len(leaves.params), run, which)
     columns = leaves.streams(group.kinds)
-    grads, *rest = layout.alike(columns)
-    if any(a is not b for a, b in zip(columns[1:], rest)):
+    alike, own = layout.alike(columns), len(leaves.state)
+    if any(a is not b for a, b in zip(columns[1 : 2 + own], alike[1:])):
         return None
-    strides = {i: x.stride() for i, x in enumerate(grads) if x is not columns[0][i]}
-    if strides and group.choice.transformed:
+    pairs = enumerate(zip(chain(*columns), chain(*alike)))
+    copied = {i: (new.shape, new.stride()) for i, (x, new) in pairs if x is not new}
+    if copied and group.choice.transformed:
         return None
     if group.choice.transformed:
         row, *others = leaves.rows(group.kinds)[0]
@@ -139,7 +141,7 @@ def _path(
         which,
         given,
         leaves.tasks,
-        strides,
+        copied,
     )
 
 

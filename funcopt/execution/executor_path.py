@@ -27,8 +27,9 @@ class ExecutorPath(FastPath):
     Where there are several rows of scalars, ``which`` gives the row of each leaf; without
     it each leaf has its own. ``elements`` are the hyperparameters that have a value per
     element. ``tasks`` is how many tasks a leaf's leading axis holds if a scalar has a
-    value for each of them, else 0. ``strides`` are those that gradients are copied to,
-    by their numbers.
+    value for each of them, else 0. ``copied`` are the gradients and elements that lie
+    otherwise than their parameters: the shape and strides to copy them to, by the number
+    of each among all tensors.
     """
 
     takes_tasks = True
@@ -42,11 +43,11 @@ class ExecutorPath(FastPath):
         which: Sequence[int] | None,
         elements: Sequence[Tensor],
         tasks: int,
-        strides: Mapping[int, tuple[int, ...]],
+        copied: Mapping[int, tuple[Sequence[int], tuple[int, ...]]],
     ) -> None:
         super().__init__(rule, kinds, len(params))
         self._alike.put(elements, True)
-        self._strides = strides
+        self._copied = copied
         self._executor, self._tasks = executor, tasks
         self._shared = executor.direct(params, [0] * len(params), tasks=tasks)
         self._make = maker(params)
@@ -70,23 +71,30 @@ class ExecutorPath(FastPath):
                 params, direct = tensors[count : 2 * count], self._executor.direct
                 self._own = direct(params, self._which, tasks=self._tasks)
             direct = self._own
+        return self._run(direct, tensors, rows, donate)
+
+    def _run(
+        self, direct: Direct, tensors: list[Tensor], rows: Rows, donate: bool
+    ) -> Sequence[Column] | None:
         if donate:
             return self._in_place(direct, tensors, rows)
-        params, written = tensors[count : 2 * count], self._written // count
-        out = self._rule.recycler.columns(params, written, self._make)
+        params, written = tensors[self._count : 2 * self._count], self._written
+        out = self._rule.recycler.columns(
+            params, written // self._count, self._make, key=self
+        )
         tensors = self._as_parameters_lie(tensors)
         return direct(tensors, objects.load().addresses(tensors), rows, out)
 
     def _as_parameters_lie(self, tensors: list[Tensor]) -> list[Tensor]:
-        """With copies of the gradients whose strides are not their parameters'."""
-        if not self._strides:
+        """With copies of those whose strides or shapes are not their parameters'."""
+        if not self._copied:
             return tensors
-        copied = [*tensors]
-        for i, stride in self._strides.items():
+        alike = [*tensors]
+        for i, look in self._copied.items():
             x = tensors[i]
-            new = torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device)
-            copied[i] = new.copy_(x)
-        return copied
+            new = torch.empty_strided(*look, dtype=x.dtype, device=x.device)
+            alike[i] = new.copy_(x)
+        return alike
 
     def _in_place(
         self, direct: Direct, tensors: list[Tensor], rows: Rows
@@ -95,7 +103,7 @@ class ExecutorPath(FastPath):
         addresses = found.addresses(tensors)
         if addresses != self._apart and not self.may_write(tensors, addresses):
             return None
-        if self._strides:
+        if self._copied:
             tensors = self._as_parameters_lie(tensors)
             addresses = found.addresses(tensors)
         columns = direct(tensors, addresses, rows, None)
@@ -103,15 +111,15 @@ class ExecutorPath(FastPath):
             found.written(tensors, self._count, self._count + self._written)
         return columns
 
-    def settled(self, hyper: Sequence[dict[str, Any]]) -> Settled | None:
+    def settled(self, hyper: Sequence[dict[str, Any]], donate: bool) -> Settled | None:
         known, numbers = self._settled
         if hyper is not known or self._tasks or any(self._rule.scalar):
             return None
         if not {*map(type, numbers)} <= _NUMBERS:
             return None
 
-        def step(tensors: list[Tensor], t: int) -> bool:
-            return self._in_place(self._shared, tensors, [(t, *numbers)]) is not None
+        def step(tensors: list[Tensor], t: int) -> Sequence[Column] | None:
+            return self._run(self._shared, tensors, [(t, *numbers)], donate)
 
         return step
 

@@ -20,8 +20,8 @@ from funcopt.execution.rule import Kinds, Rule
 from funcopt.execution.rule_call import RuleCall
 from funcopt.types import Tensor
 
-#: makes a step in place, from tensors and the count of it; see `FastPath.settled`
-Settled: TypeAlias = Callable[[list[Tensor], int], bool]
+#: makes a step from tensors and the count of it; see `FastPath.settled`
+Settled: TypeAlias = Callable[[list[Tensor], int], Sequence[Column] | None]
 
 
 class FastPath:
@@ -102,10 +102,10 @@ class FastPath:
         """
         return None
 
-    def settled(self, hyper: Sequence[dict[str, Any]]) -> Settled | None:
-        """A function that makes steps in place after one by these hyperparameters.
+    def settled(self, hyper: Sequence[dict[str, Any]], donate: bool) -> Settled | None:
+        """A function that makes steps like one by these hyperparameters.
 
-        From the tensors, and the step of all leaves, to whether it could. None where
+        From the tensors, and the step of all leaves, to what `run` gives. None where
         more than these may change.
         """
         return None

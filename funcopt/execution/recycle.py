@@ -6,137 +6,100 @@ as much as to fill it. A loop that keeps only the newest parameters and state fr
 each step what the step after the next needs.
 """
 
-import sys
-from collections import deque
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property, partial
-from operator import attrgetter
-from typing import Any
-from weakref import getweakrefcount
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
 
 import torch
 
 from funcopt.execution.executor import empty_like
 from funcopt.execution.guarded_cache import GuardedCache
+from funcopt.execution.native import objects
 from funcopt.types import Tensor
 
-_SMALLEST = 1 << 21  # bytes: less is freed and made again faster than it is looked at
+# Calls after which results are let go: until then groups of a tree, and nets that step
+# in turns, find their own.
+_KEPT = 8
 
-_data_ptr, _nbytes = Tensor.data_ptr, torch.UntypedStorage.nbytes
-_attributes, _grad = attrgetter("__dict__"), attrgetter("grad")
+# Of so many axes a tensor holds its shape in itself, and the snapshot sees it.
+_AXES = 5
 
 
+@dataclass(eq=False)
+class _Made:
+    """The results of one call, and what they were like when nobody held them."""
+
+    key: object
+    tensors: list[Tensor]
+    snapshot: bytes
+    call: int = 0  #: when they were made, or written into last
+
+
+@dataclass(eq=False)
 class Recycler:
     """Makes tensors for outputs, out of those that it made the time before last.
 
-    It holds the tensors of its last two calls: never more than one set beside those that
-    the caller holds.
+    It holds the results of the last calls, two sets at most of each kind: never more than
+    one beside those that the caller of a loop holds.
     """
 
-    def __init__(self) -> None:
-        self._made: deque[_Set] = deque(maxlen=2)
-        #: by what results are to be like: a guard of new ones, and the bytes of each
-        self._new: GuardedCache[GuardedCache[list[int]]] = GuardedCache()
+    _made: list[_Made] = field(default_factory=list)
+    _calls: int = 0
+    _keys: GuardedCache[object] = field(default_factory=GuardedCache)
+    _lock: Lock = field(default_factory=Lock)
 
     def columns(
         self,
         like: Sequence[Tensor],
         count: int,
         make: Callable[[], list[Tensor]] | None = None,
+        key: object = None,
     ) -> list[list[Tensor]]:
         """``count`` columns of tensors like the given ones, their values undefined.
 
-        ``make`` makes a new column, `empty_like` by default.
+        ``make`` makes a new column, `empty_like` by default. A ``key`` stands for what
+        ``like`` and ``count`` are, if the caller knows that these are always the same.
         """
-        make = make or partial(empty_like, like)
-        size = count * sum([x.nbytes for x in like])
-        if size < _SMALLEST or not like[0].is_cpu or not _can_tell():
+        make, size = make or partial(empty_like, like), len(like)
+        key = key or self._key(like)
+        if key is None or torch.is_inference_mode_enabled() or not like[0].is_cpu:
             return [make() for _ in range(count)]
-        new = self._new.get(like)
-        old = self._oldest()
-        if new is not None and old is not None and old.is_free(new):
-            made = old  # at the version it had: nobody is left to ask for that
+        made, found = self._take(key), objects.load()
+        if (
+            made is None
+            or len(made.tensors) != count * size
+            or not found.unheld(made.tensors, made.snapshot)
+        ):
+            tensors = [x for _ in range(count) for x in make()]
+            plain = all(x.ndim <= _AXES for x in like)
+            snapshot = found.snapshot(tensors) if plain else None
+            made = None if snapshot is None else _Made(key, tensors, snapshot)
         else:
-            made = _Set([x for _ in range(count) for x in make()])
-        if new is None:
-            new = GuardedCache()
-            new.put(made.tensors, [x.nbytes for x in made.tensors])
-            self._new.put(like, new)
-        size, tensors = len(like), made.tensors
+            tensors = made.tensors
         columns = [tensors[k : k + size] for k in range(0, len(tensors), size)]
-        # Held by the columns, before another thread may come upon it.
-        self._made.append(made)
+        if made is not None:  # held by the columns, before another thread may see it
+            with self._lock:
+                made.call = self._calls
+                self._made.append(made)
         return columns
 
-    def _oldest(self) -> "_Set | None":
-        if len(self._made) < 2:
-            return None
-        try:
-            # One operation: another thread never gets the same tensors.
-            return self._made.popleft()
-        except IndexError:  # other threads were faster
-            return None
+    def _key(self, like: Sequence[Tensor]) -> object | None:
+        """None of tensors that the guards know no second time, as where one is twice."""
+        key = self._keys.get(like)
+        if key is None:
+            self._keys.put(like, object())
+            key = self._keys.get(like)
+        return key
 
-
-class _Set:
-    """The results of one call, and what tells that nobody holds any of them."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
-
-    @cached_property
-    def _memory(self) -> tuple[list[torch.UntypedStorage], list[int], list[int]]:
-        storages = [x.untyped_storage() for x in self.tensors]
-        return storages, [s._cdata for s in storages], [*map(_data_ptr, self.tensors)]
-
-    def is_free(self, new: GuardedCache[list[int]]) -> bool:
-        """Whether all may be written over: nobody holds one, or left a mark on it."""
-        tensors, nobody = self.tensors, _nobody()
-        if set(map(sys.getrefcount, tensors)) != nobody[0]:
-            return False  # found fast: some loops keep all results
-        storages, handles, addresses = self._memory
-        return (
-            _holders(tensors, storages, handles) == nobody
-            and not any(map(getweakrefcount, tensors))
-            and new.get(tensors) == [*map(_nbytes, storages)]
-            and [*map(_data_ptr, tensors)] == addresses
-            and not any(map(_attributes, tensors))
-            and set(map(_grad, tensors)) == {None}
-        )
-
-
-def _holders(
-    tensors: Sequence[Tensor],
-    storages: Sequence[torch.UntypedStorage],
-    handles: Sequence[int],
-) -> tuple[set[int], ...]:
-    """How many hold the tensors and their memory.
-
-    Views and NumPy arrays hold the memory, graphs and DLPack capsules the tensor in C++,
-    everybody else the Python object of the one or of the other.
-    """
-    use_count: Any = Tensor._use_count  # pyright: ignore[reportAttributeAccessIssue]
-    return (
-        set(map(sys.getrefcount, tensors)),
-        set(map(use_count, tensors)),
-        set(map(sys.getrefcount, storages)),
-        set(map(torch._C._storage_Use_Count, handles)),
-    )
-
-
-@cache
-def _nobody() -> tuple[set[int], ...]:
-    """What `_holders` says of tensors that only a list holds; () if it cannot."""
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():
-        return ()  # another thread may change a count while it is read
-    tensors = [torch.empty(1, device="cpu")]
-    storages = [tensors[0].untyped_storage()]
-    try:
-        return _holders(tensors, storages, [storages[0]._cdata])
-    except AttributeError:  # private helpers that a later torch may lack
-        return ()
-
-
-def _can_tell() -> bool:
-    """Whether holders can be counted, and all tensors are of one kind."""
-    return bool(_nobody()) and not torch.is_inference_mode_enabled()
+    def _take(self, key: object) -> _Made | None:
+        """The results of this kind of the call before last, which are no more kept."""
+        with self._lock:
+            self._calls += 1
+            if self._made and self._made[0].call < self._calls - _KEPT:
+                self._made = [x for x in self._made if x.call >= self._calls - _KEPT]
+            mine = [x for x in self._made if x.key is key]
+            if len(mine) < 2:
+                return None
+            self._made.remove(mine[0])
+            return mine[0]

@@ -24,7 +24,8 @@ class _Paths:
 
     def __init__(self, paths: list[FastPath]) -> None:
         self.paths = paths
-        self.settled: Settled | None = None  #: where nothing but the step changes
+        #: pure steps and those in place, where nothing changes but their count
+        self.settled: list[Settled | None] = [None, None]
 
 
 class _Entry:
@@ -134,12 +135,16 @@ class StepCache:
         if ways is None:
             return None
         always = values is self._always
-        if donate and always and ways.settled is not None:
+        settled = ways.settled[donate] if always else None
+        if settled is not None:
             steps = tensors.pop()
-            counts = steps.tolist()
+            counts, columns = steps.tolist(), None
             first = counts[0]
-            if counts.count(first) == entry.count and ways.settled(tensors, first + 1):
-                return entry.structure, (), steps.add_(entry.one)
+            if counts.count(first) == entry.count:
+                columns = settled(tensors, first + 1)
+            if columns is not None:
+                new = steps.add_(entry.one) if donate else steps + entry.one
+                return entry.structure, columns, new
             tensors.append(steps)
         some, count = len(tensors) - 1 - sum(self._scalar.values()), entry.count
         steps, *others = tensors[some:]
@@ -171,7 +176,7 @@ class StepCache:
         columns = path.run(tensors, numbers, hyper, donate)
         if columns is None:
             return None
-        if donate and always and live is None:
-            ways.settled = path.settled(hyper)
+        if always and live is None:
+            ways.settled[donate] = path.settled(hyper, donate)
         new = steps.add_(entry.one) if donate else steps + entry.one
         return entry.structure, merged(old, columns, live), new

@@ -17,18 +17,20 @@ static void (*bump_version)(const void *tensor);
 static bool (*requires_grad)(const void *impl);  // what an at::Tensor is a pointer to
 static PyTypeObject *class, *parameter;
 static Py_ssize_t behind;
+static Py_ssize_t storage;  // where in what a tensor is in C++ lies the pointer to its memory
 
 static PyObject *bind(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     class = (PyTypeObject *)Py_NewRef(args[0]);
     parameter = (PyTypeObject *)Py_NewRef(args[1]);
     behind = PyLong_AsSsize_t(args[2]);
-    data_ptr = (int32_t (*)(void *, void **))PyLong_AsVoidPtr(args[3]);
-    get_dtype = (int32_t (*)(void *, int32_t *))PyLong_AsVoidPtr(args[4]);
-    get_device = (int32_t (*)(void *, int32_t *))PyLong_AsVoidPtr(args[5]);
-    get_device_index = (int32_t (*)(void *, int32_t *))PyLong_AsVoidPtr(args[6]);
-    is_inference = (bool (*)(const void *))PyLong_AsVoidPtr(args[7]);
-    bump_version = (void (*)(const void *))PyLong_AsVoidPtr(args[8]);
-    requires_grad = (bool (*)(const void *))PyLong_AsVoidPtr(args[9]);
+    storage = PyLong_AsSsize_t(args[3]);
+    data_ptr = (int32_t (*)(void *, void **))PyLong_AsVoidPtr(args[4]);
+    get_dtype = (int32_t (*)(void *, int32_t *))PyLong_AsVoidPtr(args[5]);
+    get_device = (int32_t (*)(void *, int32_t *))PyLong_AsVoidPtr(args[6]);
+    get_device_index = (int32_t (*)(void *, int32_t *))PyLong_AsVoidPtr(args[7]);
+    is_inference = (bool (*)(const void *))PyLong_AsVoidPtr(args[8]);
+    bump_version = (void (*)(const void *))PyLong_AsVoidPtr(args[9]);
+    requires_grad = (bool (*)(const void *))PyLong_AsVoidPtr(args[10]);
     if (PyErr_Occurred()) return NULL;
     Py_RETURN_NONE;
 }
@@ -175,6 +177,46 @@ static PyObject *written(PyObject *self, PyObject *const *args, Py_ssize_t count
     Py_RETURN_NONE;
 }
 
+// What a tensor is in C++, but for its first pointer: who holds it, its shape, dtype and so
+// on, and whether autograd knows it; and of its memory who holds it, where and how large it
+// is. After that the two differ between versions of torch, or tell of nothing.
+enum { OF_TENSOR = 176 - 8, OF_MEMORY = 56 - 8, OF_BOTH = OF_TENSOR + OF_MEMORY };
+
+static void portray(PyObject *x, char *portrait) {
+    const char *tensor = *(const char **)((char *)x + behind);
+    memcpy(portrait, tensor + 8, OF_TENSOR);
+    memcpy(portrait + OF_TENSOR, *(const char **)(tensor + storage) + 8, OF_MEMORY);
+}
+
+// snapshot(tensors): what `unheld` compares with; None of what it cannot tell of.
+static PyObject *snapshot(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Py_ssize_t size = PyList_GET_SIZE(args[0]);
+    for (Py_ssize_t i = 0; i < size; i++)
+        if (Py_TYPE(PyList_GET_ITEM(args[0], i)) != class) Py_RETURN_NONE;
+    PyObject *made = PyBytes_FromStringAndSize(NULL, size * OF_BOTH);
+    for (Py_ssize_t i = 0; made && i < size; i++)
+        portray(PyList_GET_ITEM(args[0], i), PyBytes_AS_STRING(made) + i * OF_BOTH);
+    return made;
+}
+
+// unheld(tensors, snapshot): whether the list alone holds them, and they are as they were.
+// Views and NumPy arrays hold the memory, graphs and DLPack capsules the tensor in C++,
+// everybody else the object of Python.
+static PyObject *unheld(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    const char *before = PyBytes_AS_STRING(args[1]);
+    char now[OF_BOTH];
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[0]); i++, before += OF_BOTH) {
+        PyObject *x = PyList_GET_ITEM(args[0], i);
+        if (Py_REFCNT(x) != 1 || Py_TYPE(x) != class) Py_RETURN_FALSE;
+        if (*PyObject_GET_WEAKREFS_LISTPTR(x)) Py_RETURN_FALSE;
+        PyObject **marks = _PyObject_GetDictPtr(x);
+        if (marks && *marks && PyDict_GET_SIZE(*marks)) Py_RETURN_FALSE;
+        portray(x, now);
+        if (memcmp(now, before, OF_BOTH)) Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
+}
+
 // Whether two lists hold the very same objects.
 static PyObject *same(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Py_ssize_t size = PyList_GET_SIZE(args[0]), i = 0;
@@ -231,6 +273,8 @@ static PyMethodDef methods[] = {
     {"apart", (PyCFunction)(void *)apart, METH_FASTCALL, NULL},
     {"look", (PyCFunction)(void *)look, METH_FASTCALL, NULL},
     {"written", (PyCFunction)(void *)written, METH_FASTCALL, NULL},
+    {"snapshot", (PyCFunction)(void *)snapshot, METH_FASTCALL, NULL},
+    {"unheld", (PyCFunction)(void *)unheld, METH_FASTCALL, NULL},
     {"same", (PyCFunction)(void *)same, METH_FASTCALL, NULL},
     {"holds", (PyCFunction)(void *)holds, METH_FASTCALL, NULL},
     {"run", (PyCFunction)(void *)run, METH_FASTCALL, NULL},

@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 import sysconfig
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -83,6 +84,19 @@ class Objects(Protocol):
         ...
 
     @property
+    def snapshot(self) -> Callable[[list[Tensor]], bytes | None]:
+        """What tensors that a list alone holds are like; None where that is unknown.
+
+        Of those with memory on the CPU, and with no more than five axes.
+        """
+        ...
+
+    @property
+    def unheld(self) -> Callable[[list[Tensor], bytes], bool]:
+        """Whether the list alone holds these again, and nobody left a mark on them."""
+        ...
+
+    @property
     def same(self) -> Callable[[list[Any], list[Any]], bool]:
         """Whether two lists hold the very same objects."""
         ...
@@ -120,6 +134,7 @@ def _in_c() -> Objects:
     for x in tensors:
         if _pointer.from_address(id(x) + behind).value != x._cdata:
             raise BuildError("this torch keeps its tensors elsewhere")
+    storage = _storage(tensors)
     folder = Path(torch.__file__).parent / "lib"
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     torch_cpu = ctypes.CDLL(str(folder / name))
@@ -134,7 +149,7 @@ def _in_c() -> Objects:
         make = ctypes.PyDLL("", handle=built.loaded._handle).make
         make.restype = ctypes.py_object
         objects: Any = make()
-        objects.bind(Tensor, Parameter, behind, *functions)
+        objects.bind(Tensor, Parameter, behind, storage, *functions)
         if objects.addresses(tensors) != InPython().addresses(tensors):
             raise BuildError("C finds tensors elsewhere than torch")
         for some in ([tensor, tensor[1:]], tensors, [tensor, tensor.double()]):
@@ -143,10 +158,48 @@ def _in_c() -> Objects:
         objects.written(tensors, 2, 3)
         if [x._version for x in tensors] != [0, 0, 1, 0]:
             raise BuildError("C counts versions elsewhere than torch")
+        if not _sees_holders(objects):
+            raise BuildError("C does not see who holds a tensor")
         built.keep()
     finally:
         built.discard()
     return objects
+
+
+def _storage(tensors: Sequence[Tensor]) -> int:
+    """Where in what a tensor is in C++ lies the pointer to its memory."""
+    for at in range(8, 64, 8):
+        pointers = [_pointer.from_address(x._cdata + at).value for x in tensors]
+        if pointers == [x.untyped_storage()._cdata for x in tensors]:
+            return at
+    raise BuildError("this torch keeps the memory of tensors elsewhere")
+
+
+def _sees_holders(objects: Objects) -> bool:
+    """Whether `unheld` says so of a new tensor alone, of none that has a holder."""
+
+    def seen(change: Callable[[Tensor], Any]) -> bool:
+        tensors = [torch.empty(2, 3, device="cpu")]
+        snapshot = objects.snapshot(tensors)
+        held = change(tensors[0])
+        unheld = snapshot is not None and objects.unheld(tensors, snapshot)
+        return unheld is (held is None)
+
+    return all(map(seen, (lambda x: None, *_HOLDERS)))
+
+
+#: who holds a tensor, or what tells that it is no more as it was
+_HOLDERS: tuple[Callable[[Tensor], Any], ...] = (
+    lambda x: x,
+    lambda x: x[0],
+    Tensor.__dlpack__,
+    lambda x: x * torch.ones(3, device="cpu", requires_grad=True),
+    weakref.ref,
+    lambda x: setattr(x, "mark", 1) or 1,
+    lambda x: x.requires_grad_() is x,
+    lambda x: x.t_() is x,
+    lambda x: x.untyped_storage().resize_(0).nbytes() + 1,
+)
 
 
 class InPython:
@@ -173,6 +226,12 @@ class InPython:
 
     def written(self, tensors: list[Tensor], begin: int, end: int) -> None:
         torch.autograd.graph.increment_version(tensors[begin:end])
+
+    def snapshot(self, tensors: list[Tensor]) -> bytes | None:
+        return None
+
+    def unheld(self, tensors: list[Tensor], snapshot: bytes) -> bool:
+        return False
 
     def same(self, one: list[Any], other: list[Any]) -> bool:
         return len(one) == len(other) and all(map(is_, one, other))
