@@ -13,9 +13,10 @@ from funcopt.errors import ExecutionError
 from funcopt.types import Tensor
 
 
-def are_among(params: Sequence[Tensor]) -> bool:
-    """Whether a parameter is complex."""
-    return any(p.is_complex() for p in params)
+def among(params: Sequence[Tensor | None]) -> list[bool]:
+    """Which parameters are complex; [] if none is."""
+    found = [p is not None and p.is_complex() for p in params]
+    return found if True in found else []
 
 
 def parts(x: Any) -> Any:
@@ -33,11 +34,11 @@ def joined(x: Tensor) -> Tensor:
     return torch.view_as_complex(x)
 
 
-def rejoined(column: Sequence[Any], like: Sequence[Any]) -> list[Any]:
-    """The column, each leaf complex that is so in ``like``, which may have gaps."""
-    return [
-        joined(x) if p is not None and p.is_complex() else x for x, p in zip(column, like)
-    ]
+def rejoined(column: Sequence[Any], halved: Sequence[bool]) -> Sequence[Any]:
+    """The column, with those leaves complex again that were `among` the parameters."""
+    if not halved:
+        return column
+    return [joined(x) if was else x for x, was in zip(column, halved)]
 
 
 def slot(first: Callable[[Tensor], Tensor], p: Tensor) -> Tensor:

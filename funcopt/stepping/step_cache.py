@@ -11,6 +11,7 @@ from funcopt.execution import concrete, levels
 from funcopt.execution.fast_path import FastPath, Settled
 from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.execution.native import objects
+from funcopt.stepping import complex_leaves
 from funcopt.stepping.live import Gaps, merged, picked
 from funcopt.stepping.per_leaf import LeafValues
 from funcopt.stepping.totals import Measure
@@ -20,10 +21,13 @@ _MOST = 64  # structures of params that one optimizer remembers
 
 
 class _Paths:
-    """How steps of tensors that are alike go: by a path for each total, and its own."""
+    """How steps of tensors that are alike go: by a path for each total, and its own.
 
-    def __init__(self, paths: list[FastPath]) -> None:
-        self.paths = paths
+    ``halved`` says which leaves are complex, and step as their parts, if any are.
+    """
+
+    def __init__(self, paths: list[FastPath], halved: Sequence[bool]) -> None:
+        self.paths, self.halved = paths, halved
         #: pure steps and those in place, where nothing changes but their count
         self.settled: list[Settled | None] = [None, None]
 
@@ -101,6 +105,7 @@ class StepCache:
         there: list[bool],
         tensors: Sequence[Tensor],
         paths: list[FastPath],
+        halved: Sequence[bool],
     ) -> None:
         """Remember how these went: gradients, parameters, slots, vectors."""
         for entry in self._all:
@@ -109,7 +114,7 @@ class StepCache:
         else:
             entry = _Entry(structure, live, there, self._scalar)
             self._all = (entry, *self._all)[:_MOST]
-        entry.paths.put(tensors, _Paths(paths))
+        entry.paths.put(tensors, _Paths(paths, halved))
 
     def step(
         self,
@@ -167,6 +172,8 @@ class StepCache:
             of = (False, *self._scalar.values())
             old = [next(scalars if each else slots) for each in of]
             numbers = [[*picked(column, live)] for column in numbers]
+        if ways.halved:
+            tensors = [*map(complex_leaves.parts, tensors)]
         *of_totals, path = ways.paths
         for measure, own in zip(self._measures, of_totals):
             sums = own.run(tensors, numbers, hyper, False)
@@ -176,7 +183,12 @@ class StepCache:
         columns = path.run(tensors, numbers, hyper, donate)
         if columns is None:
             return None
-        if always and live is None:
+        if ways.halved and not donate:
+            columns = [
+                column if number else complex_leaves.rejoined(column, ways.halved)
+                for column, number in zip(columns, (False, *self._scalar.values()))
+            ]
+        if always and live is None and not ways.halved:
             ways.settled[donate] = path.settled(hyper, donate)
         new = steps.add_(entry.one) if donate else steps + entry.one
         return entry.structure, merged(old, columns, live), new

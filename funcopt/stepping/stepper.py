@@ -174,7 +174,7 @@ class Stepper:
         live_g, live_p, *slots = [
             picked(column, live) for column in (g, p, *old.values())
         ]
-        halved = complex_leaves.are_among(live_p) and live_p
+        halved = complex_leaves.among(live_p)
         if halved:
             if not self.spec.elementwise:
                 check_real(p, structure, self.spec.name)
@@ -194,16 +194,16 @@ class Stepper:
         held = [state[key] for key in self.vectors]
         columns, path = dispatch.step(leaves, execution, donate, held)
         paths.append(path)
-        if halved:
-            columns = [
-                complex_leaves.rejoined(column, halved) if stream else column
-                for column, stream in zip(columns, self.rule.outputs)
-            ]
-        elif live != [] and None not in paths:
+        columns = [
+            complex_leaves.rejoined(column, halved) if stream else column
+            for column, stream in zip(columns, self.rule.outputs)
+        ]
+        if live != [] and None not in paths:
             given = chain(g, p, *map(trees.__getitem__, self.trees), held)
             tensors = [x for x in given if x is not None]
             there = [x is not None for x in p]
-            self.cache.keep(structure, live, there, tensors, [x for x in paths if x])
+            known = [x for x in paths if x]
+            self.cache.keep(structure, live, there, tensors, known, halved)
         return merged((p, *old.values()), columns, live), steps
 
     def _lazily(
@@ -251,7 +251,8 @@ class Stepper:
             None if x is None else evaluated(*map(parts, (x, *slots)), step=t, **hyper)
             for x, t, hyper, *slots in zip(p, steps, values, *columns)
         ]
-        return tree.unflatten(structure, complex_leaves.rejoined(new, p))
+        halved = complex_leaves.among(p)
+        return tree.unflatten(structure, complex_leaves.rejoined(new, halved))
 
     def _result(
         self,
