@@ -15,6 +15,7 @@ from funcopt.stepping import vmapped
 from funcopt.types import Tree
 
 TASKS = 3
+RATES = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
 SHAPES = {"w": (4, 2), "b": (5,), "scale": ()}
 OPTIMIZERS = {
     "adamw": fo.adamw(weight_decay=0.1),
@@ -82,6 +83,31 @@ def test_each_task_makes_its_own_steps(name: str, together: list[bool]):
     assert together == [True] * 3
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("gaps", [("b",), ("w", "scale"), ("w", "b", "scale")])
+@pytest.mark.parametrize("name", ["adamw", "a scalar slot", "a value for each leaf"])
+def test_leaves_that_stay(
+    name: str, gaps: tuple[str, ...], own: bool, together: list[bool]
+):
+    """They have no gradient, every time or but once."""
+    opt = OPTIMIZERS[name]
+
+    def run(p: Tree, rate: Tensor, *grads: Tree) -> Any:
+        state, given = opt.init(p), {"lr": rate} if own else {}
+        for k, g in enumerate(grads):
+            g = g if k == 1 else {key: None if key in gaps else x for key, x in g.items()}
+            new, state = opt.update(g, state, p, **given)
+            assert all((new[key] is p[key]) is (x is None) for key, x in g.items())
+            p = new
+        return p, state
+
+    given = [stacked(0), RATES, *map(stacked, range(1, 5))]
+    assert_same(vmap(run)(*given), one_by_one(run, *given))
+    joint = not own or name != "a scalar slot"
+    asked = 4 if len(gaps) < len(SHAPES) else 1  # not where no leaf steps
+    assert together == [joint] * asked
+
+
 def test_state_comes_out_as_it_went_in(together: list[bool]):
     """Its count for every task, in memory of its own."""
     opt, p, g = fo.adam(), stacked(0), stacked(1)
@@ -109,9 +135,6 @@ OWN: dict[str, Callable[[Any, Tensor], dict[str, Any]]] = {
     "a tree of rates": lambda state, x: {"lr": {"w": x, "b": 0.1, "scale": x}},
     "a schedule's": lambda state, x: {"lr": fo.schedules.exponential(x, gamma=0.9)},
 }
-
-
-RATES = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

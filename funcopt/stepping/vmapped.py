@@ -19,9 +19,9 @@ from funcopt.types import State, Tensor, Tree
 
 def step(
     update: Callable[..., tuple[Tree, State]],
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor],
-    slots: Mapping[str, Sequence[Tensor]],
+    grads: Sequence[Tensor | None],
+    params: Sequence[Tensor | None],
+    slots: Mapping[str, Sequence[Tensor | None]],
     vectors: Mapping[str, Tensor],
     structure: tree.Structure,
     values: LeafValues,
@@ -33,7 +33,8 @@ def step(
     something does not fit, which is to be said in the words of one task.
     """
     tasks = TaskAxis()
-    columns = [[*map(tasks.off, column)] for column in (grads, params, *slots.values())]
+    given = [grads, params, *slots.values()]
+    columns = [[x if x is None else tasks.off(x) for x in column] for column in given]
     with tasks.together():
         shared: dict[str, Any] = {
             name: _shared(*tasks.off(x)) for name, x in vectors.items()
@@ -44,7 +45,7 @@ def step(
     hyper = values(structure, params, [count + 1 for count in counts])
     rows = {id(row): row for row in hyper}
     own = any(_is_own(tasks, x) for row in rows.values() for x in row.values())
-    if not own and all(axis is None for column in columns for _, axis in column):
+    if not own and all(x is None or x[1] is None for column in columns for x in column):
         return None  # no task has anything of its own
     if own:
         if len(vectors) > 1:  # those would come to be each task's own
@@ -55,7 +56,7 @@ def step(
         if None in hyper:
             return None
     with tasks.together():
-        g, p, *held = [_stacked(column, tasks.size, own) for column in columns]
+        g, p, *held = [[_stacked(x, tasks.size, own) for x in c] for c in columns]
         state: State = {**shared, **dict(zip(slots, held))}
         try:
             p, state = update(g, state, p, lambda *_: hyper)
@@ -68,9 +69,15 @@ def step(
         }
     for name, x in batched.items():
         state[name] = tasks.on(x)
-    for name in slots:
-        state[name] = tree.unflatten(structure, [*map(tasks.on, state[name])])
-    return tree.unflatten(structure, [*map(tasks.on, p)]), state
+    new = [p, *(state[name] for name in slots)]
+    p, *trees = [
+        tree.unflatten(
+            structure,
+            [old if g is None else tasks.on(x) for g, old, x in zip(grads, was, column)],
+        )
+        for was, column in zip(given[1:], new)
+    ]
+    return p, state | dict(zip(slots, trees))
 
 
 def _is_own(tasks: TaskAxis, x: Any) -> bool:
@@ -101,12 +108,12 @@ def _shared(vector: Tensor, axis: int | None) -> Tensor | None:
 
 
 def _stacked(
-    column: Sequence[tuple[Tensor, int | None]], size: int, own: bool
-) -> list[Tensor]:
+    each: tuple[Tensor, int | None] | None, size: int, own: bool
+) -> Tensor | None:
     """With the tasks in front; as often as there are tasks, if they share it."""
-    stacked = [
-        x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0) if axis else x
-        for x, axis in column
-    ]
+    if each is None:
+        return None
+    x, axis = each
+    x = x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0) if axis else x
     # What has numbers of its own is to be one piece of memory.
-    return [x.contiguous() for x in stacked] if own else stacked
+    return x.contiguous() if own else x
