@@ -33,31 +33,42 @@ class _Row:
         self._seen: tuple[Any, ...] = ()
         self.row: dict[str, Any] = {}
         self._numbers: list[Any] = []
+        self._tensors: dict[str, Tensor] = {}  #: which may be written to
 
     def get(self) -> list[Any] | None:
         """The scalars among the arguments; None if these are now of another kind."""
         values = self._read(self.group)
         if self._seen and (all(map(is_, values, self._seen)) or self._moved(values)):
+            if self._tensors:
+                self._know({k: flags.number(x) for k, x in self._tensors.items()})
             return self._numbers
         if self._known.key(self.group) != self._key:
             return None
         row = flags.row(self._spec, self.group)
         if self._rule.kinds(row) != self._kinds:
             return None
-        self.row, self._numbers = row, [*map(row.__getitem__, self._scalars)]
+        self.row = {}
+        self._know(row)
         self._seen = values if flags.fixed(self.group, self._names) else ()
+        each = zip(self._names, values)
+        self._tensors = {k: x for k, x in each if k in row and isinstance(x, Tensor)}
         return self._numbers
+
+    def _know(self, some: dict[str, Any]) -> None:
+        self.row = self.row | some
+        self._numbers = [*map(self.row.__getitem__, self._scalars)]
 
     def _moved(self, values: tuple[Any, ...]) -> bool:
         """Whether no more than numbers differ, as a scheduler's; they are then known."""
         moved = {}
         for name, new, old in zip(self._names, values, self._seen):
             if new is not old:
-                if name not in self._scalars or not (new and type(new) is float):
+                number = name in self._scalars and name not in self._tensors
+                if not (number and new and type(new) is float):
                     return False
                 moved[name] = new
-        self.row, self._seen = self.row | moved, values
-        self._numbers = [*map(self.row.__getitem__, self._scalars)]
+        self._seen = values
+        self._know(moved)
         return True
 
 

@@ -102,7 +102,9 @@ def number(value: Any) -> Any:
 
 
 def fixed(group: Mapping[str, Any], names: tuple[str, ...]) -> bool:
-    """Whether no value can change in place, as a tensor or a list can."""
+    """Whether no value can change in place, but for one that is itself a tensor."""
     values = [group.get(name) for name in names]
     parts = (part for value in values if isinstance(value, tuple) for part in value)
-    return not any(isinstance(x, (Tensor, list)) for x in (*values, *parts))
+    return not any(isinstance(x, list) for x in values) and not any(
+        isinstance(x, (Tensor, list)) for x in parts
+    )
