@@ -151,11 +151,21 @@ def test_steps_like_earlier_ones_go_on_alike(name: str, monkeypatch: pytest.Monk
     assert_moved(found, random_like(found, 1), everywhere=True)
 
 
-@pytest.mark.parametrize("size, calls", [(48, [4, 4]), (36, [3, 3])])
+@pytest.mark.parametrize(
+    "size, threads, calls",
+    [
+        (48, 1, [4, 4]),
+        (36, 2, [3, 3]),
+        (12, 1, []),
+        (12, 2, [2, 2, 2, 2]),
+        (12, 4, [4, 4]),
+        (12, 9, [5, 3]),
+    ],
+)
 def test_a_stack_is_no_larger_than_a_cache(
-    size: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+    size: int, threads: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ):
-    """And what few leaves are left over are stepped one by one."""
+    """Or has a leaf for each thread, up to 60 elements; few left over go one by one."""
     together: Any = stacked._together
     found = []
 
@@ -165,6 +175,8 @@ def test_a_stack_is_no_larger_than_a_cache(
 
     monkeypatch.setattr(stacked, "_together", spy)
     monkeypatch.setattr(stacked, "_STACK", size)
+    monkeypatch.setattr(stacked, "_LARGEST", 60)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     opt, params = fo.adafactor(), random_like([torch.empty(4, 3).double()] * 8, 1)
     given = random_like(params, 2), opt.init(params), params
     expected = opt.update(*given, execution="reference")
@@ -191,12 +203,18 @@ def test_a_donated_step_writes_where_the_old_values_are(
         assert_close((found, b, grads), (expected, a, kept), 0.0)
 
 
-def test_what_cannot_be_stacked_is_said():
+def test_what_cannot_be_stacked_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     square, wide = torch.ones(3, 3), torch.ones(3, 4)
     assert "no 3 small leaves" in str(fo.plan(fo.muon(), [square, wide] * 2))
     assert "muon: 4 leaves" in str(fo.plan(fo.muon(), [square] * 4, execution="stacked"))
     large = torch.ones(300, 300)
     assert "no 3 small leaves" in str(fo.plan(fo.muon(), [large] * 4))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert "muon: 4 leaves" in str(fo.plan(fo.muon(), [large] * 4))
+    assert ": stacked" in str(fo.plan(fo.muon(), [large] * 4))
+    for other in (fo.muon(ns_dtype=None), fo.adafactor(), fo.shampoo(), fo.soap()):
+        assert "no 3 small leaves" in str(fo.plan(other, [large] * 4))
     with pytest.raises(fo.ExecutionError, match="no 2 small leaves"):
         fo.plan(fo.muon(), [square, wide], execution="stacked")
     with pytest.raises(fo.ExecutionError, match="only leaves of a rule that needs each"):

@@ -21,6 +21,9 @@ from funcopt.types import Tensor
 _MOST, _MOST_ELSEWHERE = 1 << 14, 1 << 20
 #: elements of a stack, on a CPU: its temporaries, too, are to stay in a cache
 _STACK = 1 << 17
+#: of one with a leaf for each thread: a product of half matrices is made by one thread
+#: alone, those of a stack by all, in half the time on two
+_LARGEST = 1 << 23
 #: leaves of a stack from which it is worth it: to stack costs as much as a few
 _FEWEST = 3
 
@@ -33,7 +36,7 @@ def refuses(leaves: Leaves, forced: bool) -> str | None:
     if leaves.rule.elementwise or leaves.rule.norms or leaves.rule.sums:
         return "only leaves of a rule that needs each whole are stacked"
     fewest = 2 if forced else _FEWEST
-    if max(map(len, _stacks(leaves)), default=0) < fewest:
+    if all(len(which) < 2 for which in _stacks(leaves, fewest)):
         return f"no {fewest} small leaves are alike in shape, hyperparameters and step"
     return None
 
@@ -44,22 +47,23 @@ def step(leaves: Leaves, apart: bool = True) -> list[Column]:
     Unless ``apart`` they may be views of one tensor, for leaves that are alike.
     """
     columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
-    stacks = _stacks(leaves)
-    fewest = min(_FEWEST, max(map(len, stacks), default=0))
+    stacks = _stacks(leaves, _FEWEST)
+    if all(len(which) < 2 for which in stacks):
+        stacks = _stacks(leaves, 2)  # it was forced
     for which in stacks:
         some = leaves.pick(which)
-        if len(which) >= fewest > 1:
-            made = _together(some, apart)
-        else:
-            made = reference.step(some)
+        made = _together(some, apart) if len(which) > 1 else reference.step(some)
         for column, values in zip(columns, made):
             for i, value in zip(which, values):
                 column[i] = value
     return list(columns)
 
 
-def _stacks(leaves: Leaves) -> list[list[int]]:
-    """The numbers of the leaves that are alike, and so are their slots, in stacks."""
+def _stacks(leaves: Leaves, fewest: int) -> list[list[int]]:
+    """The numbers of the leaves that are alike, and so are their slots, in stacks.
+
+    Fewer than ``fewest`` are apart, unless there is no place for more in a stack.
+    """
     on_cpu = all(p.is_cpu for p in leaves.params)
     most = (leaves.rule.stacks or _MOST) if on_cpu else _MOST_ELSEWHERE
     found: dict[Any, list[int]] = {}
@@ -75,14 +79,19 @@ def _stacks(leaves: Leaves) -> list[list[int]]:
         if not p.ndim or p.numel() > most:
             key = i
         found.setdefault(key, []).append(i)
-    if not on_cpu:
-        return list(found.values())
-    made = []
+    made: list[list[int]] = []
     for which in found.values():
-        size = leaves.params[which[0]].numel()
-        each = max(1, _STACK // max(size, 1))
-        made += [which[i : i + each] for i in range(0, len(which), each)]
+        each = _places(leaves.params[which[0]].numel()) if on_cpu else len(which)
+        for i in range(0, len(which), each):
+            some = which[i : i + each]
+            made += [some] if len(some) >= min(fewest, each) else [[j] for j in some]
     return made
+
+
+def _places(size: int) -> int:
+    """How many leaves of ``size`` elements a stack has place for, on a CPU."""
+    size = max(size, 1)
+    return max(_STACK // size, min(torch.get_num_threads(), _LARGEST // size), 1)
 
 
 def _together(leaves: Leaves, apart: bool) -> Sequence[Column]:

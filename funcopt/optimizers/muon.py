@@ -104,10 +104,10 @@ def muon(
     Note:
         The iteration runs in bfloat16 whatever the leaf is, as in torch; its derivative
         is that of the same iteration in the leaf's dtype (under ``torch.compile``, of
-        bfloat16's operations). Small leaves of one shape are stacked and iterated at
-        once, which may round bfloat16 otherwise than one after another
-        (``execution="reference"``); and small products are made in float32 and rounded,
-        which is what bfloat16's are, but for the order of a sum.
+        bfloat16's operations). Small leaves of one shape, and as many large ones as there
+        are threads, are stacked and iterated at once, which may round bfloat16 otherwise
+        than one after another (``execution="reference"``); and small products are made
+        in float32 and rounded, which is what bfloat16's are, but for the order of a sum.
 
     Source:
         Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein, "Muon: an optimizer for
@@ -152,5 +152,5 @@ def muon(
             "momentum": Hyper(momentum),
         },
         matrices=True,
-        stacks=1 << 16,
+        stacks=1 << (22 if ns_dtype is torch.bfloat16 else 16),
     )
