@@ -895,6 +895,31 @@ def test_an_arc_tangent_in_every_octant(dtype: torch.dtype):
     assert ((found.double() - exact).abs() <= 2 * place).logical_or(exact.isnan()).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_loops_that_arc_tangents_begin_have_what_those_before_computed(
+    dtype: torch.dtype,
+):
+    def rule(g: torch.Tensor, p: torch.Tensor, *, step: Any) -> tuple[torch.Tensor, ...]:
+        rises, product = g > p, g * p
+        first = torch.atan2(product, p + 3)
+        second = torch.atan2(first + 1, g + product)
+        return (torch.where(rises, first + p, second * product),)
+
+    opt = fo.elementwise(rule, name="arcs", slots={}, hyper={})
+    seeded = torch.Generator().manual_seed(0)
+    # in tiles, with one left over, and in halves
+    g, p = (
+        [torch.randn(n, generator=seeded).to(dtype) for n in (700, 9001)] for _ in "gp"
+    )
+    found, _ = opt.update(g, opt.init(p), p, execution="native")
+    given, _ = opt.update(g, opt.init(p), [x.clone() for x in p], donate=True)
+    for x, y, a, b in zip(g, p, found, given):
+        (exact,) = rule(x.double(), y.double(), step=1)
+        distance = (a.double() - exact).abs() / (1 + exact.abs())
+        assert distance.max() <= 4 * torch.finfo(dtype).eps
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("dtype", "digits"), [(torch.float32, 1e-6), (torch.float64, 1e-14)]
 )

@@ -2,8 +2,10 @@
 
 import math
 import platform
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
 
 import torch
 
@@ -54,6 +56,7 @@ _EXPRESSIONS = {
 }
 
 _FLOATS = {"atan2": "arc_tangent"}
+_LONG = ("atan2",)  # what begins a loop of its own
 _MATH = ("fabs", "sqrt", "exp", "log", "tanh", "atan2", "pow", "fma")
 
 
@@ -84,6 +87,29 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
         there = value in read and not sums
         return "streaming" + f" || out{k} == in{value}" * there
 
+    def kind(value: int) -> str:
+        return "int" if program.op(value).boolean else "T"
+
+    def loop(stage: Sequence[int], ends: Sequence[str]) -> list[str]:
+        """Over a tile, from what is read and what loops before have kept."""
+        body = [
+            *(f"const T v{v} = {load.format(f'in{v}[j + i]')};" for v in read),
+            *(f"const {kind(v)} v{v} = kept{v}[i];" for v in there),
+        ]
+        for v in stage:
+            op = program.op(v)
+            expression = _EXPRESSIONS[op.name].format(*(name(a) for a in op.args))
+            body.append(f"const {kind(v)} v{v} = {expression};")
+        added = ",".join(f"s{k}" for k in sums)
+        return [
+            "        #pragma omp simd" + f" reduction(+:{added})" * bool(added),
+            "        for (int64_t i = 0; i < end; i++) {",
+            *(f"            {line}" for line in (*body, *ends)),
+            "        }",
+        ]
+
+    *before, (last, _) = stages = _stages(program, sweep)
+    there: list[int] = []
     outputs = list(enumerate(sweep.outputs))
     sums = range(len(sweep.sums))
     size = "streaming ? TILE : n" if sums else "TILE"  # a sum of few costs an addition
@@ -111,23 +137,17 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
             f"        S *const to{k} = {aside(k, v)} ? tile{k} : out{k} + j;"
             for k, v in outputs
         ),
-        "        #pragma omp simd"
-        + (f" reduction(+:{','.join(f's{k}' for k in sums)})" if sums else ""),
-        "        for (int64_t i = 0; i < end; i++) {",
-        *(f"            const T v{v} = {load.format(f'in{v}[j + i]')};" for v in read),
+        *(f"        {kind(v)} kept{v}[TILE];" for _, kept in stages for v in kept),
     ]
-    for v in sweep.streams:
-        op = program.op(v)
-        kind = "int" if op.boolean else "T"
-        expression = _EXPRESSIONS[op.name].format(*(name(a) for a in op.args))
-        lines.append(f"            const {kind} v{v} = {expression};")
+    for stage, kept in before:
+        lines += loop(stage, [f"kept{v}[i] = v{v};" for v in kept])
+        there += kept
+    ends = [
+        *(f"to{k}[i] = {store.format(name(v))};" for k, v in outputs),
+        *(f"s{k} += {name(program.op(s).args[0])};" for k, s in enumerate(sweep.sums)),
+    ]
     lines += [
-        *(f"            to{k}[i] = {store.format(name(v))};" for k, v in outputs),
-        *(
-            f"            s{k} += {name(program.op(s).args[0])};"
-            for k, s in enumerate(sweep.sums)
-        ),
-        "        }",
+        *loop(last, ends),
         "        if (!streaming) continue;",
         *(f"        stream(out{k} + j, tile{k}, end);" for k, _ in outputs),
         "    }",
@@ -136,6 +156,23 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
     ]
     parts = (_text("arithmetic.h"), _text("stream.h"), *lines, _text("driver.h"))
     return "\n".join((*head, *parts))
+
+
+def _stages(program: Program, sweep: Pass) -> list[tuple[Sequence[int], list[int]]]:
+    """What each loop over a tile computes, and what of it the later ones need.
+
+    An arc tangent begins a loop: a processor looks ahead over so many instructions, and
+    those that wait for one number's root and quotient would keep the next one's from it.
+    """
+    streams = sweep.streams
+    long = (i for i, v in enumerate(streams) if i and program.op(v).name in _LONG)
+    starts = [0, *(() if sweep.sums else long), len(streams)]  # a sum has no tiles
+    stages = []
+    for start, end in pairwise(starts):
+        later = {a for v in streams[end:] for a in program.op(v).args}
+        later.update(sweep.outputs if end < len(streams) else ())
+        stages.append((streams[start:end], [v for v in streams[start:end] if v in later]))
+    return stages
 
 
 @cache
