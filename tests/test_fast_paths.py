@@ -115,6 +115,37 @@ def test_hyperparameters_that_change(what: str, paths: list[Any]):
         assert all(same) and len(found) == len(expected)
 
 
+LEARNED: dict[str, Callable[[], dict[str, Any]]] = {
+    "a rate for all": lambda: {},
+    "one for each leaf": HYPER["a tensor for each leaf"],
+    "numbers for each leaf": lambda: HYPER["for each leaf"]() | {"eps": 1e-2},
+    "one for some leaves": lambda: {
+        "lr": {"w": number(0.2).requires_grad_(), "b": 0.1, "none": 0.1}
+    },
+    "one for each element": lambda: {
+        "lr": tree.map(lambda x: x.requires_grad_(), positive(9))
+    },
+    "of each element, and each leaf": lambda: {
+        "lr": positive(9) | {"b": positive(9)["b"].requires_grad_()},
+        "weight_decay": {key: number(0.1).requires_grad_() for key in LIKE},
+    },
+}
+
+
+@pytest.mark.parametrize("what", LEARNED)
+def test_what_is_learned_goes_by_its_fast_path(
+    what: str, paths: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    opt = fo.adamw(weight_decay=0.1)
+    expected = slopes(opt, "native", **LEARNED[what]())
+    slopes(opt, **LEARNED[what]())
+    taken = len(paths)
+    monkeypatch.setattr(dispatch, "step", None)
+    for _ in range(2):
+        assert all(map(torch.equal, slopes(opt, **LEARNED[what]()), expected))
+    assert len(paths) >= taken + 6
+
+
 OUTER: dict[str, Callable[[Any], Tensor]] = {
     "expanded": lambda r: sum(x.sum() for x in tree.leaves(r)),  # pyright: ignore
     "transposed": lambda r: (r[0]["w"].mT @ torch.rand(4, 2).fill_(0.5)).square().sum(),
@@ -383,6 +414,7 @@ PLAIN: dict[str, tuple[Callable[[], fo.Optimizer], dict[str, Any]]] = {
         fo.adamw,
         {"lr": positive(9) | {"w": positive(9)["w"][:1]}, "weight_decay": 0.1},
     ),
+    "a vector of one number, for all": (fo.adamw, {"lr": torch.full((1,), 0.1)}),
     "a rate for each leaf": (fo.lars, {"lr": {"w": 0.1, "b": 0.2, "none": 0.3}}),
 }
 

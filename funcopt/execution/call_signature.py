@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 
 from funcopt.execution import reference
-from funcopt.execution.executor import Column, Executor
+from funcopt.execution.executor import Column, Executor, Rows
 from funcopt.execution.launch_cache import LaunchCache
 from funcopt.execution.program import Program
 from funcopt.execution.rule import Kinds, Rule
@@ -87,6 +87,17 @@ class CallSignature:
                 self._derived.clear()
             self._derived[key] = make(key)
         return self._derived[key]
+
+    def arranged(self, streams: Sequence[Column], rows: Rows) -> list[Tensor]:
+        """The tensors of a call, in the order of the inputs."""
+        columns, scalars = iter(streams), iter(zip(*rows))
+        tensors: list[Tensor] = []
+        for stream in self.inputs:
+            if stream:
+                tensors += next(columns)
+            else:
+                tensors += [x for x in next(scalars) if isinstance(x, Tensor)]
+        return tensors
 
     @property
     def sums(self) -> bool:

@@ -93,7 +93,9 @@ def _paths(
     made = []
     for group in groups:
         some = leaves.pick(group.which)
-        path = _path(some, group, some.rows(group.kinds)[1] if by_rows else None)
+        path = _path(
+            some, group, some.rows(group.kinds, apart=True)[1] if by_rows else None
+        )
         if path is None:
             return None
         made.append((group.which, path))
@@ -111,7 +113,7 @@ def _path(
         if executor_choice.untouchable(leaves):
             return None
         return ReferencePath(leaves.rule, group.kinds, len(leaves.params))
-    if levels.inside() or elements and (group.choice.transformed or which is not None):
+    if levels.inside() or elements and which is not None:
         return None
     if group.choice.name not in ENGINES:
         if leaves.rule.sums or group.choice.transformed or elements:
@@ -128,11 +130,11 @@ def _path(
     copied = {i: (new.shape, new.stride()) for i, (x, new) in pairs if x is not new}
     if copied and group.choice.transformed:
         return None
-    if group.choice.transformed:
-        row, *others = leaves.rows(group.kinds)[0]
-        return None if others else AutogradPath(_signature(leaves, group), row)
-    executor = _executor(group)
     given = [values[name] for name in elements for values in leaves.hyper]
+    if group.choice.transformed:
+        rows, _ = leaves.rows(group.kinds)
+        return AutogradPath(_signature(leaves, group), rows, given)
+    executor = _executor(group)
     return ExecutorPath(
         executor,
         group.kinds,
@@ -183,13 +185,7 @@ def _run_whole(
 def _transformed(
     signature: CallSignature, streams: Sequence[Column], rows: Rows
 ) -> list[Column]:
-    columns, scalars = iter(streams), iter(zip(*rows))
-    tensors: list[Tensor] = []
-    for stream in signature.inputs:
-        if stream:
-            tensors += next(columns)
-        else:
-            tensors += [x for x in next(scalars) if isinstance(x, Tensor)]
+    tensors = signature.arranged(streams, rows)
     numbers = tuple(
         tuple(None if isinstance(x, Tensor) else x for x in row) for row in rows
     )

@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Sequence
-from operator import ne
+from operator import is_, ne
 from typing import Any, TypeAlias
 
 from funcopt.execution import fused_autograd, layout, reference
@@ -12,7 +12,7 @@ from funcopt.execution.executor import (
     PerTask,
     Rows,
 )
-from funcopt.execution.guarded_cache import GuardedCache
+from funcopt.execution.guarded_cache import GuardedCache, once
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.levels import differentiating
 from funcopt.execution.native import objects
@@ -41,8 +41,8 @@ class FastPath:
         self._names = rule.scalars(kinds)
         self._elements = rule.streams(kinds)  # hyperparameters with a value for each
         self._fixed = [name for name in rule.hyper if name not in self._elements]
-        #: of the values in ``_elements``: that they are as they were
-        self._alike: GuardedCache[bool] = GuardedCache()
+        #: of the values in ``_elements``: which of them are one, as they were
+        self._alike: GuardedCache[list[int]] = GuardedCache()
         #: hyperparameters, and their numbers as all leaves share them
         self._settled: tuple[Sequence[dict[str, Any]], list[Any]] = (), []
         self._written = count * sum(rule.outputs)
@@ -66,7 +66,8 @@ class FastPath:
             each = {id(values): values for values in hyper}
             if self._elements:
                 more = [values[name] for name in self._elements for values in hyper]
-                if not self._alike.get(more):
+                some, which = once(more)
+                if self._alike.get(some) != which:
                     return None
                 tensors = tensors + more
                 each = {tuple(id(v[name]) for name in self._fixed): v for v in hyper}
@@ -191,25 +192,49 @@ class ReferencePath(FastPath):
 
 
 class AutogradPath(FastPath):
-    """For steps that autograd records: by kernels, for the derivative too."""
+    """For steps that autograd records: by kernels, for the derivative too.
 
-    def __init__(self, signature: CallSignature, row: Sequence[Any]) -> None:
+    ``rows`` are the first call's, ``elements`` the hyperparameters of it that have a
+    value for each element.
+    """
+
+    def __init__(
+        self, signature: CallSignature, rows: Rows, elements: Sequence[Tensor]
+    ) -> None:
         super().__init__(signature.rule, signature.kinds, len(signature.which))
         self._signature = signature
-        self._hyper: GuardedCache[CallSignature] = GuardedCache()
-        self._hyper.put([x for x in row if isinstance(x, Tensor)], signature)
+        self._firsts = [signature.which.index(row) for row in range(len(rows))]
+        self._scalars: GuardedCache[list[int]] = GuardedCache()
+        given = [x for row in rows for x in row if isinstance(x, Tensor)]
+        self._scalars.put(*once(given))
+        self._alike.put(*once(elements))
 
     def step(
         self, tensors: list[Tensor], rows: Rows, donate: bool
     ) -> Sequence[Column] | None:
-        row, *others = rows
-        if others:
+        signature = self._signature
+        if donate:
             return None
-        given = [x for x in row if isinstance(x, Tensor)]
-        numbers = tuple(None if isinstance(x, Tensor) else x for x in row)
-        alike = tuple(x is None for x in numbers) == self._signature.given[0]
-        signature = self._hyper.get(given) if alike and not donate else None
-        if signature is None:
+        if len(rows) > 1:  # one for each leaf
+            every, rows = rows, [rows[i] for i in self._firsts]
+            if len(rows) < self._count and not all(
+                all(map(is_, row, rows[owner]))
+                for row, owner in zip(every, signature.which)
+            ):
+                return None
+        if len(rows) != len(self._firsts):
             return None
-        call = RuleCall(signature, (numbers,))
-        return signature.gather(fused_autograd.record(call, [*tensors, *given]))
+        given = [x for row in rows for x in row if isinstance(x, Tensor)]
+        numbers = tuple(
+            tuple(None if isinstance(x, Tensor) else x for x in row) for row in rows
+        )
+        asked = tuple(tuple(x is None for x in row) for row in numbers)
+        some, which = once(given)
+        if asked != signature.given or self._scalars.get(some) != which:
+            return None
+        call = RuleCall(signature, numbers)
+        columns = [
+            tensors[k : k + self._count] for k in range(0, len(tensors), self._count)
+        ]
+        arranged = signature.arranged(columns, rows)
+        return signature.gather(fused_autograd.record(call, arranged))

@@ -60,3 +60,10 @@ class GuardedCache(Generic[T]):
         asks = any(x.requires_grad for x in tensors)
         grad = torch.is_grad_enabled() if asks else None
         self._all = ((len(tensors), guards.check, grad, found), *self._all)[:_MOST]
+
+
+def once(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Each once, and which of these each one is: guards know no tensor given twice."""
+    places: dict[int, int] = {}
+    which = [places.setdefault(id(x), len(places)) for x in tensors]
+    return [*{id(x): x for x in tensors}.values()], which

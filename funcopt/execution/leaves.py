@@ -51,14 +51,24 @@ class Leaves:
         ]
         return [self.grads, self.params, *self.state, *hyper]
 
-    def rows(self, kinds: Kinds) -> tuple[list[tuple[Any, ...]], list[int]]:
-        """The scalars that it takes: distinct rows, and the row of each leaf."""
+    def rows(
+        self, kinds: Kinds, apart: bool = False
+    ) -> tuple[list[tuple[Any, ...]], list[int]]:
+        """The scalars that it takes: distinct rows, and the row of each leaf.
+
+        With ``apart`` two dicts of hyperparameters are two rows, whatever is in them.
+        """
         names, numbers = self.rule.scalars(kinds), self.numbers
+        same = {
+            key: key if apart else tuple(id(values[name]) for name in names)
+            for key, values in self.distinct_hyper.items()
+        }
         index: dict[Any, int] = {}
         rows: list[tuple[Any, ...]] = []
         which = []
         for values, *own in zip(self.hyper, *numbers):
-            key = (id(values), *(id(x) if isinstance(x, Tensor) else x for x in own))
+            each = (id(x) if isinstance(x, Tensor) else x for x in own)
+            key = (same[id(values)], *each)
             if key not in index:
                 index[key] = len(rows)
                 rows.append((*own, *(as_vector(values[name]) for name in names)))

@@ -78,7 +78,7 @@ class _Part:
     def __init__(self, batch: Batch, path: FastPath, known: Flags) -> None:
         self.batch, self._path = batch, path
         columns = batch.columns()
-        self._owner = owner = leaves_of(batch).rows(path.kinds)[1]
+        self._owner = owner = leaves_of(batch).rows(path.kinds, apart=True)[1]
         self._firsts = [owner.index(row) for row in range(max(owner) + 1)]
         self._rows = [
             _Row(batch, batch.groups[i], known, path.kinds) for i in self._firsts
