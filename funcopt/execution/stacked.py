@@ -6,7 +6,6 @@ and what does not is called so by ``torch.vmap``.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,52 +63,54 @@ def _stacks(leaves: Leaves, fewest: int) -> list[list[int]]:
 
     Fewer than ``fewest`` are apart, unless there is no place for more in a stack.
     """
-    on_cpu = all(p.is_cpu for p in leaves.params)
-    most = (leaves.rule.stacks or _MOST) if on_cpu else _MOST_ELSEWHERE
-    found: dict[Any, list[int]] = {}
-    hyper = {
-        key: tuple(id(x) if isinstance(x, Tensor) else x for x in values.values())
+    params, found = leaves.params, {}
+    values = {
+        key: tuple(map(_identity, values.values()))
         for key, values in leaves.distinct_hyper.items()
     }
-    for i, (p, values, *own) in enumerate(
-        zip(leaves.params, leaves.hyper, *leaves.numbers)
-    ):
-        numbers = (id(x) if isinstance(x, Tensor) else x for x in own)
-        key = p.shape, p.dtype, p.device, hyper[id(values)], *numbers
-        if not p.ndim or p.numel() > most:
-            key = i
+    alike = [values[id(hyper)] for hyper in leaves.hyper]
+    numbers = [map(_identity, column) for column in leaves.numbers]
+    for i, key in enumerate(zip((p.shape for p in params), alike, *numbers)):
         found.setdefault(key, []).append(i)
     made: list[list[int]] = []
     for which in found.values():
-        each = _places(leaves.params[which[0]].numel()) if on_cpu else len(which)
+        each = _places(params[which[0]], leaves.rule.stacks, len(which))
         for i in range(0, len(which), each):
             some = which[i : i + each]
             made += [some] if len(some) >= min(fewest, each) else [[j] for j in some]
     return made
 
 
-def _places(size: int) -> int:
-    """How many leaves of ``size`` elements a stack has place for, on a CPU."""
-    size = max(size, 1)
+def _identity(x: Any) -> Any:
+    return id(x) if isinstance(x, Tensor) else x
+
+
+def _places(p: Tensor, most: int, count: int) -> int:
+    """How many of ``count`` leaves like this one a stack has place for."""
+    size = max(p.numel(), 1)
+    if not p.ndim or size > ((most or _MOST) if p.is_cpu else _MOST_ELSEWHERE):
+        return 1
+    if not p.is_cpu:
+        return count
     return max(_STACK // size, min(torch.get_num_threads(), _LARGEST // size), 1)
 
 
 def _together(leaves: Leaves, apart: bool) -> Sequence[Column]:
     """One call of the rule for leaves that are alike."""
-    first = leaves.pick([0])
+    rule, steps, hyper = leaves.rule, leaves.steps[:1], leaves.hyper[:1]
     streams = [leaves.grads, leaves.params, *leaves.state]
 
     def one(g: Tensor, p: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         given = iter(state)
         slots = [
-            column if scalar else [next(given)]
-            for column, scalar in zip(first.slots, first.rule.scalar)
+            column[:1] if scalar else [next(given)]
+            for column, scalar in zip(leaves.slots, rule.scalar)
         ]
-        columns = reference.step(replace(first, grads=[g], params=[p], slots=slots))
+        columns = reference.step(Leaves(rule, [g], [p], slots, steps, hyper))
         return tuple(torch.as_tensor(x) for (x,) in columns)  # vmap returns no numbers
 
     stacks = [torch.stack([*column]) for column in streams]
-    if leaves.rule.stacks:
+    if rule.stacks:
         with donation.running(given=donation.is_plain() or None):  # they are copies
             made = one(*stacks)
     else:
