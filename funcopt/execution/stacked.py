@@ -109,7 +109,7 @@ def _together(leaves: Leaves, apart: bool) -> Sequence[Column]:
         columns = reference.step(Leaves(rule, [g], [p], slots, steps, hyper))
         return tuple(torch.as_tensor(x) for (x,) in columns)  # vmap returns no numbers
 
-    stacks = [torch.stack([*column]) for column in streams]
+    stacks = [*map(_stack, streams)]
     if rule.stacks:
         with donation.running(given=donation.is_plain() or None):  # they are copies
             made = one(*stacks)
@@ -117,6 +117,14 @@ def _together(leaves: Leaves, apart: bool) -> Sequence[Column]:
         with donation.running(None):  # which vmap follows
             made = torch.vmap(one)(*stacks)
     if not apart:
-        return [column.unbind() for column in made]
+        given = leaves.params, *leaves.slots
+        return [x.unbind() if x.numel() else old for x, old in zip(made, given)]
     # A leaf keeps no memory alive but its own, and may be written over in place.
     return [[x.clone() for x in column.unbind()] for column in made]
+
+
+def _stack(column: Column) -> Tensor:
+    x: Tensor = column[0]
+    if x.numel() or not donation.is_plain():
+        return torch.stack([*column])
+    return x.new_empty((len(column), *x.shape))  # of a slot that they have no use for
