@@ -40,8 +40,8 @@ class _Made:
 class Recycler:
     """Makes tensors for outputs, out of those that it made the time before last.
 
-    It holds the results of the last calls, two sets at most of each kind: never more than
-    one beside those that the caller of a loop holds.
+    It holds the results of the last calls, two sets at most of each kind: in a loop, one
+    beside the newest, which its caller holds.
     """
 
     _made: list[_Made] = field(default_factory=list)
