@@ -322,6 +322,7 @@ assert not isinstance(objects.load(), objects.InPython)
         "torch.func.grad(lambda p: objects.load() and p.sum())(p)",
         "with torch.inference_mode(): step(torch.ones(3))",
         "with torch.device('meta'): objects.load()",
+        "with torch._subclasses.FakeTensorMode(): objects.load()",
         "torch.set_default_dtype(torch.float64); objects.load()",
     )
     for how in ways:
