@@ -12,6 +12,7 @@ from torch.utils import dlpack
 
 import funcopt as fo
 from funcopt.execution import executor
+from funcopt.execution.executor import Maker
 from funcopt.execution.native import objects
 from funcopt.execution.recycle import Recycler
 
@@ -127,19 +128,19 @@ def test_steps_that_no_lane_takes_recycle_too():
 
 def test_one_that_is_held_keeps_its_set():
     recycler, like = Recycler(), [large(0, n) for n in (3, 5)]
-    held = recycler.columns(like, 2)[1][1]
+    held = recycler.columns(Maker(like), 2)[1][1]
     place = held.data_ptr()
     for _ in range(5):
-        assert all(x is not held for c in recycler.columns(like, 2) for x in c)
+        assert all(x is not held for c in recycler.columns(Maker(like), 2) for x in c)
     assert held.data_ptr() == place and held._version == 0
 
 
 def test_what_a_weak_reference_sees_ends():
     """It would see another step's values in it, if it did not."""
     recycler, like = Recycler(), [large(0, SMALL)]
-    seen = weakref.ref(recycler.columns(like, 1)[0][0])
+    seen = weakref.ref(recycler.columns(Maker(like), 1)[0][0])
     for _ in range(3):
-        recycler.columns(like, 1)
+        recycler.columns(Maker(like), 1)
     assert seen() is None
 
 
@@ -189,12 +190,12 @@ def test_what_is_no_more_as_it_was_made_is_left(
     """Be it as it was when it is looked at first, or later."""
     like, recycler = [large(0, size).view(10, -1)], Recycler()
     for _ in range(at):
-        recycler.columns(like, 1)
-    x = recycler.columns(like, 1)[0][0]
+        recycler.columns(Maker(like), 1)
+    x = recycler.columns(Maker(like), 1)[0][0]
     change(x)
     del x
-    recycler.columns(like, 1)
-    new = recycler.columns(like, 1)[0][0]
+    recycler.columns(Maker(like), 1)
+    new = recycler.columns(Maker(like), 1)[0][0]
     assert (new.shape, new.stride()) == (like[0].shape, like[0].stride())
     assert not new.requires_grad and not new.__dict__ and new.grad is None
     assert new.untyped_storage().nbytes() == like[0].nbytes
@@ -204,16 +205,16 @@ def test_what_is_no_more_as_it_was_made_is_left(
 def test_what_is_swapped_for_what_only_it_holds_is_written_over():
     """No harm is done: nobody else holds that memory."""
     like, recycler = [large(0, SMALL)], Recycler()
-    recycler.columns(like, 1)[0][0].set_(torch.zeros(SMALL).untyped_storage())
-    recycler.columns(like, 1)
-    assert recycler.columns(like, 1)[0][0].shape == (SMALL,)
+    recycler.columns(Maker(like), 1)[0][0].set_(torch.zeros(SMALL).untyped_storage())
+    recycler.columns(Maker(like), 1)
+    assert recycler.columns(Maker(like), 1)[0][0].shape == (SMALL,)
 
 
 def test_other_shapes_are_other_tensors():
     recycler = Recycler()
     for k in range(12):
         like = [torch.empty(3 + k % 4), torch.empty(2, k % 3)]
-        found = recycler.columns(like, 2)
+        found = recycler.columns(Maker(like), 2)
         assert all([x.shape for x in c] == [x.shape for x in like] for c in found)
 
 
@@ -221,24 +222,27 @@ def test_no_more_than_two_sets_of_a_kind_are_held():
     recycler, kinds = Recycler(), [[large(k) for k in range(n)] for n in (1, 4, 2)]
     for like in kinds:
         for _ in range(5):
-            recycler.columns(like, 3)
+            recycler.columns(Maker(like), 3)
     made = [len(x.tensors) for x in recycler._made]
     assert made == [12, 12, 6, 6]  # of the kind before these until their time is over
 
 
-def test_a_tensor_given_twice_is_of_no_kind():
-    recycler, x = Recycler(), large(0)
-    for _ in range(4):
-        recycler.columns([x, x], 3)
-    assert not recycler._made
+def test_tied_leaves_are_two_results():
+    recycler, x, places = Recycler(), large(0), []
+    for _ in range(6):
+        (made, again) = recycler.columns(Maker([x, x]), 1)[0]
+        assert made is not again and made.data_ptr() != again.data_ptr()
+        places.append((made.data_ptr(), again.data_ptr()))
+        del made, again
+    assert len({*places}) == len(recycler._made) == 2
 
 
 def test_what_has_not_been_asked_for_lately_is_let_go():
     recycler = Recycler()
-    seen = weakref.ref(recycler.columns([large(0)], 1)[0][0])
+    seen = weakref.ref(recycler.columns(Maker([large(0)]), 1)[0][0])
     for _ in range(9):
         assert seen() is not None
-        recycler.columns([large(0, SMALL)], 1)
+        recycler.columns(Maker([large(0, SMALL)]), 1)
     assert seen() is None
 
 
@@ -247,7 +251,7 @@ def test_kinds_in_turns_recycle_each_its_own(kinds: int):
     """The groups of a tree, or two nets with one optimizer."""
     recycler, places = Recycler(), []
     for k in range(6 * kinds):
-        made = recycler.columns([large(0, SMALL + k % kinds)], 2)
+        made = recycler.columns(Maker([large(0, SMALL + k % kinds)]), 2)
         places.append([x.data_ptr() for column in made for x in column])
     first, *rounds = [places[k : k + 2 * kinds] for k in range(0, len(places), 2 * kinds)]
     assert rounds == [first] * 2
@@ -268,7 +272,7 @@ def test_of_more_axes_than_a_tensor_holds_itself_none_is_kept():
     """Their order might have changed unseen."""
     like, recycler = [torch.zeros(1, 2, 1, 2, 3, 1)], Recycler()
     for _ in range(4):
-        ((made,),) = recycler.columns(like, 1)
+        ((made,),) = recycler.columns(Maker(like), 1)
         assert made.stride() == like[0].stride()
         made.transpose_(1, 4)
 
@@ -283,7 +287,7 @@ def test_without_the_private_helpers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(objects, "load", objects.InPython)
     recycler = Recycler()
     for _ in range(4):
-        recycler.columns([large(0)], 2)
+        recycler.columns(Maker([large(0)]), 2)
     assert not recycler._made
 
 
@@ -327,7 +331,7 @@ def test_new_ones_look_like_the_old(
     assert executor._empty_strided_cpu is not None
     if masked:
         monkeypatch.setattr(executor, "_empty_strided_cpu", None)
-    make = executor.maker([*LOOKS.values()])
+    make = Maker([*LOOKS.values()])
     with torch.inference_mode(inference):
         made, expected = make(), executor.empty_like([*LOOKS.values()])
     for x, y in zip(made, expected, strict=True):

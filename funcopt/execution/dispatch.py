@@ -19,7 +19,7 @@ from funcopt.execution import (
     stacked,
 )
 from funcopt.execution.call_signature import CallSignature
-from funcopt.execution.executor import Column, Executor, Rows
+from funcopt.execution.executor import Column, Executor, Maker, Rows
 from funcopt.execution.executor_choice import ENGINES, LeafGroup
 from funcopt.execution.executor_path import ExecutorPath
 from funcopt.execution.fast_path import AutogradPath, FastPath, ReferencePath, WholePath
@@ -161,7 +161,7 @@ def _run(leaves: Leaves, group: LeafGroup, donate: bool) -> Sequence[Column]:
         out = None
         if group.choice.name == "native":  # what writes where it is told to
             written = sum(map(executor.program.is_stream, executor.program.outputs))
-            out = leaves.rule.recycler.columns(alike[1], written)
+            out = leaves.rule.recycler.columns(Maker(alike[1]), written)
         return executor(alike, rows, which, out=out, tasks=leaves.tasks)
     if any(a is not b for a, b in zip(streams, alike)):
         return _written_over(leaves, executor(alike, rows, which))

@@ -110,17 +110,22 @@ def empty_like(column: Column) -> list[Tensor]:
     return list(map(torch.empty_like, column))
 
 
-def maker(like: Column) -> Callable[[], list[Tensor]]:
-    """A function that makes tensors as `empty_like` would, ``like`` looked at once."""
-    looks = [(*_look(x), x.dtype) for x in like]
-    if _empty_strided_cpu is not None and all(x.is_cpu for x in like):
-        make: Any = _empty_strided_cpu
-        return lambda: [*starmap(make, looks)]
-    device = like[0].device if like else None
-    return lambda: [
-        torch.empty_strided(size, stride, dtype=dtype, device=device)
-        for size, stride, dtype in looks
-    ]
+class Maker:
+    """Makes columns of tensors as `empty_like` would, of one that is looked at once."""
+
+    def __init__(self, like: Column) -> None:
+        #: what tells whether two make the same: shapes, strides, dtypes
+        self.looks = tuple((*_look(x), x.dtype) for x in like)
+        self.on_cpu = all(x.is_cpu for x in like)
+        self._device = like[0].device if like else None
+
+    def __call__(self) -> list[Tensor]:
+        if self.on_cpu and _empty_strided_cpu is not None:
+            return [*starmap(_empty_strided_cpu, self.looks)]
+        return [
+            torch.empty_strided(size, stride, dtype=dtype, device=self._device)
+            for size, stride, dtype in self.looks
+        ]
 
 
 def _look(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -9,9 +9,9 @@ from funcopt.execution.executor import (
     Column,
     Direct,
     Executor,
+    Maker,
     PerTask,
     Rows,
-    maker,
     read_number,
 )
 from funcopt.execution.fast_path import FastPath, Settled
@@ -51,7 +51,7 @@ class ExecutorPath(FastPath):
         self._copied = copied
         self._executor, self._tasks = executor, tasks
         self._shared = executor.direct(params, [0] * len(params), tasks=tasks)
-        self._make = maker(params)
+        self._make = Maker(params)
         self._which = which or range(len(params))
         self._own: Direct | None = None  # where not all leaves share their scalars
 
@@ -79,10 +79,7 @@ class ExecutorPath(FastPath):
     ) -> Sequence[Column] | None:
         if donate:
             return self._in_place(direct, tensors, rows)
-        params, written = tensors[self._count : 2 * self._count], self._written
-        out = self._rule.recycler.columns(
-            params, written // self._count, self._make, key=self
-        )
+        out = self._rule.recycler.columns(self._make, self._written // self._count)
         tensors = self._as_parameters_lie(tensors)
         return direct(tensors, objects.load().addresses(tensors), rows, out)
 

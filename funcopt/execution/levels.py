@@ -13,7 +13,7 @@ from funcopt.types import Tensor
 
 @contextmanager
 def outside() -> Iterator[None]:
-    """Below every transform and mode, as if no function were being transformed."""
+    """Below every transform, recording: as if no function were being transformed."""
     with torch.inference_mode(False), torch.enable_grad():
         if _functorch.peek_interpreter_stack() is None:
             yield

@@ -45,17 +45,13 @@ class RuleCall:
         signature = self.signature
         streams = [tensors[column] for column in signature.columns]
         rows, device = self._rows(tensors), streams[0][0].device
-        out = None
-        if recycle:
-            out = signature.rule.recycler.columns(streams[1], sum(signature.outputs))
-        found = signature.launches.run(streams, rows, out)
+        recycler = signature.rule.recycler if recycle else None
+        found = signature.launches.run(streams, rows, recycler)
         if found is None:
             alike = layout.alike(streams)
             with torch.no_grad():
                 run, tasks = signature.executor, signature.tasks
-                found = run(
-                    alike, rows, signature.which, out=out, tasks=tasks, pooled=True
-                )
+                found = run(alike, rows, signature.which, tasks=tasks, pooled=True)
             if not tasks and all(map(is_, alike, streams)):
                 signature.launches.learn(signature.executor, streams, signature.which)
         outputs: list[Tensor] = []
