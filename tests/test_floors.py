@@ -53,6 +53,7 @@ FLOORS = {
     "funcopt.execution.native.kernels": 1.3,
     "funcopt.execution.native": 1.4,
     "funcopt.execution.triton.arithmetic": 1,
+    "funcopt.execution.triton.expressions": 1.2,
     "funcopt.execution.triton.tables": 1.2,
     "funcopt.execution.triton.source": 1.3,
     "funcopt.execution.triton.kernels": 1.4,

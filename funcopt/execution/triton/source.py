@@ -6,12 +6,12 @@ scalars that it needs in float64: nothing waits for them, and in a replayed CUDA
 they follow their tensors.
 """
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
-from funcopt.execution.program import Op, Program
+from funcopt.execution.program import Program
+from funcopt.execution.triton.expressions import Expressions
 from funcopt.execution.triton.tables import ENTRY
 
 #: dtypes that are stored → their names in Triton; halves are computed in float32
@@ -21,28 +21,6 @@ DTYPES = {
     torch.bfloat16: "tl.bfloat16",
     torch.float16: "tl.float16",
 }
-
-_EXPRESSIONS = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "neg": "-{0}",
-    "div": "divide({0}, {1})", "reciprocal": "divide({one}, {0})", "sqrt": "root({0})",
-    "rsqrt": "divide({one}, root({0}))", "abs": "tl.abs({0})", "sign": "sign({0})",
-    "maximum": "larger({0}, {1})", "minimum": "smaller({0}, {1})",
-    "lerp": "interpolate({0}, {1}, {2})", "addcmul": "tl.fma({1}, {2}, {0})",
-    "where": "tl.where({0} != 0, {1}, {2})", "spread": "tl.full([BLOCK], {0}, {dtype})",
-    "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}",
-    "eq": "{0} == {1}", "ne": "{0} != {1}", "logical_not": "{0} == 0",
-    "logical_and": "({0} != 0) & ({1} != 0)", "logical_or": "({0} != 0) | ({1} != 0)",
-    "exp": "exponential({0})", "log": "logarithm({0})", "sigmoid": "sigmoid({0})",
-    "pow": "power({0}, {1})", "tanh": "hyperbolic_tangent({0})",
-    "atan2": "angle({0}, {1})", "bits": "bits({0})", "of_bits": "of_bits({0})",
-}  # fmt: skip
-_POWERS = {
-    0.5: "root({0})", 1.0: "{0}", 2.0: "{0} * {0}", -0.5: "divide({one}, root({0}))",
-    -1.0: "divide({one}, {0})",
-}  # fmt: skip
-_OF_TRUTHS = {"where", "logical_and", "logical_or", "logical_not"}
-# A bare number beside an operator takes its dtype from the other side.
-_OPERATORS = {"add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"}
 
 _SWEEP = """\
 @triton.jit(do_not_specialize=["leaves"])
@@ -116,6 +94,8 @@ class Printer:
         self.written = [o for sweep in program.passes for o in sweep.outputs]
         self.sums = [s for sweep in program.passes for s in sweep.sums]
         self.columns = len(self.streams) + len(self.written)
+        self._of_streams = Expressions(program, "v", self.computed)
+        self._of_scalars = Expressions(program, "s", "tl.float64")
 
     def warps(self, k: int) -> int:
         """How many warps work on a block of 1,024 elements in sweep ``k``.
@@ -130,6 +110,7 @@ class Printer:
     def sweep(self, k: int) -> str:
         """The kernel of sweep ``k``; with no stream to compute, an empty text."""
         program, sweep = self.program, self.program.passes[k]
+        name, expression = self._of_streams.name, self._of_streams.expression
         if not sweep.outputs and not sweep.sums:
             return ""
         read = sorted(program.streams_read(sweep))
@@ -148,7 +129,7 @@ class Printer:
 
         def stores(kind: str, mask: str) -> list[str]:
             return [
-                store.format(j, kind, self.stored, mask, self._stream(v))
+                store.format(j, kind, self.stored, mask, name(v))
                 for j, v in enumerate(sweep.outputs)
             ] or ["pass"]
 
@@ -167,14 +148,11 @@ class Printer:
             zeros=[f"t{j} = tl.zeros((), tl.float64)" for j in range(len(values))],
             loads=loads("aligned", ""),
             masked_loads=loads("pointer", ", mask=inside, other=0"),
-            streams=[
-                f"v{v} = {self._expression(program.op(v), self._stream, self.computed)}"
-                for v in sweep.streams
-            ],
+            streams=[f"v{v} = {expression(program.op(v))}" for v in sweep.streams],
             stores=stores("aligned", ""),
             masked_stores=stores("pointer", ", mask=inside"),
             sums=[
-                f"t{j} += tl.sum(tl.where(inside, {self._stream(v)}, 0).to(tl.float64))"
+                f"t{j} += tl.sum(tl.where(inside, {name(v)}, 0).to(tl.float64))"
                 for j, v in enumerate(values)
             ],
             partials=[
@@ -211,7 +189,7 @@ class Printer:
             ],
             scalars=self._scalars(results, known),
             results=[
-                f"tl.store(results + {j} * number + group, {self._scalar(v)})"
+                f"tl.store(results + {j} * number + group, {self._of_scalars.name(v)})"
                 for j, v in enumerate(results)
             ],
         )
@@ -224,7 +202,8 @@ class Printer:
 
     def _scalars(self, wanted: Iterable[int], known: dict[int, str]) -> list[str]:
         """Lines that compute the scalars, from the table and from sums."""
-        program, needed, ahead = self.program, set(), list(wanted)
+        program, of_scalars = self.program, self._of_scalars
+        needed, ahead = set[int](), list(wanted)
         while ahead:
             v = ahead.pop()
             if v not in needed and not program.is_literal(v):
@@ -243,50 +222,11 @@ class Printer:
                 place = f"totals + {len(self.sums)} * group + {self.sums.index(v)}"
                 value = known.get(v) or f"tl.load({place})"
             else:
-                value = self._expression(program.op(v), self._scalar, "tl.float64")
-            if self._is_truth(v):
+                value = of_scalars.expression(program.op(v))
+            if of_scalars.is_truth(v):
                 value = f"({value}).to(tl.float64)"
             lines.append(f"s{v} = {value}")
         return lines
-
-    def _expression(self, op: Op, name: Callable[[int], str], dtype: str) -> str:
-        form = _EXPRESSIONS[op.name]
-        if op.name == "pow" and self.program.is_literal(op.args[1]):
-            form = _POWERS.get(self.program.op(op.args[1]).literal, form)
-        names = [name(a) for a in op.args]
-        if op.name not in _OF_TRUTHS:
-            names = [
-                f"{text}.to({dtype})" if self._is_truth(a) else text
-                for text, a in zip(names, op.args)
-            ]
-        literal = [self.program.is_literal(a) for a in op.args]
-        if op.name in _OPERATORS and literal.count(True) == 1:
-            k = literal.index(True)
-            names[k] = _number(self.program.op(op.args[k]).literal)
-        return form.format(*names, dtype=dtype, one=_literal(1.0, dtype))
-
-    def _stream(self, value: int) -> str:
-        return self._name(value, "v", self.computed)
-
-    def _scalar(self, value: int) -> str:
-        return self._name(value, "s", "tl.float64")
-
-    def _name(self, value: int, letter: str, dtype: str) -> str:
-        if self.program.is_literal(value):
-            return _literal(self.program.op(value).literal, dtype)
-        return f"{letter}{value}"
-
-    def _is_truth(self, value: int) -> bool:
-        return not self.program.is_input(value) and self.program.op(value).boolean
-
-
-def _literal(value: float, dtype: str) -> str:
-    """A number in its full precision: a bare one might be taken for a float32."""
-    return f"tl.full((), {_number(value)}, {dtype})"
-
-
-def _number(value: float) -> str:
-    return repr(value) if math.isfinite(value) else f"float('{value}')"
 
 
 def _filled(template: str, **parts: str | list[str]) -> str:
