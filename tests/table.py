@@ -29,10 +29,13 @@ ROWS = [
 
 #: every row with every combination of its flags
 CASES = [Case(row, flags) for row in ROWS for flags in row.combinations]
-#: those with a derivative by the gradient
-SMOOTH = [case for case in CASES if case.row.smooth]
 #: every row with none of its flags, and with the last combination, for what is costly
 ENDS = [Case(row, row.combinations[i]) for row in ROWS for i in (0, -1)]
+#: every mix, uphill only with the last: what a rule makes of the gradient's sign does not
+#: depend on the mix, as the trajectories and properties of all CASES show
+MIXES = [case for case in CASES if case in ENDS or not case.flags["maximize"]]
+#: those with a derivative by the gradient
+SMOOTH = [case for case in MIXES if case.row.smooth]
 #: what the quick run takes: the last of each, and the plainest two
 QUICK = [
     *(Case(row, row.combinations[-1]) for row in ROWS),
@@ -47,6 +50,7 @@ PLAINEST = [
 ]
 #: those of kernels, of which every element goes its own way
 ELEMENTWISE = [case for case in CASES if case.row.elementwise]
+ELEMENTWISE_MIXES = [case for case in MIXES if case.row.elementwise]
 ELEMENTWISE_ENDS = [case for case in ENDS if case.row.elementwise]
 #: those of rules that see their leaf in norms alone
 NORMS = [case for case in CASES if case.row in layerwise.ROWS]

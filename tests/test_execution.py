@@ -14,7 +14,7 @@ import pytest
 import torch
 from exact_roots import ExactRoots
 from row import Case
-from table import ELEMENTWISE, ELEMENTWISE_ENDS, slots_of
+from table import ELEMENTWISE, ELEMENTWISE_ENDS, ELEMENTWISE_MIXES, slots_of
 from test_purity import Snapshot, assert_no_sharing
 from torch import Tensor
 from torch.func import grad, vmap
@@ -129,8 +129,13 @@ def is_wide(dtype: torch.dtype) -> bool:
 ONCE = ELEMENTWISE_ENDS[1::2]
 
 
+#: A kernel of another dtype is the same lines with another type: so all in one, every mix
+#: in the other wide one, and halves at the ends.
+OF_DTYPE = {torch.float32: ELEMENTWISE, torch.float64: ELEMENTWISE_MIXES}
+
+
 def costly(dtypes: Sequence[torch.dtype]) -> list[Any]:
-    """Every case: the ends in two dtypes now, the rest with the slow."""
+    """The ends in two dtypes now, the rest with the slow."""
     ends = {str(case) for case in ELEMENTWISE_ENDS}
     return [
         pytest.param(
@@ -140,7 +145,7 @@ def costly(dtypes: Sequence[torch.dtype]) -> list[Any]:
             marks=[] if dtype in QUICK and str(case) in ends else pytest.mark.slow,
         )
         for dtype in dtypes
-        for case in ELEMENTWISE
+        for case in OF_DTYPE.get(dtype, ELEMENTWISE_ENDS)
     ]
 
 

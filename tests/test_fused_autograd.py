@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from row import Case
-from table import ELEMENTWISE, ELEMENTWISE_ENDS, slots_of
+from table import ELEMENTWISE_ENDS, ELEMENTWISE_MIXES, slots_of
 from test_derivatives import warm_state
 from torch import Tensor
 from torch.autograd import forward_ad, functional
@@ -140,7 +140,7 @@ def costly(dtypes: Any) -> list[Any]:
             else pytest.mark.slow,
         )
         for dtype in dtypes
-        for case in ELEMENTWISE
+        for case in ELEMENTWISE_MIXES
     ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from row import Case
-from table import CASES, ENDS
+from table import ENDS, MIXES
 from torch import Tensor
 from trees import random_like
 
@@ -55,7 +55,7 @@ def assert_no_sharing(*trees: Any) -> None:
 @pytest.mark.costly
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "requires_grad"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MIXES, ids=str)
 def test_init_and_update(case: Case, dtype: torch.dtype, requires_grad: bool):
     opt, params, hyper = case.optimizer(), case.mixed(dtype), case.tensors()
     for leaf in tensors(params):
@@ -108,7 +108,7 @@ def test_the_defaults_of_torch_have_no_part(
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MIXES, ids=str)
 def test_where_a_hyperparameter_is_zero(case: Case):
     """lr = 0 gives the same numbers, but not the same memory."""
     opt, params = case.optimizer(), case.mixed()
@@ -118,7 +118,7 @@ def test_where_a_hyperparameter_is_zero(case: Case):
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MIXES, ids=str)
 def test_leaves_without_a_gradient_are_returned_themselves(case: Case):
     opt, params = case.optimizer(), case.mixed()
     state = opt.init(params)

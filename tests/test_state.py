@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from row import Case
-from table import CASES, COPIES, ENDS, SCALAR, TWINS, slots_of
+from table import COPIES, ENDS, MIXES, SCALAR, TWINS, slots_of
 from trees import assert_same, random_like
 
 import funcopt as fo
@@ -43,7 +43,7 @@ MADE = {"alone": Case.optimizer, "partition": partitioned, "freeze": frozen}
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MIXES, ids=str)
 def test_save_load_continue(case: Case, make: Any, dtype: torch.dtype):
     opt, start = make(case), case.mixed(dtype)
     half = steps(opt, (start, opt.init(start)), range(3))
@@ -70,7 +70,7 @@ def test_names_are_those_of_torch(case: Case):
 
 
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MIXES, ids=str)
 def test_structure_stays(case: Case, make: Any):
     opt, params = make(case), case.mixed(torch.float32)
     state = opt.init(params)

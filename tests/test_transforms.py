@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from row import Case
-from table import CASES, ENDS, PLAINEST, QUICK, SMOOTH
+from table import ENDS, MIXES, PLAINEST, QUICK, SMOOTH
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -55,7 +55,7 @@ def precision(case: Case, dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MIXES, ids=str)
 def test_vmap_is_a_loop(case: Case, dtype: torch.dtype):
     """Everything batched, the state's step too: tasks unequally old."""
     opt = case.optimizer()
@@ -68,7 +68,7 @@ def test_vmap_is_a_loop(case: Case, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MIXES, ids=str)
 def test_vmap_with_hyperparameters_of_each_task(case: Case, dtype: torch.dtype):
     opt, values = case.optimizer(), spread(case.tensors())
     rows = tasks(case, dtype)
@@ -85,7 +85,7 @@ def test_vmap_with_hyperparameters_of_each_task(case: Case, dtype: torch.dtype):
     assert_close(found, shared, precision(case, dtype))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MIXES, ids=str)
 def test_vmap_over_one_argument(case: Case):
     """Only the gradients, or only a hyperparameter, differ between tasks."""
     opt = case.optimizer()
@@ -103,7 +103,7 @@ def test_vmap_over_one_argument(case: Case):
         assert_close(result(stack(several)), expected, 1e-14)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MIXES, ids=str)
 def test_nested_vmap(case: Case):
     """Tasks × learning rates."""
     opt = case.optimizer()
@@ -164,7 +164,7 @@ def everything(count: int) -> tuple[int, ...]:
     return tuple(range(count))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MIXES, ids=str)
 def test_forward_and_reverse_mode_agree(case: Case):
     opt = case.optimizer()
     grads, state, params = tasks(case, torch.float64)[1]
