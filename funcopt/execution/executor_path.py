@@ -15,7 +15,7 @@ from funcopt.execution.executor import (
     read_number,
 )
 from funcopt.execution.fast_path import FastPath, Settled
-from funcopt.execution.guarded_cache import once
+from funcopt.execution.guarded_cache import distinct
 from funcopt.execution.levels import differentiating
 from funcopt.execution.native import objects
 from funcopt.execution.rule import Kinds, Rule
@@ -47,7 +47,7 @@ class ExecutorPath(FastPath):
         copied: Mapping[int, tuple[Sequence[int], tuple[int, ...]]],
     ) -> None:
         super().__init__(rule, kinds, len(params))
-        self._alike.put(*once(elements))
+        self._alike.put(*distinct(elements))
         self._copied = copied
         self._executor, self._tasks = executor, tasks
         self._shared = executor.direct(params, [0] * len(params), tasks=tasks)

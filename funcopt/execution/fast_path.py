@@ -12,7 +12,7 @@ from funcopt.execution.executor import (
     PerTask,
     Rows,
 )
-from funcopt.execution.guarded_cache import GuardedCache, once
+from funcopt.execution.guarded_cache import GuardedCache, distinct
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.levels import differentiating
 from funcopt.execution.native import objects
@@ -66,7 +66,7 @@ class FastPath:
             each = {id(values): values for values in hyper}
             if self._elements:
                 more = [values[name] for name in self._elements for values in hyper]
-                some, which = once(more)
+                some, which = distinct(more)
                 if self._alike.get(some) != which:
                     return None
                 tensors = tensors + more
@@ -206,8 +206,8 @@ class AutogradPath(FastPath):
         self._firsts = [signature.which.index(row) for row in range(len(rows))]
         self._scalars: GuardedCache[list[int]] = GuardedCache()
         given = [x for row in rows for x in row if isinstance(x, Tensor)]
-        self._scalars.put(*once(given))
-        self._alike.put(*once(elements))
+        self._scalars.put(*distinct(given))
+        self._alike.put(*distinct(elements))
 
     def step(
         self, tensors: list[Tensor], rows: Rows, donate: bool
@@ -229,7 +229,7 @@ class AutogradPath(FastPath):
             tuple(None if isinstance(x, Tensor) else x for x in row) for row in rows
         )
         asked = tuple(tuple(x is None for x in row) for row in numbers)
-        some, which = once(given)
+        some, which = distinct(given)
         if asked != signature.given or self._scalars.get(some) != which:
             return None
         call = RuleCall(signature, numbers)

@@ -62,8 +62,8 @@ class GuardedCache(Generic[T]):
         self._all = ((len(tensors), guards.check, grad, found), *self._all)[:_MOST]
 
 
-def once(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """Each once, and which of these each one is: guards know no tensor given twice."""
+def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Each tensor once, and which of these each one is: guards know none given twice."""
     places: dict[int, int] = {}
     which = [places.setdefault(id(x), len(places)) for x in tensors]
     return [*{id(x): x for x in tensors}.values()], which

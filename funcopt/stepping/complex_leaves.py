@@ -34,11 +34,11 @@ def joined(x: Tensor) -> Tensor:
     return torch.view_as_complex(x)
 
 
-def rejoined(column: Sequence[Any], halved: Sequence[bool]) -> Sequence[Any]:
+def rejoined(column: Sequence[Any], were_complex: Sequence[bool]) -> Sequence[Any]:
     """The column, with those leaves complex again that were `among` the parameters."""
-    if not halved:
+    if not were_complex:
         return column
-    return [joined(x) if was else x for x, was in zip(column, halved)]
+    return [joined(x) if was else x for x, was in zip(column, were_complex)]
 
 
 def slot(first: Callable[[Tensor], Tensor], p: Tensor) -> Tensor:

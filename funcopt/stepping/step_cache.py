@@ -23,11 +23,11 @@ _MOST = 64  # structures of params that one optimizer remembers
 class _Paths:
     """How steps of tensors that are alike go: by a path for each total, and its own.
 
-    ``halved`` says which leaves are complex, and step as their parts, if any are.
+    ``were_complex`` says which leaves are complex, and step as their parts, if any are.
     """
 
-    def __init__(self, paths: list[FastPath], halved: Sequence[bool]) -> None:
-        self.paths, self.halved = paths, halved
+    def __init__(self, paths: list[FastPath], were_complex: Sequence[bool]) -> None:
+        self.paths, self.were_complex = paths, were_complex
         #: pure steps and those in place, where nothing changes but their count
         self.settled: list[Settled | None] = [None, None]
 
@@ -105,7 +105,7 @@ class StepCache:
         there: list[bool],
         tensors: Sequence[Tensor],
         paths: list[FastPath],
-        halved: Sequence[bool],
+        were_complex: Sequence[bool],
     ) -> None:
         """Remember how these went: gradients, parameters, slots, vectors."""
         for entry in self._all:
@@ -114,7 +114,7 @@ class StepCache:
         else:
             entry = _Entry(structure, live, there, self._scalar)
             self._all = (entry, *self._all)[:_MOST]
-        entry.paths.put(tensors, _Paths(paths, halved))
+        entry.paths.put(tensors, _Paths(paths, were_complex))
 
     def step(
         self,
@@ -172,7 +172,7 @@ class StepCache:
             of = (False, *self._scalar.values())
             old = [next(scalars if each else slots) for each in of]
             numbers = [[*picked(column, live)] for column in numbers]
-        if ways.halved:
+        if ways.were_complex:
             tensors = [*map(complex_leaves.parts, tensors)]
         *of_totals, path = ways.paths
         for measure, own in zip(self._measures, of_totals):
@@ -183,12 +183,12 @@ class StepCache:
         columns = path.run(tensors, numbers, hyper, donate)
         if columns is None:
             return None
-        if ways.halved and not donate:
+        if ways.were_complex and not donate:
             columns = [
-                column if number else complex_leaves.rejoined(column, ways.halved)
+                column if number else complex_leaves.rejoined(column, ways.were_complex)
                 for column, number in zip(columns, (False, *self._scalar.values()))
             ]
-        if always and live is None and not ways.halved:
+        if always and live is None and not ways.were_complex:
             ways.settled[donate] = path.settled(hyper, donate)
         new = steps.add_(entry.one) if donate else steps + entry.one
         return entry.structure, merged(old, columns, live), new

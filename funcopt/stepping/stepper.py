@@ -174,8 +174,8 @@ class Stepper:
         live_g, live_p, *slots = [
             picked(column, live) for column in (g, p, *old.values())
         ]
-        halved = complex_leaves.among(live_p)
-        if halved:
+        were_complex = complex_leaves.among(live_p)
+        if were_complex:
             if not self.spec.elementwise:
                 check_real(p, structure, self.spec.name)
             if donate:
@@ -195,7 +195,7 @@ class Stepper:
         columns, path = dispatch.step(leaves, execution, donate, held)
         paths.append(path)
         columns = [
-            complex_leaves.rejoined(column, halved) if stream else column
+            complex_leaves.rejoined(column, were_complex) if stream else column
             for column, stream in zip(columns, self.rule.outputs)
         ]
         if live != [] and None not in paths:
@@ -203,7 +203,7 @@ class Stepper:
             tensors = [x for x in given if x is not None]
             there = [x is not None for x in p]
             known = [x for x in paths if x]
-            self.cache.keep(structure, live, there, tensors, known, halved)
+            self.cache.keep(structure, live, there, tensors, known, were_complex)
         return merged((p, *old.values()), columns, live), steps
 
     def _lazily(
@@ -251,8 +251,8 @@ class Stepper:
             None if x is None else evaluated(*map(parts, (x, *slots)), step=t, **hyper)
             for x, t, hyper, *slots in zip(p, steps, values, *columns)
         ]
-        halved = complex_leaves.among(p)
-        return tree.unflatten(structure, complex_leaves.rejoined(new, halved))
+        were_complex = complex_leaves.among(p)
+        return tree.unflatten(structure, complex_leaves.rejoined(new, were_complex))
 
     def _result(
         self,

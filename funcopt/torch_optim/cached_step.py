@@ -40,7 +40,7 @@ class _Row:
         values = self._read(self.group)
         if self._seen and (all(map(is_, values, self._seen)) or self._moved(values)):
             if self._tensors:
-                self._know({k: flags.number(x) for k, x in self._tensors.items()})
+                self._update({k: flags.number(x) for k, x in self._tensors.items()})
             return self._numbers
         if self._known.key(self.group) != self._key:
             return None
@@ -48,13 +48,13 @@ class _Row:
         if self._rule.kinds(row) != self._kinds:
             return None
         self.row = {}
-        self._know(row)
+        self._update(row)
         self._seen = values if flags.fixed(self.group, self._names) else ()
         each = zip(self._names, values)
         self._tensors = {k: x for k, x in each if k in row and isinstance(x, Tensor)}
         return self._numbers
 
-    def _know(self, some: dict[str, Any]) -> None:
+    def _update(self, some: dict[str, Any]) -> None:
         self.row = self.row | some
         self._numbers = [*map(self.row.__getitem__, self._scalars)]
 
@@ -68,7 +68,7 @@ class _Row:
                     return False
                 moved[name] = new
         self._seen = values
-        self._know(moved)
+        self._update(moved)
         return True
 
 
@@ -144,7 +144,7 @@ class CachedStep:
     def __init__(
         self, groups: Sequence[Group], state: dict[Tensor, Any], parts: Sequence[_Part]
     ) -> None:
-        self._ways = parts
+        self._parts = parts
         self._groups = [*groups]  # of which the rows are read
         self._live = [part.batch.params for part in parts]
         live = {id(p) for params in self._live for p in params}
@@ -177,10 +177,10 @@ class CachedStep:
             or not self._alike.get([*chain(*grads), *self._fixed])
         ):
             return False
-        rows = [part.rows() for part in self._ways]
+        rows = [part.rows() for part in self._parts]
         if None in rows:
             return False
-        for part, gradients, scalars in zip(self._ways, grads, rows):
+        for part, gradients, scalars in zip(self._parts, grads, rows):
             assert scalars is not None
             part.run(gradients, scalars)
         return True
