@@ -53,6 +53,7 @@ def why_not() -> str:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     objects.load()  # what all kernels share is in another folder
+    native._driver()
     folder = tmp_path / "kernels"
     monkeypatch.setenv("FUNCOPT_CACHE", str(folder))
     return folder
@@ -121,8 +122,11 @@ def child(cache: Path, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def test_another_process_needs_no_compiler(cache: Path, tmp_path: Path):
+def test_another_process_needs_no_compiler(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """What is in the cache is used though nothing could be built any more."""
+    monkeypatch.setattr(native, "_driver", native._driver.__wrapped__)
     run()
     (tmp_path / "nothing").mkdir()
     process = child(cache, PATH=str(tmp_path / "nothing"), CC="")
@@ -132,12 +136,12 @@ def test_another_process_needs_no_compiler(cache: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_eight_at_once(cache: Path):
-    """One good entry of the kernel's, one of `objects`, and nothing beside them."""
+    """A good entry of the kernel, the driver and `objects` each, and nothing else."""
     processes = [child(cache) for _ in range(8)]
     for process in processes:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-    assert [*map(is_whole, cache.iterdir())] == [True, True]
+    assert [*map(is_whole, cache.iterdir())] == [True] * 3
 
 
 def cut(entry: Path) -> None:
@@ -279,6 +283,11 @@ def computing_nonsense(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setitem(c_source._EXPRESSIONS, "sub", "{0} + {1}")
 
 
+def without_driver(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(c_source, "print_driver", lambda: "#error no driver")
+    patch.setattr(native, "_driver", native._driver.__wrapped__)
+
+
 HINDRANCES: dict[str, tuple[Callable[..., None], str]] = {
     "no compiler": (without_compiler, r"no C compiler was found"),
     "fails": (failing, "the compiler .*bad failed: no space left"),
@@ -287,6 +296,7 @@ HINDRANCES: dict[str, tuple[Callable[..., None], str]] = {
     "writes nonsense": (writing_nonsense, "."),
     "no program": (no_program, "the compiler .*cc did not run"),
     "turned off": (turned_off, "turned off: FUNCOPT_NATIVE=0"),
+    "no driver": (without_driver, "the compiler .* failed"),
     "computes nonsense": (computing_nonsense, "differs from the rule"),
 }
 
@@ -339,6 +349,7 @@ def test_without_torchs_openmp(cache: Path, monkeypatch: pytest.MonkeyPatch):
     try:
         expected, _ = made.update(p, made.init(p), p, execution="native")
         monkeypatch.setattr(native, "_openmp", lambda: None)
+        monkeypatch.setattr(native, "_driver", native._driver.__wrapped__)
         again = fo.adamw(lr=0.1)
         found, _ = again.update(p, again.init(p), p, execution="native")
     finally:

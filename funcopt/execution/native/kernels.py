@@ -4,6 +4,7 @@ import ctypes
 import os
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, reduce
 from itertools import repeat, starmap
 from operator import add, itemgetter
@@ -52,17 +53,19 @@ class Native(Sweeping):
             raise BuildError(f"there are no native kernels for {stored}")
         self._read = [program.streams_read(sweep) for sweep in program.passes]
         self._parameters = [program.scalars_read(sweep) for sweep in program.passes]
-        built = [library(source.print_c(program, s, stored)) for s in program.passes]
-        self._kernels = [_kernel(each.loaded) for each in built]
-        self._objects = objects.load()
-        if any(each.made for each in built):
-            try:
+        with ThreadPoolExecutor(1) as aside:  # compilers run side by side
+            driver = aside.submit(_driver)
+            built = [library(source.print_c(program, s, stored)) for s in program.passes]
+            self._objects = objects.load()
+        try:
+            self._kernels = [_kernel(each.loaded, driver.result()) for each in built]
+            if any(each.made for each in built):
                 self_check.compare(self)
-                for each in built:
-                    each.keep()
-            finally:
-                for each in built:
-                    each.discard()
+            for each in built:
+                each.keep()
+        finally:
+            for each in built:
+                each.discard()
 
     def direct(
         self,
@@ -258,13 +261,28 @@ def _columns(sums: array, count: int, tasks: int) -> list[list[Any]]:
     return [list(table[..., k].unbind()) for k in range(count)]
 
 
-def _kernel(loaded: ctypes.CDLL) -> int:
-    """The address of a library's ``run``, which has torch's threads from now on."""
-    openmp = _openmp()
-    if openmp:
-        loaded.bind.argtypes = [ctypes.c_void_p] * 3
-        loaded.bind(*openmp)
+def _kernel(loaded: ctypes.CDLL, driver: ctypes.CDLL) -> int:
+    """The address of a library's ``run``, which goes by the driver from now on."""
+    loaded.bind.argtypes = [ctypes.c_void_p] * 2
+    loaded.bind(*(ctypes.cast(x, ctypes.c_void_p) for x in (driver.drive, driver.stream)))
     return ctypes.cast(loaded.run, ctypes.c_void_p).value or 0
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    """What goes over the leaves for every kernel, on torch's threads.
+
+    Raises:
+        BuildError: it cannot be built.
+    """
+    built = library(source.print_driver())
+    try:
+        built.keep()
+    finally:
+        built.discard()
+    built.loaded.bind.argtypes = [ctypes.c_void_p] * 3
+    built.loaded.bind(*_openmp() or [None] * 3)
+    return built.loaded
 
 
 @cache

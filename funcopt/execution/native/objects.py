@@ -109,7 +109,7 @@ class Objects(Protocol):
 
     @property
     def run(self) -> Callable[..., int]:
-        """A kernel by its address, and what ``run`` of driver.h takes: buffers."""
+        """A kernel by its address, and what ``run`` of kernel.h takes: buffers."""
         ...
 
 

@@ -57,6 +57,7 @@ _EXPRESSIONS = {
 
 _FLOATS = {"atan2": "arc_tangent"}
 _LONG = ("atan2",)  # what begins a loop of its own
+_INCLUDES = [f"#include <{name}.h>" for name in ("stdint", "stdlib", "string")]
 _MATH = ("fabs", "sqrt", "exp", "log", "tanh", "atan2", "pow", "fma")
 
 
@@ -64,19 +65,18 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
     """The source of one sweep: ``run`` over a table of pointers, inputs then outputs."""
     wide = program.dtype is torch.float64
     storage, load, store = _STORAGE[stored]
+    rows, read = program.scalars_read(sweep), program.streams_read(sweep)
     head = [
         "#include <math.h>",
-        "#include <stdint.h>",
-        "#include <stdlib.h>",
-        "#include <string.h>",
+        *_INCLUDES,
         f"typedef {'double' if wide else 'float'} T;",
         f"typedef int{64 if wide else 32}_t I;",
         f"typedef {storage} S;",
         f"#define SUMS {len(sweep.sums)}",
+        f"#define SCALARS {len(rows)}",
         *(f"#define {name.upper()} {_function(name, wide)}" for name in _MATH),
         *(["#define CONTRACTED"] if _contracts() else []),
     ]
-    rows, read = program.scalars_read(sweep), program.streams_read(sweep)
     names = {v: f"v{v}" for v in (*rows, *read, *sweep.streams)}
 
     def name(value: int) -> str:
@@ -114,7 +114,6 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
     sums = range(len(sweep.sums))
     size = "streaming ? TILE : n" if sums else "TILE"  # a sum of few costs an addition
     lines = [
-        f"#define SCALARS {len(rows)}",
         "static void sweep(int64_t n, int64_t from, char *const *at, int64_t leaves,",
         "        const double *scalars, double *sums, int streaming) {",
         *(f"    const T v{v} = (T)scalars[{k}];" for k, v in enumerate(rows)),
@@ -149,13 +148,18 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
     lines += [
         *loop(last, ends),
         "        if (!streaming) continue;",
-        *(f"        stream(out{k} + j, tile{k}, end);" for k, _ in outputs),
+        *(f"        stream(out{k} + j, tile{k}, end * sizeof(S));" for k, _ in outputs),
         "    }",
         *(f"    sums[{k}] = s{k};" for k in sums),
         "}",
     ]
-    parts = (_text("arithmetic.h"), _text("stream.h"), *lines, _text("driver.h"))
-    return "\n".join((*head, *parts))
+    texts = map(_text, ("job.h", "arithmetic.h", "kernel.h"))
+    return "\n".join((*head, *texts, *lines, ""))
+
+
+def print_driver() -> str:
+    """The source of ``drive``: what is done for all kernels alike, and built once."""
+    return "\n".join((*_INCLUDES, _text("job.h"), _text("driver.c")))
 
 
 def _stages(program: Program, sweep: Pass) -> list[tuple[Sequence[int], list[int]]]:
