@@ -39,10 +39,10 @@ static void fence(void) {
 static int (*thread_number)(void), (*thread_count)(void);
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 
-void bind(void *number, void *count, void *run) {
+void bind(void *number, void *count, void *start) {
     thread_number = (int (*)(void))number;
     thread_count = (int (*)(void))count;
-    parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))run;
+    parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))start;
 }
 
 static int64_t blocks_of(const Job *job) {
@@ -71,9 +71,9 @@ static void work(void *data) {
             for (int64_t more = job->sum_count ? 1 : each; b < stop; b += more) {
                 int64_t past = b + more < stop ? b + more : stop;
                 int64_t n = (past * BLOCK < size ? past * BLOCK : size) - b * BLOCK;
-                job->sweep(n, task * size + b * BLOCK, job->pointers + i, job->leaves,
-                           job->scalars + row * job->scalar_count,
-                           job->partial + (block + b) * job->sum_count, job->streaming);
+                job->kernel(n, task * size + b * BLOCK, job->pointers + i, job->leaves,
+                            job->scalars + row * job->scalar_count,
+                            job->partial + (block + b) * job->sum_count, job->streaming);
             }
             block += each;
         }

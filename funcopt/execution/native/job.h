@@ -4,7 +4,7 @@ typedef void Sweep(int64_t n, int64_t from, char *const *at, int64_t leaves,
                    const double *scalars, double *sums, int streaming);
 
 typedef struct {
-    Sweep *sweep;
+    Sweep *kernel;
     int64_t scalar_count, sum_count;  // of a row, of a block
     int64_t leaves, tasks;
     const int64_t *sizes, *rows;
