@@ -1,8 +1,8 @@
 """What the tests need to know of an optimizer, and mixes of its flags."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -140,6 +140,20 @@ def half(**choices: tuple[Any, Any]) -> list[Flags]:
         {"maximize": sum(v == choices[k][1] for k, v in flags.items()) % 2 == 1, **flags}
         for flags in mixes(**choices)
     ]
+
+
+def showing(cases: Iterable[Case], together: int) -> list[Case]:
+    """Those that show what none before does: so many flags' values, the sign's apart."""
+    seen: set[Any] = set()
+    kept = []
+    for case in cases:
+        flags = [(k, str(v)) for k, v in case.flags.items() if k != "maximize"]
+        sizes = range(together + 1)
+        shown = {(case.row.name, *c) for size in sizes for c in combinations(flags, size)}
+        if not shown <= seen:
+            kept.append(case)
+        seen |= shown
+    return kept
 
 
 OFF_ON = (False, True)

@@ -1,7 +1,7 @@
 """The optimizers under test, a row each: every property is asked of every row."""
 
 import torch
-from row import Case
+from row import Case, showing
 from rows import (
     adaptive,
     averaging,
@@ -31,9 +31,12 @@ ROWS = [
 CASES = [Case(row, flags) for row in ROWS for flags in row.combinations]
 #: every row with none of its flags, and with the last combination, for what is costly
 ENDS = [Case(row, row.combinations[i]) for row in ROWS for i in (0, -1)]
-#: every mix, uphill only with the last: what a rule makes of the gradient's sign does not
-#: depend on the mix, as the trajectories and properties of all CASES show
-MIXES = [case for case in CASES if case in ENDS or not case.flags["maximize"]]
+#: with the ends, what shows each value of each flag
+EACH = showing([*ENDS, *CASES], 1)
+#: every mix downhill, and uphill the last, and what it takes for any two values to meet:
+#: what a rule makes of the gradient's sign is shown by the trajectories of all CASES
+_MEETING = showing(sorted(CASES, key=lambda case: case.flags["maximize"]), 2)
+MIXES = [c for c in CASES if not c.flags["maximize"] or c in ENDS or c in _MEETING]
 #: those with a derivative by the gradient
 SMOOTH = [case for case in MIXES if case.row.smooth]
 #: what the quick run takes: the last of each, and the plainest two
@@ -51,6 +54,7 @@ PLAINEST = [
 #: those of kernels, of which every element goes its own way
 ELEMENTWISE = [case for case in CASES if case.row.elementwise]
 ELEMENTWISE_MIXES = [case for case in MIXES if case.row.elementwise]
+ELEMENTWISE_EACH = [case for case in EACH if case.row.elementwise]
 ELEMENTWISE_ENDS = [case for case in ENDS if case.row.elementwise]
 #: those of rules that see their leaf in norms alone
 NORMS = [case for case in CASES if case.row in layerwise.ROWS]

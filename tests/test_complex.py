@@ -89,7 +89,7 @@ def test_trajectory(case: Case, dtype: torch.dtype):
     run = Both(case.optimizer(), case.twin(copies), params)
     for step in range(STEPS):
         run.step(joined(gradients(split(run.params), step)))
-        run.assert_level(TOLERANCE[real])
+    run.assert_level(TOLERANCE[real])
     run.assert_moved()
     assert {x.dtype for x in tree.leaves(run.params)} == {dtype}
 

@@ -14,7 +14,13 @@ import pytest
 import torch
 from exact_roots import ExactRoots
 from row import Case
-from table import ELEMENTWISE, ELEMENTWISE_ENDS, ELEMENTWISE_MIXES, slots_of
+from table import (
+    ELEMENTWISE,
+    ELEMENTWISE_EACH,
+    ELEMENTWISE_ENDS,
+    ELEMENTWISE_MIXES,
+    slots_of,
+)
 from test_purity import Snapshot, assert_no_sharing
 from torch import Tensor
 from torch.func import grad, vmap
@@ -130,7 +136,7 @@ ONCE = ELEMENTWISE_ENDS[1::2]
 
 
 #: A kernel of another dtype is the same lines with another type: so all in one, every mix
-#: in the other wide one, and halves at the ends.
+#: in the other wide one, and each value of each flag in halves.
 OF_DTYPE = {torch.float32: ELEMENTWISE, torch.float64: ELEMENTWISE_MIXES}
 
 
@@ -145,7 +151,7 @@ def costly(dtypes: Sequence[torch.dtype]) -> list[Any]:
             marks=[] if dtype in QUICK and str(case) in ends else pytest.mark.slow,
         )
         for dtype in dtypes
-        for case in OF_DTYPE.get(dtype, ELEMENTWISE_ENDS)
+        for case in OF_DTYPE.get(dtype, ELEMENTWISE_EACH)
     ]
 
 

@@ -297,7 +297,7 @@ def _two_steps(params: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_it_may_be_loaded_first_anywhere(tmp_path: Path):
+def test_it_may_be_loaded_first_anywhere():
     """Within transforms and modes, where torch.ones makes other tensors."""
     program = """
 import os, sys, torch, torch._dynamo, funcopt as fo
