@@ -3,6 +3,8 @@
 // Blocks are of one size whatever the number of threads, and the sums of blocks are added
 // in their order: a result does not depend on who computed it.
 
+#include <stdlib.h>
+
 #define BLOCK 4096
 
 // Past the cache: else each line is read before it is written, a third of the traffic.

@@ -57,7 +57,7 @@ _EXPRESSIONS = {
 
 _FLOATS = {"atan2": "arc_tangent"}
 _LONG = ("atan2",)  # what begins a loop of its own
-_INCLUDES = [f"#include <{name}.h>" for name in ("stdint", "stdlib", "string")]
+_INCLUDES = ["#include <stdint.h>", "#include <string.h>"]
 _MATH = ("fabs", "sqrt", "exp", "log", "tanh", "atan2", "pow", "fma")
 
 
