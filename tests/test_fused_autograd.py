@@ -1,6 +1,7 @@
 """Derivatives by kernels: those of the reference, under autograd and every transform."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from trees import assert_close, assert_same, mixed, random_like, relative
 
 from funcopt import tree
+from funcopt.execution.launch_cache import LaunchCache
 from funcopt.execution.rule_call import RuleCall
 from funcopt.types import Tree
 
@@ -404,13 +406,54 @@ def test_under_every_transform(name: str, case: Case, transform: str):
         assert relative(a, b) <= 1e-12
 
 
-FUSED = ["autograd", "autograd twice", "grad", "vjp", "vmap of grad", "grad of vmap"]
+BACKWARD = ["autograd", "autograd twice", "grad", "vjp", "vmap of grad", "grad of vmap"]
+FORWARD = ["jvp", "forward mode", "jacfwd", "vmap of jvp", "jvp of vmap"]
 
 
-@pytest.mark.parametrize("transform", FUSED)
+@pytest.mark.parametrize("transform", BACKWARD + FORWARD)
 def test_kernels_compute_what_they_can(transform: str, plain: list[str]):
     TRANSFORMS[transform](function_of(FEW[0], "native"))
     assert not plain
+
+
+@pytest.mark.parametrize("transform", ["jvp", "forward mode"])
+def test_forward_mode_looks_once(transform: str, monkeypatch: pytest.MonkeyPatch):
+    """At tensors like those of an earlier step."""
+    learned: list[Any] = []
+    learn = LaunchCache.learn
+    monkeypatch.setattr(
+        LaunchCache, "learn", lambda *given: (learned.append(given), learn(*given))
+    )
+    f = function_of(FEW[0], "native")
+    TRANSFORMS[transform](f)
+    assert learned
+    count = len(learned)
+    TRANSFORMS[transform](f)
+    assert len(learned) == count
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("moving", ["all", "params"])
+@pytest.mark.parametrize("case", ELEMENTWISE_ENDS, ids=str)
+def test_forward_mode_from_the_first_step(case: Case, moving: str):
+    """A power of the step may have no derivative there, which nobody asks for."""
+    point = point_of(case, torch.float64, steps=2)
+    fixed = {k: v for k, v in point.items() if k in ("params", "grads", "hyper")}
+    given = {k: fixed.pop(k) for k in [*fixed] if moving in ("all", k)}
+    start = case.optimizer().init(point["params"])
+
+    def steps(given: Any, name: str) -> Any:
+        fresh = {"step": start["step"], "slots": {**start}}
+        fresh["slots"].pop("step")
+        return outputs(case, name, {**fixed, **given, **fresh})
+
+    expected, found = (
+        jvp(partial(steps, name=name), (given,), (random_like(given, seed=8),))[1]
+        for name in ("reference", "native")
+    )
+    for a, b in zip(tree.leaves(found), tree.leaves(expected)):
+        assert a.isfinite().all()
+        assert relative(a, b) <= 1e-12
 
 
 # --- cotangents, graphs, memory

@@ -251,7 +251,7 @@ def test_a_program_is_traced_once(case: Case):
     for make in (
         lambda: rule.program(kinds, torch.float32),
         lambda: rule.vjp(kinds, torch.float32, wanted),
-        lambda: rule.jvp(kinds, torch.float64),
+        lambda: rule.jvp(kinds, torch.float64, wanted),
     ):
         assert make() is make()
     assert rule.program(kinds, torch.float32) is not rule.program(kinds, torch.float64)
@@ -427,7 +427,7 @@ def test_traced_alike_everywhere(name: str, case: Case):
         wanted = (True,) * len(fresh.inputs(kinds))
         made.append(fresh.program(kinds, torch.float32))
         made.append(fresh.vjp(kinds, torch.float32, wanted))
-        made.append(fresh.jvp(kinds, torch.float64))
+        made.append(fresh.jvp(kinds, torch.float64, wanted))
 
     SITUATIONS[name](action)
     found = made[:3]  # vmap's function may run more than once

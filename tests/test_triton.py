@@ -187,7 +187,7 @@ def test_a_step_and_its_derivatives(case: Case, dtype: torch.dtype):
     vjp = rule.vjp(kinds, dtype, (True,) * len(rule.inputs(kinds)))
     rows_of_both = [[*row, *scalars] for row in rows]
     assert_as_defined(vjp, streams + cotangents, rows_of_both, units)
-    jvp = rule.jvp(kinds, dtype)
+    jvp = rule.jvp(kinds, dtype, (True,) * len(rule.inputs(kinds)))
     tangents = [column(dtype) for _ in streams]
     rows_of_both = [[*row, *[0.1] * len(row)] for row in rows]
     assert_as_defined(jvp, streams + tangents, rows_of_both, units)

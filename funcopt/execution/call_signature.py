@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from itertools import compress, islice
 from operator import itemgetter
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ Engine: TypeAlias = Callable[[Program, torch.dtype], Executor]
 
 _MOST = 64  # signatures kept that follow from one
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, eq=False)
 class CallSignature:
@@ -30,7 +32,8 @@ class CallSignature:
     tensors of a call are one flat list, in the order of the program's inputs: of a stream
     the tensors of all leaves, of a scalar those of the rows where it is a tensor. So are
     its outputs. A derivative has a signature of its own: `vjp` takes this one's tensors
-    and a cotangent for each output, `jvp` this one's tensors and a tangent for each.
+    and a cotangent for each output, `jvp` this one's tensors and the tangents of those
+    that may move.
     """
 
     rule: Rule
@@ -41,7 +44,8 @@ class CallSignature:
     given: tuple[tuple[bool, ...], ...]  #: of each row, which scalars are tensors
     tasks: int = 0  #: how many tasks a leaf's leading axis holds, if scalars are theirs
     what: str = "step"
-    wanted: tuple[bool, ...] = ()  #: the inputs of ``of`` that `vjp` is to give
+    #: the inputs of ``of`` of which `vjp` is to give gradients, `jvp` is given tangents
+    wanted: tuple[bool, ...] = ()
     of: "CallSignature | None" = None  #: what this is a derivative of
     _derived: dict[Any, "CallSignature"] = field(default_factory=dict)
 
@@ -65,13 +69,17 @@ class CallSignature:
         )
 
     def jvp(self) -> "CallSignature":
-        """The tangents of the outputs."""
-        return self._once(
-            "jvp",
-            lambda what: self._new(
-                what=what, given=tuple(row + row for row in self.given), of=self
-            ),
-        )
+        """The tangents of the outputs, by those of the inputs that are `moving`."""
+        return self._once("jvp", self._jvp)
+
+    def _jvp(self, what: str) -> "CallSignature":
+        given = tuple(row + self.moving_scalars(row) for row in self.given)
+        return self._new(what=what, given=given, wanted=self.moving, of=self)
+
+    def moving_scalars(self, row: Sequence[T]) -> tuple[T, ...]:
+        """Of a row of scalars, those that may have a tangent."""
+        moving = (m for m, stream in zip(self.moving, self.inputs) if not stream)
+        return tuple(compress(row, moving))
 
     def with_tasks(self, tasks: int) -> "CallSignature":
         """The same on leaves whose leading axis is the task."""
@@ -109,7 +117,22 @@ class CallSignature:
         """For each input of the program, whether it is a stream."""
         if self.of is None:
             return self.rule.inputs(self.kinds)
-        return (*self.of.inputs, *(self.of.outputs if self.sums else self.of.inputs))
+        if self.what == "jvp":
+            return (*self.of.inputs, *compress(self.of.inputs, self.wanted))
+        return (*self.of.inputs, *self.of.outputs)
+
+    @cached_property
+    def moving(self) -> tuple[bool, ...]:
+        """For each input of a step, whether it may have a tangent.
+
+        A number has none, nor the step. With a tangent of 0 their derivative would be
+        computed, too: it may be infinite, and times 0 no number.
+        """
+        tensors = map(any, zip(*self.given))
+        return tuple(
+            stream or (next(tensors) and i != self.rule.step_place)
+            for i, stream in enumerate(self.inputs)
+        )
 
     @cached_property
     def outputs(self) -> tuple[bool, ...]:
@@ -117,7 +140,7 @@ class CallSignature:
         if not self.sums:
             return self.rule.outputs
         assert self.of is not None
-        return tuple(s for s, w in zip(self.of.inputs, self.wanted) if w)
+        return tuple(compress(self.of.inputs, self.wanted))
 
     @cached_property
     def places(self) -> list[tuple[int, int]]:
@@ -173,7 +196,7 @@ class CallSignature:
         if self.of is None:
             return rule.program(self.kinds, dtype)
         if self.what == "jvp":
-            return rule.jvp(self.kinds, dtype)
+            return rule.jvp(self.kinds, dtype, self.wanted)
         if self.what == "vjp":
             return rule.vjp(self.kinds, dtype, self.wanted)
         return rule.second_vjp(self.kinds, dtype, self.of.wanted, self.wanted)

@@ -38,9 +38,9 @@ _forced: ContextVar[str | None] = ContextVar("execution", default=None)
 _observer: ContextVar["list[LeafGroup] | None"] = ContextVar("observer", default=None)
 
 # A derivative by kernels costs as much as torch's own of so many operations: in plain
-# autograd, inside torch.func, and on leaves of _MANY elements, where arithmetic is what
-# costs. Measured on meta-steps of the sinusoid network, looped and vmapped.
-_WORTH, _WORTH_INSIDE, _WORTH_LARGE = 6, 12, 4
+# autograd, inside torch.func, in forward mode, and on leaves of _MANY elements, where
+# arithmetic is what costs. Measured on steps of the sinusoid network, looped and vmapped.
+_WORTH, _WORTH_INSIDE, _WORTH_FORWARD, _WORTH_LARGE = 6, 12, 5, 4
 _MANY = 1 << 15
 
 
@@ -160,7 +160,7 @@ def groups(leaves: Leaves, name: str | None = None) -> list[LeafGroup]:
                 leaves.pick(which), bool(forced)
             )
         params = leaves.pick(which).params
-        least = _least_worth(params) if followed and not forced else 0
+        least = _least_worth(params, leaves) if followed and not forced else 0
         chosen, refused = _choose(
             leaves.rule, kind, dtype, device, least, reasons, forced
         )
@@ -189,10 +189,12 @@ def _alike(
     return found
 
 
-def _least_worth(params: Column) -> int:
+def _least_worth(params: Column, leaves: Leaves) -> int:
     """How many operations a rule must have for kernels to be the faster derivative."""
     if sum(p.numel() for p in params) >= _MANY:
         return _WORTH_LARGE
+    if levels.only_forward(leaves.tensors()):
+        return _WORTH_FORWARD
     return _WORTH_INSIDE if levels.inside() else _WORTH
 
 

@@ -1,12 +1,13 @@
 """Derivatives by kernels: one autograd.Function for a step, and one for its derivative.
 
 A step of the rule saves its inputs and nothing else, and runs one kernel forward and one
-backward. The Function works under autograd and under every torch.func transform. Third
+backward, or one for the tangents. The Function works under autograd and under every torch.func transform. Third
 derivatives, forward over reverse and forward mode within forward mode are made of torch's
 own operations.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,11 +106,15 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        saved = ctx.saved_tensors
-        given = [torch.zeros_like(x) if t is None else t for x, t in zip(saved, tangents)]
+        saved, signature = ctx.saved_tensors, ctx.call.signature
         call = ctx.call.jvp()
-        if ctx.call.signature.of is None:
-            return tuple(run(call, (*saved, *given)))
+        given = [
+            torch.zeros_like(x) if t is None else t
+            for x, t, (i, _) in zip(saved, tangents, signature.places)
+            if signature.moving[i]
+        ]
+        if signature.of is None:
+            return tuple(levels.beneath(partial(run, call), (*saved, *given)))
         return call.plain(*saved, *given)
 
     @staticmethod

@@ -25,31 +25,36 @@ T = TypeVar("T")
 
 
 class GuardedCache(Generic[T]):
-    """A cache of what was worked out for tensors, and holds for others like them."""
+    """A cache of what was worked out for tensors, and holds for others like them.
 
-    def __init__(self) -> None:
+    Within an open forward-mode level any tensor may be dual, and nothing is known: but
+    where no derivative is followed any more, and tensors are ``memory`` alone.
+    """
+
+    def __init__(self, memory: bool = False) -> None:
+        self._memory = memory
         #: how many tensors, what compares them, grad mode if it matters, what is known
         self._all: tuple[tuple[int, Callable[..., bool], bool | None, T], ...] = ()
 
     def get(self, tensors: Sequence[Any]) -> T | None:
         """What is known for tensors like these, with the modes in force as they were.
 
-        Grad mode matters where one of them requires grad. Within an open forward-mode
-        level nothing is known: any tensor may be dual there.
+        Grad mode matters where one of them requires grad.
         """
+        if not self._holds():
+            return None
         for count, check, grad, found in self._all:
             if (
                 count == len(tensors)
                 and check(*tensors)
                 and (grad is None or grad is torch.is_grad_enabled())
-                and forward_ad._current_level < 0
             ):
                 return found
         return None
 
     def put(self, tensors: Sequence[Tensor], found: T) -> None:
         """Remember this for tensors like these; the oldest of many is forgotten."""
-        if _TensorGuards is None:
+        if _TensorGuards is None or not self._holds():
             return
         make: Any = _TensorGuards
         guards = make(
@@ -60,6 +65,9 @@ class GuardedCache(Generic[T]):
         asks = any(x.requires_grad for x in tensors)
         grad = torch.is_grad_enabled() if asks else None
         self._all = ((len(tensors), guards.check, grad, found), *self._all)[:_MOST]
+
+    def _holds(self) -> bool:
+        return self._memory or forward_ad._current_level < 0
 
 
 def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:

@@ -15,7 +15,7 @@ class LaunchCache:
     def __init__(self, outputs: int) -> None:
         self._outputs = outputs  # how many of the outputs are streams
         #: the function, and what makes a column of outputs
-        self._known: GuardedCache[tuple[Direct, Maker]] = GuardedCache()
+        self._known: GuardedCache[tuple[Direct, Maker]] = GuardedCache(memory=True)
 
     def learn(
         self, executor: Executor, streams: Sequence[Column], which: Sequence[int]

@@ -1,6 +1,6 @@
 """Levels of differentiation: which transforms are open, and what follows a tensor."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,27 @@ def outside() -> Iterator[None]:
 
         with temporarily_clear_interpreter_stack():
             yield
+
+
+def beneath(
+    function: Callable[[Sequence[Tensor]], Sequence[Tensor]], tensors: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """``function`` of the tensors, if a torch.func.jvp is inmost as its level got them.
+
+    For what computes tangents: that level follows them no more, those around it do.
+    """
+    if not inside():
+        return function(tensors)
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    inmost = retrieve_current_functorch_interpreter()
+    if inmost.key() != _functorch.TransformType.Jvp:
+        return function(tensors)
+    level = inmost.level()
+    given = [_functorch._unwrap_for_grad(x, level) for x in tensors]
+    with inmost.lower():
+        found = function(given)
+    return [_functorch._wrap_for_grad(x, level) for x in found]
 
 
 def inside() -> bool:
@@ -60,6 +81,17 @@ def in_nested_forward_mode() -> bool:
         return False
     stack = _functorch.get_interpreter_stack() or ()
     return sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1
+
+
+def only_forward(tensors: Iterable[Any]) -> bool:
+    """Whether forward mode is open once, and no other derivative is asked for."""
+    if not in_forward_mode():
+        return False
+    stack = _functorch.get_interpreter_stack() or ()
+    kinds = {level.key() for level in stack} - {_functorch.TransformType.Vmap}
+    if kinds - {_functorch.TransformType.Jvp} or in_nested_forward_mode():
+        return False
+    return not _by_autograd(tensors)
 
 
 def vectorized(tensors: Iterable[Tensor]) -> bool:

@@ -63,6 +63,11 @@ class Rule:
         return (True, True, *slots, False, *hyper)
 
     @property
+    def step_place(self) -> int:
+        """Which of the inputs is the step: after ``g, p, *slots``."""
+        return 2 + len(self.scalar)
+
+    @property
     def outputs(self) -> tuple[bool, ...]:
         """Of ``p, *slots``, which are streams; a sum is none."""
         if self.sums:
@@ -73,7 +78,7 @@ class Rule:
         """The rule as a function of its inputs alone, in their order."""
         names = [name for name, kind in zip(self.hyper, kinds) if kind != "zero"]
         zeros = {name: 0.0 for name, kind in zip(self.hyper, kinds) if kind == "zero"}
-        state = 2 + len(self.scalar)
+        state = self.step_place
 
         def function(*inputs: Tensor) -> Sequence[Tensor]:
             step, *values = inputs[state:]
@@ -103,12 +108,15 @@ class Rule:
             dtype,
         )
 
-    def jvp(self, kinds: Kinds, dtype: torch.dtype) -> Program:
-        """The tangents of the outputs, from the inputs and their tangents."""
+    def jvp(self, kinds: Kinds, dtype: torch.dtype, moving: tuple[bool, ...]) -> Program:
+        """The tangents of the outputs, from the inputs and those of the ``moving``."""
         inputs = self.inputs(kinds)
         return self._traced(
-            ("jvp", kinds, dtype),
-            lambda: (jvp(self.flat(kinds), len(inputs)), inputs * 2),
+            ("jvp", kinds, dtype, moving),
+            lambda: (
+                jvp(self.flat(kinds), moving),
+                (*inputs, *(stream for stream, m in zip(inputs, moving) if m)),
+            ),
             dtype,
         )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from operator import is_
 from typing import Any
 
@@ -26,12 +27,13 @@ class RuleCall:
         return RuleCall(signature, tuple(row + more for row in self.rows))
 
     def jvp(self) -> "RuleCall":
-        """See `CallSignature.jvp`: a number has the tangent 0."""
+        """See `CallSignature.jvp`: a number beside tensors has the tangent 0."""
+        signature = self.signature
         rows = tuple(
-            (*row, *(None if value is None else 0.0 for value in row))
+            (*row, *(x if x is None else 0.0 for x in signature.moving_scalars(row)))
             for row in self.rows
         )
-        return RuleCall(self.signature.jvp(), rows)
+        return RuleCall(signature.jvp(), rows)
 
     def with_tasks(self, tasks: int) -> "RuleCall":
         """See `CallSignature.with_tasks`."""
@@ -80,7 +82,13 @@ class RuleCall:
         given, more = tensors[:count], tensors[count:]
         if signature.what == "jvp":
             # Not torch.func.jvp: this may already be inside of forward mode.
-            pulled: Any = torch.func.vjp(of.plain, *given)
+            moving = [signature.wanted[i] for i, _ in signature.of.places]
+
+            def function(*some: Tensor) -> tuple[Tensor, ...]:
+                rest = iter(some)
+                return of.plain(*(next(rest) if m else x for x, m in zip(given, moving)))
+
+            pulled: Any = torch.func.vjp(function, *compress(given, moving))
             outputs, pull = pulled
             anything = tuple(map(torch.ones_like, outputs))
             return torch.func.vjp(lambda *u: pull(u), *anything)[1](more)

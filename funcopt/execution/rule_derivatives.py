@@ -1,6 +1,7 @@
 """A rule's derivatives as functions of tensors alone, for the tracer to call."""
 
 from collections.abc import Sequence
+from itertools import compress
 
 import torch
 
@@ -17,23 +18,24 @@ def vjp(function: Function, wanted: Sequence[bool]) -> Function:
 
     def gradients(*tensors: Tensor) -> Sequence[Tensor]:
         inputs = [_leaf(x) for x in tensors[:count]]
-        asked = [x for x, w in zip(inputs, wanted) if w]
+        asked = [*compress(inputs, wanted)]
         return _gradients(function(*inputs), asked, tensors[count:])
 
     return gradients
 
 
-def jvp(function: Function, count: int) -> Function:
-    """The tangents of the outputs, from ``count`` inputs and as many tangents.
+def jvp(function: Function, moving: Sequence[bool]) -> Function:
+    """The tangents of the outputs, from all inputs and tangents of the ``moving``.
 
     J·t as the derivative of uᵀ·J in u: forward mode could not be nested in forward mode.
     """
+    count = len(moving)
 
     def tangents(*tensors: Tensor) -> Sequence[Tensor]:
         inputs = [_leaf(x) for x in tensors[:count]]
         outputs = function(*inputs)
         anything = [_leaf(torch.ones_like(x)) for x in outputs]
-        pulled = _gradients(outputs, inputs, anything)
+        pulled = _gradients(outputs, [*compress(inputs, moving)], anything)
         return _gradients(pulled, anything, tensors[count:])
 
     return tangents
