@@ -1,9 +1,9 @@
 """Derivatives by kernels: one autograd.Function for a step, and one for its derivative.
 
 A step of the rule saves its inputs and nothing else, and runs one kernel forward and one
-backward, or one for the tangents. The Function works under autograd and under every torch.func transform. Third
-derivatives, forward over reverse and forward mode within forward mode are made of torch's
-own operations.
+backward, or one for the tangents. The Function works under autograd and under every
+torch.func transform. Third derivatives, forward over reverse and forward mode within
+forward mode are made of torch's own operations.
 """
 
 from collections.abc import Sequence
