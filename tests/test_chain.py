@@ -227,8 +227,15 @@ def test_nans_are_zeros():
         assert new.tolist() == [0.0, -torch.inf, -2.0]
 
 
+NARROW = [torch.float32, torch.bfloat16]
+
+
 @pytest.mark.parametrize("executor", ["native", "foreach"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, *(pytest.param(x, marks=pytest.mark.slow) for x in NARROW)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", sorted(EXACT))
 def test_kernels_run_the_whole_chain(name: str, dtype: torch.dtype, executor: str):
     opt, params = CHAINS[name](), mixed(dtype)
@@ -302,6 +309,7 @@ def unrolled(opt: fo.Optimizer, first: Tree, grads: list[Tree], hyper: Any) -> T
     return params, opt.eval_params(state, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_derivatives(name: str):
     """By parameters, gradients and every number that the chain has."""

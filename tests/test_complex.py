@@ -94,6 +94,7 @@ def test_trajectory(case: Case, dtype: torch.dtype):
     assert {x.dtype for x in tree.leaves(run.params)} == {dtype}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype, case", SPLIT, ids=str)
 def test_a_complex_leaf_is_a_leaf_of_its_parts(case: Case, dtype: torch.dtype):
     start, opt = pairs(REAL[dtype]), case.optimizer()

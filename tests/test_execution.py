@@ -937,7 +937,7 @@ def test_loops_that_arc_tangents_begin_have_what_those_before_computed(
 def test_a_cube_root_of_every_size(dtype: torch.dtype, digits: float):
     """To two places from the least number to the largest; its derivatives, too."""
     least, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
-    sizes = torch.linspace(math.log2(least) - 20, math.log2(largest), 2_001)
+    sizes = torch.linspace(math.log2(least) - 20, math.log2(largest), 501)
     x = torch.exp2(sizes.double()).clamp(max=largest).to(dtype)
     place = Decimal(torch.finfo(dtype).eps)
     for value, found in zip(x.tolist(), cube_root(x).tolist()):

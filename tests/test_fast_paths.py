@@ -743,6 +743,7 @@ FOLLOWED: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", FOLLOWED)
 @pytest.mark.parametrize(
     "opt",

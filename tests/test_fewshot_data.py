@@ -293,6 +293,7 @@ def test_archives_with_wrong_contents_are_refused(tmp_path: Path, changed, words
         omniglot.read(archive(tmp_path, **changed), characters=2)
 
 
+@pytest.mark.slow
 @needs_omniglot
 def test_the_real_omniglot():
     train, test = omniglot.load(OMNIGLOT, rotations=False)

@@ -206,6 +206,7 @@ def test_groups(case: Case, factor: float):
     run.assert_moved()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_hyperparameters_as_tensors(case: Case, dtype: torch.dtype):
@@ -274,6 +275,7 @@ def test_gradients_whose_square_underflows(case: Case):
     run.assert_moved()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_half_precision(case: Case, dtype: torch.dtype):
@@ -287,6 +289,7 @@ def test_half_precision(case: Case, dtype: torch.dtype):
     run.assert_moved()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "dtype",
     [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],

@@ -340,6 +340,7 @@ def test_vmap_over_every_float_is_the_loop(schedule: fo.Schedule):
 DIVIDE = {"div_factor", "final_div_factor", "decay_rate"}
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("kind", [int, f64])
 def test_derivatives_are_finite_at_zero(schedule: fo.Schedule, kind: Callable[..., Any]):

@@ -171,6 +171,7 @@ CLIPPED: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", CLIPPED)
 @each
 def test_after_a_stage_that_makes_zeros_of_zeros(

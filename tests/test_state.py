@@ -41,6 +41,7 @@ def frozen(case: Case) -> fo.Optimizer:
 MADE = {"alone": Case.optimizer, "partition": partitioned, "freeze": frozen}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
 @pytest.mark.parametrize("case", MIXES, ids=str)

@@ -164,6 +164,7 @@ def everything(count: int) -> tuple[int, ...]:
     return tuple(range(count))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", MIXES, ids=str)
 def test_forward_and_reverse_mode_agree(case: Case):
     opt = case.optimizer()
