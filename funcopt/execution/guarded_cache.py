@@ -27,8 +27,8 @@ T = TypeVar("T")
 class GuardedCache(Generic[T]):
     """A cache of what was worked out for tensors, and holds for others like them.
 
-    Within an open forward-mode level any tensor may be dual, and nothing is known: but
-    where no derivative is followed any more, and tensors are ``memory`` alone.
+    Within an open forward-mode level any tensor may be dual, and nothing is known; unless
+    tensors are looked at as ``memory`` alone, their derivatives followed elsewhere.
     """
 
     def __init__(self, memory: bool = False) -> None:
@@ -41,20 +41,19 @@ class GuardedCache(Generic[T]):
 
         Grad mode matters where one of them requires grad.
         """
-        if not self._holds():
-            return None
         for count, check, grad, found in self._all:
             if (
                 count == len(tensors)
                 and check(*tensors)
                 and (grad is None or grad is torch.is_grad_enabled())
+                and (forward_ad._current_level < 0 or self._memory)
             ):
                 return found
         return None
 
     def put(self, tensors: Sequence[Tensor], found: T) -> None:
         """Remember this for tensors like these; the oldest of many is forgotten."""
-        if _TensorGuards is None or not self._holds():
+        if _TensorGuards is None or forward_ad._current_level >= 0 and not self._memory:
             return
         make: Any = _TensorGuards
         guards = make(
@@ -65,9 +64,6 @@ class GuardedCache(Generic[T]):
         asks = any(x.requires_grad for x in tensors)
         grad = torch.is_grad_enabled() if asks else None
         self._all = ((len(tensors), guards.check, grad, found), *self._all)[:_MOST]
-
-    def _holds(self) -> bool:
-        return self._memory or forward_ad._current_level < 0
 
 
 def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
