@@ -1,5 +1,6 @@
 """Estimators where the inner loss has buffers and draws random numbers."""
 
+import gc
 import io
 from collections.abc import Callable
 from dataclasses import replace
@@ -177,10 +178,19 @@ def test_outer_losses_of_all_steps_are_those_of_plain_reverse(
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes that torch's allocator has given out at one time."""
+    """The most bytes that torch's allocator has given out at one time.
+
+    Of this call: what cycles of earlier ones hold is freed before, or it would be counted
+    as given back in this one; whenever the collector comes.
+    """
     cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as record:
-        call()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=[cpu], profile_memory=True) as record:
+            call()
+    finally:
+        gc.enable()
     events: Any = record.profiler.kineto_results.events()  # pyright: ignore
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     return max(accumulate(bytes for _, bytes in sorted(changes, key=itemgetter(0))))
