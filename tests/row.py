@@ -143,7 +143,10 @@ def half(**choices: tuple[Any, Any]) -> list[Flags]:
 
 
 def showing(cases: Iterable[Case], together: int) -> list[Case]:
-    """Those that show what none before does: so many flags' values, the sign's apart."""
+    """The cases that show something new: flag values that no earlier case combines.
+
+    As many values as ``together`` says, or fewer; ``maximize`` does not count.
+    """
     seen: set[Any] = set()
     kept = []
     for case in cases:

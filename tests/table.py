@@ -33,9 +33,9 @@ CASES = [Case(row, flags) for row in ROWS for flags in row.combinations]
 ENDS = [Case(row, row.combinations[i]) for row in ROWS for i in (0, -1)]
 #: with the ends, what shows each value of each flag
 EACH = showing([*ENDS, *CASES], 1)
+_MEETING = showing(sorted(CASES, key=lambda case: case.flags["maximize"]), 2)
 #: every mix downhill, and uphill the last, and what it takes for any two values to meet:
 #: what a rule makes of the gradient's sign is shown by the trajectories of all CASES
-_MEETING = showing(sorted(CASES, key=lambda case: case.flags["maximize"]), 2)
 MIXES = [c for c in CASES if not c.flags["maximize"] or c in ENDS or c in _MEETING]
 #: those with a derivative by the gradient
 SMOOTH = [case for case in MIXES if case.row.smooth]

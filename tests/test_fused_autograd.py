@@ -15,7 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from trees import assert_close, assert_same, mixed, random_like, relative
 
+import funcopt as fo
 from funcopt import tree
+from funcopt.execution import executor_choice
 from funcopt.execution.launch_cache import LaunchCache
 from funcopt.execution.rule_call import RuleCall
 from funcopt.types import Tree
@@ -416,6 +418,39 @@ def test_kernels_compute_what_they_can(transform: str, plain: list[str]):
     assert not plain
 
 
+# By how many operations they have: sgd 2, with momentum 5, adamw 11.
+SHORT: list[fo.Optimizer] = [fo.sgd(), fo.sgd(momentum=0.9), fo.adamw()]
+WORTH: dict[str, list[str]] = {
+    "autograd": ["reference", "reference", "native"],
+    "grad": ["reference", "reference", "reference"],
+    "jvp": ["reference", "native", "native"],
+    "forward mode": ["reference", "native", "native"],
+    "vmap of jvp": ["reference", "native", "native"],
+    "jvp of vmap": ["reference", "native", "native"],
+    "jvp of jvp": ["reference", "reference", "reference"],
+    "forward over backward": ["reference", "reference", "native"],
+}
+
+
+def chosen_for(opt: fo.Optimizer, transform: str) -> set[str]:
+    like = arguments()[1]
+    _, state = opt.update(like, opt.init(like), like)
+
+    def step(g: Tensor, p: Tensor, lr: Tensor) -> Tensor:
+        return (opt.update(g, state, p, lr=lr)[0] ** 3).sum()
+
+    with executor_choice.observed() as groups:
+        TRANSFORMS[transform](step)
+    return {group.choice.name for group in groups}
+
+
+@pytest.mark.parametrize("transform", WORTH)
+def test_kernels_where_they_are_worth_it(transform: str):
+    """Of a short rule torch's own derivative is as fast; least so in forward mode."""
+    found = [chosen_for(opt, transform) for opt in SHORT]
+    assert found == [{name} for name in WORTH[transform]]
+
+
 @pytest.mark.parametrize("transform", ["jvp", "forward mode"])
 def test_forward_mode_looks_once(transform: str, monkeypatch: pytest.MonkeyPatch):
     """At tensors like those of an earlier step."""
@@ -453,6 +488,48 @@ def test_forward_mode_from_the_first_step(case: Case, moving: str):
     )
     for a, b in zip(tree.leaves(found), tree.leaves(expected)):
         assert a.isfinite().all()
+        assert relative(a, b) <= 1e-12
+
+
+# Of both kinds of rates: a number is fixed, and not followed.
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_forward_mode_of_a_tensor_beside_a_number(case: Case):
+    opt = case.optimizer()
+    params = {"a": arguments()[1], "b": arguments()[0]}
+    state, grads = warm_state(case, params), random_like(params, 3)
+
+    def step(lr: Tensor, params: Tree, name: str) -> Any:
+        return opt.update(grads, state, params, lr={"a": lr, "b": 0.2}, execution=name)
+
+    given = (number(0.1), params)
+    expected, found = (
+        jvp(partial(step, name=name), given, tuple(random_like([*given], 8)))
+        for name in ("reference", "native")
+    )
+    for a, b in zip(tree.leaves(found), tree.leaves(expected)):
+        assert relative(a, b) <= 1e-12
+
+
+@pytest.mark.parametrize("case", [*FEW, *map(row_of, ("adopt", "asgd"))], ids=str)
+def test_forward_mode_of_tasks_unequally_old(case: Case):
+    opt = case.optimizer()
+    grads, params, _ = tasks()
+    states: list[Any] = []
+    for age, p in enumerate(params):
+        state = warm_state(case, p)
+        for step in range(age):
+            _, state = opt.update(random_like(p, 20 + step), state, p)
+        states.append(state)
+    state = tree.map(lambda *slots: torch.stack(slots), *states)
+
+    def pushed(g: Tensor, p: Tensor, state: Any, name: str) -> Any:
+        return jvp(lambda p: opt.update(g, state, p, execution=name), (p,), (g,))
+
+    expected, found = (
+        vmap(partial(pushed, name=name))(grads, params, state)
+        for name in ("reference", "native")
+    )
+    for a, b in zip(tree.leaves(found), tree.leaves(expected)):
         assert relative(a, b) <= 1e-12
 
 

@@ -57,7 +57,7 @@ class Race:
         for name, ours, theirs in self.pairs():
             assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), name
             course = self.course.setdefault(name, [])
-            course.append((ours, theirs.detach().clone()))
+            course.append((ours.clone(), theirs.detach().clone()))
 
     def assert_moved(self) -> None:
         """Every number has moved: parity of what stands still proves nothing."""

@@ -155,17 +155,15 @@ def groups(leaves: Leaves, name: str | None = None) -> list[LeafGroup]:
         if whole:
             kernels = f"{leaves.rule.name} needs each leaf, and each task's, whole"
         reasons = dict.fromkeys(ENGINES, kernels)
+        some = leaves.pick(which)
         if not leaves.rule.elementwise or forced:
-            reasons["stacked"] = forbidden or stacked.refuses(
-                leaves.pick(which), bool(forced)
-            )
-        params = leaves.pick(which).params
-        least = _least_worth(params, leaves) if followed and not forced else 0
+            reasons["stacked"] = forbidden or stacked.refuses(some, bool(forced))
+        least = _least_worth(some) if followed and not forced else 0
         chosen, refused = _choose(
             leaves.rule, kind, dtype, device, least, reasons, forced
         )
         choice = Choice(chosen, followed and chosen in ENGINES, transformed, refused)
-        made.append(LeafGroup(leaves.rule, kind, which, params, choice))
+        made.append(LeafGroup(leaves.rule, kind, which, some.params, choice))
     observer = _observer.get()
     if observer is not None:
         observer.extend(made)
@@ -189,9 +187,9 @@ def _alike(
     return found
 
 
-def _least_worth(params: Column, leaves: Leaves) -> int:
+def _least_worth(leaves: Leaves) -> int:
     """How many operations a rule must have for kernels to be the faster derivative."""
-    if sum(p.numel() for p in params) >= _MANY:
+    if sum(p.numel() for p in leaves.params) >= _MANY:
         return _WORTH_LARGE
     if levels.only_forward(leaves.tensors()):
         return _WORTH_FORWARD

@@ -27,9 +27,10 @@ def outside() -> Iterator[None]:
 def beneath(
     function: Callable[[Sequence[Tensor]], Sequence[Tensor]], tensors: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """``function`` of the tensors, if a torch.func.jvp is inmost as its level got them.
+    """``function`` of the tensors, computed below the innermost level if it is a jvp's.
 
-    For what computes tangents: that level follows them no more, those around it do.
+    For what computes tangents: that level would follow them a second time. The levels
+    around it do follow. Anywhere else this is ``function(tensors)``.
     """
     if not inside():
         return function(tensors)
