@@ -1,4 +1,4 @@
-"""32 tasks at once: `update` under vmap, against vmap of the plain rule.
+"""32 tasks at once: `update` under vmap, or on stacks, against vmap of the plain rule.
 
     python benchmarks/ensemble.py          # three minutes on two cores
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,20 +53,21 @@ def case(tree: str, own: bool, threads: int) -> dict[str, Any]:
     params = [0.01 * p for p in sizes.tensors(sizes.TREES[tree], seed=1, tasks=TASKS)]
     grads = sizes.tensors(sizes.TREES[tree], seed=2, tasks=TASKS)
     lr: Any = torch.logspace(-4, -2, TASKS, dtype=torch.float64) if own else 1e-3
-    update, plain = (
-        torch.func.vmap(
-            lambda g, s, p, lr, by=by: opt.update(g, s, p, lr=lr, execution=by),
-            in_dims=(0, 0, 0, 0 if own else None),
-        )
-        for by in (None, "reference")
-    )
+
+    def step(g: Any, s: Any, p: Any, lr: Any, by: str | None = None) -> Any:
+        return opt.update(g, s, p, lr=lr, execution=by)
+
+    dims = (0, 0, 0, 0 if own else None)
+    update, ours = torch.func.vmap(step, dims), fo.func.vmap(step, dims)
+    plain = torch.func.vmap(partial(step, by="reference"), dims)
     state = torch.func.vmap(opt.init)(params)
     params, state = update(grads, state, params, lr)  # the next finds no moment at zero
     stacked_state = {**state, "step": state["step"][0]}
     stacked_lr = [lr.float().view(-1, *[1] * (p.ndim - 1)) for p in params] if own else lr
 
     calls: dict[str, Callable[[], Any]] = {
-        "vmap(update)": lambda: update(grads, state, params, lr),
+        "torch.func.vmap(update)": lambda: update(grads, state, params, lr),
+        "fo.func.vmap(update)": lambda: ours(grads, state, params, lr),
         "update on stacked trees": lambda: opt.update(
             grads, stacked_state, params, lr=stacked_lr
         ),

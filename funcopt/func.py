@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcopt import select, tree
 from funcopt.flat_function import FlatFunction
+from funcopt.list_vmap import list_vmap
 from funcopt.types import Tensor, Tree
 
 __all__ = ["exact_norms", "vmap"]
@@ -25,7 +26,8 @@ def vmap(
     """``torch.func.vmap`` for trees in which some leaves are ``None``.
 
     torch's takes no ``None`` for an argument's leaf, nor for a result's. The states of
-    `partition` and `freeze` have such, and so may gradients.
+    `partition` and `freeze` have such, and so may gradients. It also walks over trees in
+    Python, which takes longer than a small step; this does not.
 
     Args:
         function: of trees of tensors, to a tree of tensors.
@@ -64,9 +66,8 @@ def vmap(
         dims = in_dims if isinstance(in_dims, int) else tuple(in_dims)
         if isinstance(dims, tuple) and len(dims) == len(trees):
             dims = tuple(map(_axes, dims, trees))
-        out = torch.func.vmap(flat, dims, randomness=randomness, chunk_size=chunk_size)(
-            *flat.inputs
-        )
+        many = list_vmap(flat, dims, randomness=randomness, chunk_size=chunk_size)
+        out = many(*flat.inputs)
         return flat.rebuild(out)
 
     return batched

@@ -25,6 +25,7 @@ FLOORS = {
     "funcopt.func": 4.1,
     "funcopt.conditions": 4,
     "funcopt.flat_function": 4,
+    "funcopt.list_vmap": 2,
     "funcopt.derivatives": 2,
     "funcopt.select": 2,
     "funcopt.schedules.schedule": 2,

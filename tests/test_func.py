@@ -13,7 +13,8 @@ from torch.func import functional_call, grad, jacfwd, jvp, vmap
 from torch.nn import functional as F
 
 import funcopt as fo
-from funcopt import func, tree
+from funcopt import func, list_vmap, tree
+from funcopt.execution import levels
 
 Params = dict[str, Tensor]
 Norm = Callable[[Tensor, Params], Tensor]
@@ -66,6 +67,89 @@ def test_vmap_with_an_axis_for_each_leaf(axes: Any):
         assert torch.equal(found["b"][i], wanted["b"])
     with pytest.raises(fo.StructureError, match="in_dims"):
         func.vmap(step, ({"x": 1}, 0))(params, grads)
+
+
+# torch's vmap, of lists -----------------------------------------------------------------
+
+#: what is done to lists of matrices [2, 4, 5] and vectors [4]
+LISTS: dict[str, Callable[[list[Tensor], list[Tensor]], Any]] = {
+    "a list": lambda x, y: [x[0] @ x[1].mT, y[0].exp()],
+    "lists of lists": lambda x, y: ([*x, x[0] * y[0]], [[y[0]]]),
+    "what has no batch": lambda x, y: [torch.ones(3, device="cpu"), *x],
+    "an input as it is": lambda x, y: [x[0], x[0], *y],
+    "noise": lambda x, y: [torch.randn_like(x[0]), torch.rand(3, device="cpu")],
+    "a gradient": lambda x, y: grad(lambda x: (x[0] ** 3).sum() * x[1].sum())(x),
+    "tangents": lambda x, y: jvp(lambda z: [z * y[0].sum(), z.sin()], (x[0],), (x[1],)),
+    "another vmap": lambda x, y: [vmap(lambda row: row @ row)(x[0].flatten(0, -2))],
+}
+DIMS: dict[str, Any] = {
+    "the first": 0,
+    "the last": -1,
+    "of each": (0, -1),
+    "of one alone": (None, 0),
+    "of each tensor": ([1, -2], [None]),
+}
+
+
+def lists() -> tuple[list[Tensor], list[Tensor]]:
+    made = torch.Generator().manual_seed(2)
+    x = [torch.randn(4, 4, 4, generator=made, dtype=torch.float64) for _ in range(2)]
+    return x, [torch.randn(4, 4, generator=made, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("torch_has_it", [True, False], ids=["parts", "torch's own"])
+@pytest.mark.parametrize("dims", DIMS)
+@pytest.mark.parametrize("what", LISTS)
+def test_vmap_of_lists_is_torchs(
+    what: str, dims: str, torch_has_it: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if not torch_has_it:
+        monkeypatch.setattr(list_vmap, "_PARTS", None)
+    for randomness in ("same", "different"):
+        made: list[Any] = []
+        for each in (vmap, list_vmap.list_vmap):
+            torch.manual_seed(3)
+            made.append(each(LISTS[what], DIMS[dims], randomness=randomness)(*lists()))
+        wanted, found = made
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+#: what torch refuses: dimensions, and what there is in the lists and comes back
+UNMAPPED: dict[str, tuple[Any, Any, Callable[..., Any]]] = {
+    "no axis": (None, [torch.ones(3)], lambda x: x),
+    "no such axis": (1, [torch.ones(3)], lambda x: x),
+    "of several sizes": (0, [torch.ones(3), torch.ones(2)], lambda x: x),
+    "a number": (0, [torch.ones(3), 2.0], lambda x: x),
+    "no axis for some": (([0, 0],), [torch.ones(3)], lambda x: x),
+    "for too many": ((0, 0), [torch.ones(3)], lambda x: x),
+    "a number comes back": (0, [torch.ones(3)], lambda x: [2.0]),
+    "noise": (0, [torch.ones(3)], lambda x: [torch.rand_like(x[0])]),
+    "a number is read": (0, [torch.ones(3)], lambda x: [x[0] * x[0].item()]),
+}
+
+
+@pytest.mark.parametrize("what", UNMAPPED)
+def test_vmap_of_lists_refuses_what_torch_does(what: str):
+    dims, given, function = UNMAPPED[what]
+    dims = (dims,) if dims is None else dims
+    raised: list[Any] = []
+    for each in (vmap, list_vmap.list_vmap):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            each(function, dims)(given)
+        raised.append(error)
+        assert not levels.inside()
+    assert raised[0].type is raised[1].type
+    if what != "a number comes back":  # which torch says with the function's name
+        assert str(raised[0].value) == str(raised[1].value)
+
+
+def test_vmap_of_lists_by_a_compiler():
+    def both(x: list[Tensor], y: list[Tensor]) -> Any:
+        return list_vmap.list_vmap(LISTS["lists of lists"], (0, -1))(x, y)
+
+    wanted = both(*lists())
+    found = torch.compile(both, backend="eager", fullgraph=True)(*lists())
+    torch.testing.assert_close(found, wanted)
 
 
 # The values -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch._C._functorch as _functorch  # pyright: ignore[reportMissingImports]
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from funcopt.execution import levels
 from funcopt.execution.rule_call import RuleCall
@@ -27,8 +28,6 @@ class TaskAxis:
     """The axis of the innermost vmap: taken off tensors, and put on again."""
 
     def __init__(self) -> None:
-        from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-
         interpreter: Any = retrieve_current_functorch_interpreter()
         self._level = interpreter.level()
         self.size: int = interpreter.batch_size()

@@ -9,6 +9,7 @@ from funcopt import select, tree
 from funcopt.checks import check_count
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.flat_function import FlatFunction
+from funcopt.list_vmap import list_vmap
 from funcopt.meta.estimate import Estimate
 from funcopt.meta.problem import (
     Carry,
@@ -116,6 +117,6 @@ class AntitheticPairs:
 
     def _all(self, one: Callable[..., Any], eta: Tree, at: Tree) -> Any:
         flat = FlatFunction(one, eta, at)
-        many = torch.func.vmap(flat, randomness="same", chunk_size=self.chunk_size)
+        many = list_vmap(flat, randomness="same", chunk_size=self.chunk_size)
         out = many(*flat.inputs)
         return flat.rebuild(out)

@@ -6,6 +6,7 @@ from funcopt import tree
 from funcopt.derivatives import Function, Trees, jvp
 from funcopt.errors import StructureError
 from funcopt.flat_function import FlatFunction
+from funcopt.list_vmap import list_vmap
 from funcopt.meta.estimate import Estimate, check_eta
 from funcopt.meta.problem import (
     Carry,
@@ -84,7 +85,7 @@ def forward(
     def pushed(function: Function, given: Trees, along: Trees) -> tuple[Trees, Trees]:
         """``function`` and its derivatives along all tangents at once."""
         flat = FlatFunction(lambda along: jvp(function, given, along), along)
-        out = torch.func.vmap(flat, randomness="same")(*flat.inputs)
+        out = list_vmap(flat, randomness="same")(*flat.inputs)
         value, tangents = flat.rebuild(out)
         return tree.map(lambda x: x[0], value), tangents  # no value depends on them
 

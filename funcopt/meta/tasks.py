@@ -16,6 +16,7 @@ from funcopt.execution import levels
 from funcopt.flat_function import FlatFunction
 from funcopt.func import exact_norms
 from funcopt.inner.loss import loss_and_aux
+from funcopt.list_vmap import list_vmap
 from funcopt.meta.compiled import Compiled
 from funcopt.meta.ranks import Part, over_ranks
 from funcopt.types import Tensor, Tree
@@ -129,7 +130,7 @@ def value_and_grad(
 
     def together(theta: Tree, batch: Tree) -> tuple[Tensor, Tree, Tree]:
         flat = FlatFunction(value_and_aux, theta, batch)
-        many = torch.func.vmap(flat.grad, in_dims=(None, 0), randomness=randomness)
+        many = list_vmap(flat.grad, (None, 0), randomness=randomness)
         with _explained():
             grads, out = many(*flat.inputs)
         loss, aux = flat.rebuild(out)

@@ -8,6 +8,8 @@ tasks, and by the fast path of the one before.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from funcopt import tree
 from funcopt.errors import FuncoptError
 from funcopt.execution import concrete, levels
@@ -104,7 +106,7 @@ def _shared(vector: Tensor, axis: int | None) -> Tensor | None:
     if axis is None:
         return vector
     table = vector.movedim(axis, 0)
-    return table[0] if bool((table == table[0]).all()) else None
+    return table[0] if torch.equal(table, table[:1].expand_as(table)) else None
 
 
 def _stacked(
