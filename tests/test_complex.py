@@ -108,6 +108,7 @@ def test_a_complex_leaf_is_a_leaf_of_its_parts(case: Case, dtype: torch.dtype):
     assert_same(split(opt.eval_params(state, found)), opt.eval_params(wanted, expected))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", LAST, ids=str)
 def test_real_leaves_beside_it(case: Case):
     """Some leaves complex, some real, some without a gradient in turn."""

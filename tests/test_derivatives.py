@@ -140,6 +140,7 @@ def test_central_differences(case: Case):
 ROUNDING = {torch.float64: 1e-15, torch.float32: 0.0}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_a_float_and_a_0d_tensor_are_the_same_number(case: Case, dtype: torch.dtype):

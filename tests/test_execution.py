@@ -412,6 +412,7 @@ def test_unaligned(name: str, dtype: torch.dtype, offset: int):
 # --- trees
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", ONCE, ids=str)
 @pytest.mark.parametrize("name", FAST)
 def test_dtypes_in_one_tree(name: str, case: Case):

@@ -161,6 +161,7 @@ def test_gradients_of_a_step(name: str, case: Case, dtype: torch.dtype, plain: l
     assert all((tree.leaves(oracle["hyper"][k])[0] != 0).all() for k in used - {"lr"})
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case, dtype", costly(TOLERANCE))
 @pytest.mark.parametrize("name", FAST)
 def test_gradients_of_three_steps(name: str, case: Case, dtype: torch.dtype):
@@ -723,6 +724,7 @@ RATES_OF_TASKS: dict[str, Any] = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("rate", RATES_OF_TASKS)
 @pytest.mark.parametrize("which", STACKS)
 @pytest.mark.parametrize("case", ONCE, ids=str)

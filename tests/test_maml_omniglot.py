@@ -246,6 +246,7 @@ def test_fully_connected_net_and_more_shots(run):
     assert "linear1.weight" in progress("o").theta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["maml", pytest.param("reptile", marks=pytest.mark.slow)]
 )

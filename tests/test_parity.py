@@ -132,6 +132,7 @@ def test_gradients_whose_squares_overflow(case: Case, size: float):
             )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_trajectory_the_other_way(case: Case):
     """Uphill for downhill: the mixes of flags that the table leaves out."""
@@ -185,6 +186,7 @@ def scaled(value: Any, factor: float, least: Any) -> Any:
     return max(factor * value, least)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("factor", [0.5, 0.0])
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_groups(case: Case, factor: float):
@@ -217,6 +219,7 @@ def test_hyperparameters_as_tensors(case: Case, dtype: torch.dtype):
     run.assert_moved()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", TWINS, ids=str)
 def test_zero_gradients(case: Case, dtype: torch.dtype):

@@ -152,6 +152,7 @@ def test_every_optimizer():
         assert repr(over_pickle(opt)) == repr(opt), case
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", ENDS, ids=str)
 def test_the_copy_of_every_optimizer_makes_the_same_steps(case: Case):
     opt, params = case.optimizer(), params_of(case)

@@ -70,6 +70,7 @@ def test_names_are_those_of_torch(case: Case):
     assert next(iter(state)) == "step"
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
 @pytest.mark.parametrize("case", MIXES, ids=str)
 def test_structure_stays(case: Case, make: Any):

@@ -67,6 +67,7 @@ def test_vmap_is_a_loop(case: Case, dtype: torch.dtype):
     assert_moved(result[0], start, everywhere=case.row.moves)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 @pytest.mark.parametrize("case", MIXES, ids=str)
 def test_vmap_with_hyperparameters_of_each_task(case: Case, dtype: torch.dtype):
@@ -197,6 +198,7 @@ def test_forward_and_reverse_mode_agree(case: Case):
     assert_close(tangent, slope, 1e-14)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", SMOOTH, ids=str)
 def test_eager_autograd_is_func_grad(case: Case):
     outer, point, paths = outer_of(case)

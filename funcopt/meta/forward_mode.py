@@ -68,11 +68,11 @@ def forward(
     Example:
         >>> import torch, funcopt as fo
         >>> problem = fo.meta.Problem(
-        ...     fo.sgd(), lambda p, _: 0.5 * p**2, lambda p, _: 0.5 * p**2, steps=1000,
+        ...     fo.sgd(), lambda p, _: 0.5 * p**2, lambda p, _: 0.5 * p**2, steps=100,
         ...     params=torch.tensor(1.0))
-        >>> eta = {"hyper": {"lr": torch.tensor(1e-3)}}
-        >>> fo.meta.forward(problem, eta).grads              # -1000 (1 - lr)¹⁹⁹⁹
-        {'hyper': {'lr': tensor(-135.3352)}}
+        >>> eta = {"hyper": {"lr": torch.tensor(1e-2)}}
+        >>> fo.meta.forward(problem, eta).grads              # -100 (1 - lr)¹⁹⁹
+        {'hyper': {'lr': tensor(-13.5333)}}
     """
     check_eta("forward", problem, eta, carry)
     eta = tree.detach(eta)
