@@ -612,7 +612,9 @@ def test_donation_writes_the_same_numbers(name: str | None, case: Case):
         assert all(x._version > v for x, v in zip(objects, versions) if x.numel())
 
 
-@pytest.mark.parametrize("layout", ["transposed", "every second", "rows with gaps"])
+@pytest.mark.parametrize(
+    "layout", ["transposed", "every second", "rows with gaps", "negative view"]
+)
 @pytest.mark.parametrize("name", EVERY)
 def test_donation_in_any_layout(name: str | None, layout: str):
     case = next(c for c in ELEMENTWISE_ENDS if c.row.name == "adamw")

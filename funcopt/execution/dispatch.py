@@ -30,8 +30,6 @@ from funcopt.types import Tensor
 
 _MOST_SIGNATURES = 64  # of the calls of one rule
 
-_copy: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-
 
 def step(
     leaves: Leaves,
@@ -221,6 +219,15 @@ def _written_over(leaves: Leaves, columns: Sequence[Column]) -> list[Column]:
                 _copy(*map(list, zip(*pairs)))
             kept.append(old)
     return kept
+
+
+def _copy(old: list[Tensor], new: list[Tensor]) -> None:
+    """torch's operation on lists refuses to write what is negated lazily."""
+    if any(map(Tensor.is_neg, old)):
+        for target, value in zip(old, new):
+            target.copy_(value)
+    else:
+        torch._foreach_copy_(old, new)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _executor(group: LeafGroup) -> Executor:

@@ -173,6 +173,8 @@ class StepCache:
             old = [next(scalars if each else slots) for each in of]
             numbers = [[*picked(column, live)] for column in numbers]
         if ways.were_complex:
+            if donate:
+                complex_leaves.check_writable([tensors[len(ways.were_complex) :]])
             tensors = [*map(complex_leaves.parts, tensors)]
         *of_totals, path = ways.paths
         for measure, own in zip(self._measures, of_totals):
