@@ -295,6 +295,13 @@ def test_adafactors_bounds_are_torchs(
             assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(1)
 
 
+def test_a_rate_that_is_no_number_is_not_taken_for_a_large_one():
+    """As in torch, whose Adafactor has ``lr`` for a bound."""
+    opt, p = fo.adafactor(), torch.ones(3, 2)
+    new, _ = opt.update(p, opt.init(p), p, lr=torch.tensor(torch.nan))
+    assert new.isnan().all()
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-25, 1e-18, 1e-12, 1e-6])
 def test_adafactors_derivative_is_finite_by_small_gradients(size: float):
     """Of a matrix, and of a row in one whose other rows are not small."""

@@ -45,7 +45,7 @@ def rule(
     limits = torch.finfo(p.dtype)
     least = limits.eps if eps1 is None else eps1
     rate = 1 / step**0.5
-    alpha = larger(_root_mean_square(p, axes), eps2) * where(lr < rate, lr, rate)
+    alpha = larger(_root_mean_square(p, axes), eps2) * where(lr >= rate, rate, lr)
     weight = step**beta2_decay
     squares = g * g
     bound = larger(least**2, limits.tiny)
