@@ -221,6 +221,9 @@ def test_a_pre_hook_may_change_the_arguments():
     opt = make(torch_optim, "SGD")
     opt.register_step_pre_hook(lambda opt, args, kwargs: (args, {"closure": lambda: 7}))
     assert opt.step() == 7
+    opt.register_step_pre_hook(lambda opt, args, kwargs: 3)
+    with pytest.raises(RuntimeError, match="Adapter.step .*but got 3"):
+        opt.step()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -454,6 +457,27 @@ def sparse(p: Tensor) -> Tensor:
     return torch.ones(2, 2).to_sparse(1)
 
 
+def with_a_number(value: Any, name: str = "SGD", key: str = "lr") -> Any:
+    def act() -> None:
+        p = Parameter(torch.ones(2))
+        opt = getattr(torch_optim, name)([p])
+        p.grad = torch.ones(2)
+        opt.step()
+        opt.param_groups[0][key] = value
+        opt.step()
+
+    return act
+
+
+def of_integers(name: str) -> Any:
+    def act() -> None:
+        p = Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
+        p.grad = torch.ones_like(p)
+        getattr(torch_optim, name)([p]).step()
+
+    return act
+
+
 P = Parameter(torch.ones(2))
 #: what is done, torch's type of error, words
 BAD: list[tuple[Any, type[Exception], str]] = [
@@ -498,6 +522,12 @@ BAD: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         "hessian for each of its 1 parameters, and was given 2",
     ),
+    (lambda: torch_optim.Lion([P], lr=[0.1]), TypeError, r"lr is .*not \[0.1\]"),
+    (with_a_number(None), TypeError, "group's lr is to be .*not None"),
+    (with_a_number("0.1"), TypeError, "not '0.1'"),
+    (with_a_number((0.9, None), "Adam", "betas"), TypeError, r"betas\[1\] .*not None"),
+    (of_integers("SGD"), RuntimeError, "SGD steps floating-point .* not torch.int64"),
+    (of_integers("RMSprop"), RuntimeError, "not torch.int64"),
     (stepping(sparse), RuntimeError, "does not support sparse gradients"),
     (stepping(sparse, "Lion"), RuntimeError, "Lion does not support sparse"),
     (stepping(torch.ones(2, 2), "SparseAdam"), RuntimeError, "consider Adam instead"),
@@ -706,6 +736,12 @@ def test_any_of_the_registry_goes_on_as_a_class(case: Case):
     step: Any = optimizer.step
     step(**{name: tree_of.leaves(x) for name, x in given.items()})
     assert_close(tree_of.map(Tensor.detach, held), params, 1e-12)
+
+
+def test_noise_that_no_one_has_set_goes_over_as_that():
+    optimizer, _ = fo.to_torch(fo.sgld(lr=0.1), [torch.ones(2)])
+    assert optimizer.param_groups[0]["noise"] is None
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_what_has_no_class_is_refused():

@@ -259,16 +259,36 @@ def test_a_sparse_gradient_that_two_parameters_share():
 
 
 @pytest.mark.parametrize(
-    "name", ["ScheduleFreeSGD", pytest.param("Prodigy", marks=pytest.mark.slow)]
+    "name",
+    ["ScheduleFreeSGD", "Shampoo", "SOAP"]
+    + [pytest.param("Prodigy", marks=pytest.mark.slow)],
 )
-def test_numbers_of_a_checkpoint_are_not_rounded_as_parameters_are(name: str):
+def test_state_of_a_checkpoint_is_not_rounded_as_parameters_are(name: str):
     random = Random(1)
-    params = [Parameter(normal((3,), torch.bfloat16, random)) for _ in range(2)]
+    params = [Parameter(normal((3, 2), torch.bfloat16, random)) for _ in range(2)]
     one, other = (getattr(torch_optim, name)(params) for _ in range(2))
     for _ in range(3):
         step(one, random)
     other.load_state_dict(one.state_dict())
     assert_like(other.state_dict(), one.state_dict())
+    step(other, random)
+
+
+def test_every_step_draws_noise_of_its_own():
+    """A plan of the first step, which has no place for it, would go on without."""
+    params = [Parameter(torch.zeros(3)), Parameter(torch.zeros(2))]
+    split = [{"params": params[:1]}, {"params": params[1:], "noise": 0.5}]
+    opt = torch_optim.SGLD(split, lr=0.5)  # at which the noise is all of a step
+    generator, expected = torch.Generator().manual_seed(1), [p.clone() for p in params]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            opt.step()
+            noise, _ = fo.normal_like(params, generator)
+            expected = [expected[0] + noise, expected[1] + 0.5]
+            assert_like([p.detach() for p in params], [x.detach() for x in expected])
 
 
 def differentiable() -> list[Any]:

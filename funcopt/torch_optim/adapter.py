@@ -18,7 +18,7 @@ from funcopt.hyper import unknown
 from funcopt.torch_optim import batch, checkpoint
 from funcopt.torch_optim import functional as functions
 from funcopt.torch_optim.cached_step import CachedStep, cached
-from funcopt.torch_optim.flags import Flags
+from funcopt.torch_optim.flags import Flags, row
 from funcopt.torch_optim.layout import StateLayout
 from funcopt.types import State, Tensor, Tree
 
@@ -98,7 +98,7 @@ class Adapter(Optimizer):
             handle.remove()
         if self.layout.own:  # torch has cast all to what the parameters are
             groups, state = self.param_groups, self.state
-            checkpoint.restore_numbers(found[0], groups, state, self.flags)
+            checkpoint.restore_dtypes(found[0], groups, state, self.flags)
 
     def _fitted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         name = type(self).__name__
@@ -121,6 +121,7 @@ class Adapter(Optimizer):
                 if isinstance(value, Tensor) and value.numel() != 1:
                     raise ValueError("Tensor lr must be 1-element")
             self.flags.factory(**values)  # which looks at ranges
+            row(self.flags.stepper(self.flags.key(group)).spec, group)  # and at kinds
         if self.flags.matrices:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -214,6 +215,7 @@ class Adapter(Optimizer):
     def _again(self, *args: Any, **kwargs: Any) -> Any:
         return self._step(*args, **kwargs)
 
+    _again.__qualname__ = "Adapter.step"  # which torch's words on a wrong hook name
     _hooked = Optimizer.profile_hook_step(_again)
 
     @functools.wraps(_step)

@@ -49,6 +49,12 @@ class Batch:
             for slot in self.spec.slots
         }
 
+    @property
+    def drawn(self) -> list[str]:
+        """The numbers that each step draws anew: noise that a group has not set."""
+        wanted = [name for name, declared in self.spec.hyper.items() if declared.wanted]
+        return [name for name in wanted if any(row[name] is None for row in self.rows)]
+
     def pick(self, which: Sequence[int]) -> "Batch":
         """Those of the given numbers."""
 
@@ -114,6 +120,8 @@ def _check(
         raise ExecutionError(
             f"{name} does not support dense gradients, please consider Adam instead"
         )
+    if not (p.is_floating_point() or p.is_complex()):
+        raise ExecutionError(f"{name} steps floating-point parameters, not {p.dtype}")
     if p.is_complex() and not spec.elementwise:
         raise ExecutionError(f"{name} does not support complex parameters")
     if g.shape != p.shape:
@@ -247,9 +255,12 @@ def _values(
     own = {name: [found[id(p)] for p in batch.params] for name, found in data.items()}
     if params is not batch.params:
         own = {name: shards.here(x, batch.params) for name, x in own.items()}
-    for name, declared in batch.spec.hyper.items():
-        if declared.wanted and name not in own and rows[0][name] is None:
-            own[name] = normal_like(params, torch.default_generator)
+    for name in batch.drawn:
+        if name not in own:
+            noise = normal_like(params, torch.default_generator)
+            own[name] = [
+                x if row[name] is None else row[name] for x, row in zip(noise, rows)
+            ]
     for name, column in own.items():
         rows = [{**row, name: x} for row, x in zip(rows, column)]
     return partial(_given, rows)

@@ -189,5 +189,5 @@ def _numbers(opt: Optimizer, row: dict[str, Any]) -> dict[str, Any]:
         if declared.parts:
             found[name] = tuple(row.get(part) for part in declared.parts)
         else:
-            found[name] = row[name]
+            found[name] = row.get(name)  # none where each step is to be given one
     return found

@@ -40,7 +40,7 @@ class _Row:
         values = self._read(self.group)
         if self._seen and (all(map(is_, values, self._seen)) or self._moved(values)):
             if self._tensors:
-                self._update({k: flags.number(x) for k, x in self._tensors.items()})
+                self._update({k: flags.number(x, k) for k, x in self._tensors.items()})
             return self._numbers
         if self._known.key(self.group) != self._key:
             return None
@@ -227,7 +227,7 @@ def _simple(batch: Batch) -> bool:
     tensors = [*batch.grads, *batch.params]
     if any(x.layout is not torch.strided or x.is_complex() for x in tensors):
         return False
-    if batch.layout.counts == "int" or batch.stepper.measures:
+    if batch.layout.counts == "int" or batch.stepper.measures or batch.drawn:
         return False
     if len({*map(id, batch.params)}) < len(batch.params):
         return False

@@ -114,22 +114,26 @@ def copied(value: Any) -> Any:
     return [*map(copied, value)] if isinstance(value, list) else value
 
 
-def restore_numbers(
+def restore_dtypes(
     state_dict: StateDict, groups: Groups, states: Mapping[Tensor, Any], flags: Flags
 ) -> None:
-    """Slots that are one number in the float64 that they are counted in, on the host.
+    """Slots that are not of the parameter's dtype, in their own.
 
-    A sum of many steps would soon stand still in a parameter's bfloat16.
+    Those that are one number are counted in float64, on the host: a sum of many steps
+    would soon stand still in a parameter's bfloat16. So would a matrix's roots.
     """
     for saved, group in zip(state_dict["param_groups"], groups):
         spec = flags.stepper(flags.key(group)).spec
-        numbers = [slot for slot, first in spec.slots.items() if not callable(first)]
         for key, p in zip(saved["params"], group["params"]):
             entry = state_dict["state"].get(key) or {}
-            for slot in numbers:
-                if slot in entry:
-                    value = torch.as_tensor(entry[slot])
+            for slot, first in spec.slots.items():
+                if slot not in entry:
+                    continue
+                value = torch.as_tensor(entry[slot])
+                if not callable(first):
                     states[p][slot] = value.to("cpu", torch.float64)
+                elif states[p][slot].dtype is not (own := _dtype_of(first, p)):
+                    states[p][slot] = value.to(p.device, own)
 
 
 def _check_numbers(
@@ -181,6 +185,12 @@ def shape_of(first: Callable[[Tensor], Tensor], p: Tensor) -> torch.Size:
     """Of a slot that starts as ``first(p)``."""
     shape = _form(first)(_real(p))[0]
     return shape[:-1] if p.is_complex() else shape
+
+
+def _dtype_of(first: Callable[[Tensor], Tensor], p: Tensor) -> torch.dtype:
+    """Of such a slot, where it is kept as the parameter is: complex of complex."""
+    dtype = _form(first)(_real(p))[1]
+    return dtype.to_complex() if p.is_complex() else dtype
 
 
 _form = lru_cache(maxsize=None)(SlotForm)

@@ -4,10 +4,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from numbers import Real
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 
+from funcopt.errors import HyperparameterTypeError
 from funcopt.optimizer import Optimizer
 from funcopt.spec import Spec
 from funcopt.stepping.stepper import Stepper
@@ -83,22 +84,31 @@ def row(spec: Spec, group: Mapping[str, Any]) -> dict[str, Any]:
     for name, declared in spec.hyper.items():
         value = group[name]
         if not declared.parts:
-            found[name] = number(value)
+            awaited = value is None and declared.wanted  # which each step draws
+            found[name] = None if awaited else number(value, name)
             continue
         for i, (part, v) in enumerate(zip(declared.parts, value, strict=True)):
             if v is not None or i not in declared.optional:
-                found[part] = number(v)
+                found[part] = number(v, f"{name}[{i}]")
     # A rate that begins or ends at 0 is no other formula, with a kernel of its own.
     if isinstance(found.get("lr"), float) and found["lr"] == 0:
         found["lr"] = torch.zeros((), dtype=torch.float64, device="cpu")
     return found
 
 
-def number(value: Any) -> Any:
-    """A float, or a 0-d float64 tensor."""
+def number(value: Any, name: str) -> Any:
+    """A float, or a 0-d float64 tensor.
+
+    Raises:
+        HyperparameterTypeError: it is neither; None, to a rule, would be a 0.
+    """
     if isinstance(value, Tensor):
         return (value.squeeze() if value.numel() == 1 else value).to(torch.float64)
-    return float(value) if isinstance(value, Real) else value
+    if isinstance(value, (Real, SupportsFloat)):
+        return float(value)
+    raise HyperparameterTypeError(
+        f"a group's {name} is to be a float or a tensor, not {value!r}"
+    )
 
 
 def fixed(group: Mapping[str, Any], names: tuple[str, ...]) -> bool:
