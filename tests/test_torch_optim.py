@@ -190,6 +190,24 @@ def test_a_number_of_a_step_is_given_to_it():
     torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex64])
+def test_a_number_of_a_step_may_be_of_another_dtype(dtype: torch.dtype):
+    """Kernels read memory: it has to be cast, also where a state's dtype is wider."""
+    hessian = torch.tensor([0.5, 0.25, 1.0], dtype=torch.float64)
+    for wider in (False, True):
+        p = Parameter(torch.ones(3, dtype=dtype))
+        opt: Any = torch_optim.SophiaG([p], betas=(0.5, 0.5))
+        p.grad = torch.ones_like(p)
+        if wider:
+            opt.step(hessian=[-1.0])
+            wide = torch.promote_types(dtype, torch.float32)
+            for key, slot in opt.state[p].items():
+                opt.state[p][key] = slot.to(wide) if slot.ndim else slot
+        opt.step(hessian=[hessian])
+        found = torch.view_as_real(opt.state[p]["exp_avg_hessian"].to(torch.complex64))
+        assert torch.equal(found[:, 0], hessian.float() / 2)
+
+
 def test_hooks_fire_once_and_in_torchs_order():
     calls: list[str] = []
 
@@ -469,6 +487,16 @@ def with_a_number(value: Any, name: str = "SGD", key: str = "lr") -> Any:
     return act
 
 
+def hessian_of(value: Any) -> Any:
+    def act() -> None:
+        p = Parameter(torch.ones(2))
+        p.grad = torch.ones(2)
+        opt: Any = torch_optim.SophiaG([p])
+        opt.step(hessian=[value])
+
+    return act
+
+
 def of_integers(name: str) -> Any:
     def act() -> None:
         p = Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
@@ -525,9 +553,12 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: torch_optim.Lion([P], lr=[0.1]), TypeError, r"lr is .*not \[0.1\]"),
     (with_a_number(None), TypeError, "group's lr is to be .*not None"),
     (with_a_number("0.1"), TypeError, "not '0.1'"),
+    (with_a_number(torch.ones(2)), ValueError, r"lr has shape \(2,\); it is"),
     (with_a_number((0.9, None), "Adam", "betas"), TypeError, r"betas\[1\] .*not None"),
     (of_integers("SGD"), RuntimeError, "SGD steps floating-point .* not torch.int64"),
     (of_integers("RMSprop"), RuntimeError, "not torch.int64"),
+    (hessian_of(torch.ones(3)), ValueError, r"hessian .* shape \(3,\).* \(2,\)"),
+    (hessian_of(None), TypeError, "hessian is None at '0'"),
     (stepping(sparse), RuntimeError, "does not support sparse gradients"),
     (stepping(sparse, "Lion"), RuntimeError, "Lion does not support sparse"),
     (stepping(torch.ones(2, 2), "SparseAdam"), RuntimeError, "consider Adam instead"),

@@ -274,10 +274,12 @@ def test_state_of_a_checkpoint_is_not_rounded_as_parameters_are(name: str):
     step(other, random)
 
 
-def test_every_step_draws_noise_of_its_own():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
+def test_every_step_draws_noise_of_its_own(dtype: torch.dtype):
     """A plan of the first step, which has no place for it, would go on without."""
-    params = [Parameter(torch.zeros(3)), Parameter(torch.zeros(2))]
+    params = [Parameter(torch.zeros(3, dtype=dtype)) for _ in range(2)]
     split = [{"params": params[:1]}, {"params": params[1:], "noise": 0.5}]
+    fixed = 0.5 + 0.5j if dtype.is_complex else 0.5  # both parts share it
     opt = torch_optim.SGLD(split, lr=0.5)  # at which the noise is all of a step
     generator, expected = torch.Generator().manual_seed(1), [p.clone() for p in params]
     with torch.random.fork_rng(devices=[]):
@@ -287,7 +289,7 @@ def test_every_step_draws_noise_of_its_own():
                 p.grad = torch.zeros_like(p)
             opt.step()
             noise, _ = fo.normal_like(params, generator)
-            expected = [expected[0] + noise, expected[1] + 0.5]
+            expected = [expected[0] + noise, expected[1] + fixed]
             assert_like([p.detach() for p in params], [x.detach() for x in expected])
 
 

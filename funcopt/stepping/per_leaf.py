@@ -110,7 +110,7 @@ class Hypers:
                 return [{**rows[0], **shared}] * len(rows)
             return _interned([{**row, **shared} for row in rows])
         columns = {
-            name: _column(
+            name: column(
                 name, arguments[name], structure, params, steps, name in self._scalar
             )
             for name in arguments
@@ -174,13 +174,13 @@ def _is_constant(value: HyperValue) -> bool:
     return value is not None and all(isinstance(v, Real) for v in tree.leaves(value))
 
 
-def _column(
+def column(
     name: str,
     value: HyperValue,
     structure: tree.Structure,
     params: Sequence[Any],
-    steps: Sequence[Any],
-    one: bool,
+    steps: Sequence[Any] = (),
+    one: bool = False,
 ) -> list[Any]:
     """One argument's value for each leaf, ready for arithmetic.
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from funcopt import tree
 from funcopt.errors import ExecutionError, LeafError, StructureError
 from funcopt.execution import layout, levels
 from funcopt.normal import normal_like
 from funcopt.spec import Spec
+from funcopt.stepping import per_leaf
 from funcopt.stepping.stepper import Stepper
 from funcopt.torch_optim import flags, shards
 from funcopt.torch_optim.flags import Flags
@@ -205,7 +207,7 @@ def _step(
         for slot in columns
         if stepper.scalar[slot]
     }
-    values = _values(batch, own, data)
+    values = _values(batch, own, params, data)
     try:
         new_params, new = stepper.step(
             grads, state | dict(zip(names, trees)), params, values, donate
@@ -248,21 +250,29 @@ def _vector(column: Sequence[Any], differentiable: bool) -> Tensor:
 
 
 def _values(
-    batch: Batch, params: list[Tensor], data: Mapping[str, Mapping[int, Any]]
+    batch: Batch,
+    own: list[Tensor],
+    params: list[Tensor],
+    data: Mapping[str, Mapping[int, Any]],
 ) -> Callable[..., Sequence[dict[str, Any]]]:
-    """What gives each leaf its keyword arguments; ``params`` is what is stepped."""
+    """What gives each leaf its keyword arguments.
+
+    ``own`` is what of the parameters is stepped, ``params`` that as the rule gets it.
+    """
     rows: list[dict[str, Any]] = batch.rows
-    own = {name: [found[id(p)] for p in batch.params] for name, found in data.items()}
-    if params is not batch.params:
-        own = {name: shards.here(x, batch.params) for name, x in own.items()}
+    given = {name: [found[id(p)] for p in batch.params] for name, found in data.items()}
+    if own is not batch.params:
+        given = {name: shards.here(x, batch.params) for name, x in given.items()}
     for name in batch.drawn:
-        if name not in own:
-            noise = normal_like(params, torch.default_generator)
-            own[name] = [
+        if name not in given:
+            noise = normal_like(own, torch.default_generator)
+            given[name] = [
                 x if row[name] is None else row[name] for x, row in zip(noise, rows)
             ]
-    for name, column in own.items():
-        rows = [{**row, name: x} for row, x in zip(rows, column)]
+    structure = tree.flatten(params)[1]
+    for name, found in given.items():
+        values = per_leaf.column(name, found, structure, params)
+        rows = [{**row, name: x} for row, x in zip(rows, values)]
     return partial(_given, rows)
 
 

@@ -8,7 +8,7 @@ from typing import Any, SupportsFloat
 
 import torch
 
-from funcopt.errors import HyperparameterTypeError
+from funcopt.errors import HyperparameterError, HyperparameterTypeError
 from funcopt.optimizer import Optimizer
 from funcopt.spec import Spec
 from funcopt.stepping.stepper import Stepper
@@ -101,9 +101,14 @@ def number(value: Any, name: str) -> Any:
 
     Raises:
         HyperparameterTypeError: it is neither; None, to a rule, would be a 0.
+        HyperparameterError: a tensor of several numbers.
     """
     if isinstance(value, Tensor):
-        return (value.squeeze() if value.numel() == 1 else value).to(torch.float64)
+        if value.numel() != 1:
+            raise HyperparameterError(
+                f"a group's {name} has shape {tuple(value.shape)}; it is to be one number"
+            )
+        return value.squeeze().to(torch.float64)
     if isinstance(value, (Real, SupportsFloat)):
         return float(value)
     raise HyperparameterTypeError(
