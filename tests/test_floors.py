@@ -84,7 +84,7 @@ FLOORS = {
     "funcopt.stepping.totals": 3.9,
     "funcopt.stepping.step_cache": 3.95,
     "funcopt.stepping.sparse_rows": 3.9,
-    "funcopt.stepping.vmapped": 3.9,
+    "funcopt.stepping.vmapped": 3.97,
     "funcopt.stepping.stepper": 4,
     "funcopt.stepping": 4.1,
     "funcopt.optimizer": 4.5,

@@ -1,7 +1,8 @@
 """Under vmap the steps of all tasks are one, and each task's is what it is alone."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -32,14 +33,19 @@ OPTIMIZERS = {
 def together(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Of each step under vmap, whether the tasks went together."""
     seen: list[bool] = []
-    original = vmapped.step
 
-    def spy(*given: Any) -> Any:
-        found = original(*given)
-        seen.append(found is not None)
-        return found
+    def spied(original: Any) -> Any:
+        def spy(*given: Any) -> Any:
+            found = original(*given)
+            if original is not again or found is not None:
+                seen.append(found is not None)
+            return found
 
-    monkeypatch.setattr(vmapped, "step", spy)
+        return spy
+
+    again = vmapped.again
+    for each in (again, vmapped.step):
+        monkeypatch.setattr(vmapped, each.__name__, spied(each))
     yield seen
 
 
@@ -234,6 +240,90 @@ def test_vmap_in_vmap(together: list[bool]):
     expected = vmap(lambda g, p: opt.update(g, opt.init(p), p)[0])(*flat)
     assert torch.equal(step(g, p)["w"].flatten(0, 1), expected["w"])
     assert all(together)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_step_like_the_last_is_not_looked_at(
+    own: bool, monkeypatch: pytest.MonkeyPatch
+):
+    opt, g, p = fo.adam(), stacked(1), stacked(0)
+    state = vmap(opt.init)(p)
+    for step in (vmapped.step, None):
+        monkeypatch.setattr(vmapped, "step", step)
+        p, state = vmap(
+            lambda g, state, p, x: opt.update(g, state, p, **({"lr": x} if own else {}))
+        )(g, state, p, RATES)
+
+
+Changed: TypeAlias = Callable[[Tree, Any, Tree], tuple[Any, ...]]
+
+
+def of_half_precision(g: Tree, state: Any, p: Tree) -> tuple[Any, ...]:
+    g, p = (tree.map(Tensor.bfloat16, x) for x in (g, p))
+    return g, vmap(fo.adam().init)(p), p
+
+
+#: what comes after equal steps: other gradients, states and parameters of the tasks
+CHANGED: dict[str, Changed] = {
+    "the same": lambda g, state, p: (g, state, p),
+    "fewer tasks": lambda *given: tuple(tree.map(lambda x: x[:2], x) for x in given),
+    "shared gradients": lambda g, state, p: (
+        tree.map(lambda x: x[:1].expand_as(x), g),
+        state,
+        p,
+    ),
+    "other shapes": lambda *given: tuple(
+        tree.map(lambda x: x[:, :1] if x.is_floating_point() and x.ndim > 1 else x, x)
+        for x in given
+    ),
+    "other strides": lambda g, state, p: (
+        tree.map(lambda x: x.mT.contiguous().mT if x.ndim > 2 else x, g),
+        state,
+        p,
+    ),
+    "another dtype": of_half_precision,
+    "ages": lambda g, state, p: (
+        g,
+        {**state, "step": state["step"] + torch.arange(TASKS)[:, None]},
+        p,
+    ),
+    "a gap": lambda g, state, p: ({**g, "b": None}, state, p),
+    "followed": lambda g, state, p: (
+        tree.map(lambda x: x.clone().requires_grad_(), g),
+        state,
+        p,
+    ),
+}
+
+
+@pytest.mark.parametrize("rate", [None, 0.2, RATES], ids=["no", "a number", "own"])
+@pytest.mark.parametrize("what", CHANGED)
+def test_what_changes_after_equal_steps(what: str, rate: Any, together: list[bool]):
+    opt, g, p = fo.adam(), stacked(1), stacked(0)
+    state = vmap(opt.init)(p)
+    for _ in range(2):
+        p, state = vmap(opt.update)(g, state, p)
+    known = len(together)
+    given = CHANGED[what](g, state, p)
+    rate = rate[: len(given[2]["w"])] if isinstance(rate, Tensor) else rate
+
+    def step(g: Tree, state: Any, p: Tree, rate: Any, how: str | None) -> Any:
+        return opt.update(
+            g, state, p, execution=how, **({} if rate is None else {"lr": rate})
+        )
+
+    dims = (0, 0, 0, 0 if isinstance(rate, Tensor) else None)
+    expected, found = (
+        fo.func.vmap(partial(step, how=how), dims)(*given, rate)
+        for how in ("reference", None)
+    )
+    for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=1e-14 if a.dtype != torch.bfloat16 else 0, atol=0
+        )
+        assert a.requires_grad == b.requires_grad
+    apart = what == "ages" or (what == "followed" and isinstance(rate, Tensor))
+    assert together[known:] == [not apart]
 
 
 @pytest.mark.slow

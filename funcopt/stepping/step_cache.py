@@ -32,7 +32,7 @@ class _Paths:
         self.settled: list[Settled | None] = [None, None]
 
 
-class _Entry:
+class Entry:
     """What is known of trees of one structure, where the same leaves step.
 
     ``live`` are those, None for all of them; ``there`` says which have a parameter.
@@ -96,7 +96,7 @@ class StepCache:
         always: LeafValues | None,
     ) -> None:
         self._scalar, self._measures, self._always = scalar, measures, always
-        self._all: tuple[_Entry, ...] = ()  # the last found first
+        self._all: tuple[Entry, ...] = ()  # the last found first
 
     def keep(
         self,
@@ -112,7 +112,7 @@ class StepCache:
             if (entry.structure, entry.live, entry.there) == (structure, live, there):
                 break
         else:
-            entry = _Entry(structure, live, there, self._scalar)
+            entry = Entry(structure, live, there, self._scalar)
             self._all = (entry, *self._all)[:_MOST]
         entry.paths.put(tensors, _Paths(paths, were_complex))
 
@@ -125,8 +125,13 @@ class StepCache:
         donate: bool,
     ) -> tuple[tree.Structure, Sequence[Any], Tensor] | None:
         """The structure, columns and steps; None where the step goes the long way."""
-        if not self._all:
-            return None
+        found = self.find(grads, state, params)
+        return found and self.run(*found, values, donate)
+
+    def find(
+        self, grads: Tree, state: State, params: Tree
+    ) -> tuple[Entry, list[Tensor]] | None:
+        """What is known of such trees; their tensors, column by column, then vectors."""
         given, leaves = (grads, params, state), objects.load().leaves
         for entry in self._all:
             tensors = leaves(entry.form, given)
@@ -136,6 +141,12 @@ class StepCache:
             return None
         if entry is not self._all[0]:
             self._all = (entry, *(x for x in self._all if x is not entry))
+        return entry, tensors
+
+    def run(
+        self, entry: Entry, tensors: list[Tensor], values: LeafValues, donate: bool
+    ) -> tuple[tree.Structure, Sequence[Any], Tensor] | None:
+        """A step of what was found, or of what is like it."""
         ways = entry.paths.get(tensors)
         if ways is None:
             return None

@@ -122,8 +122,13 @@ class Stepper:
         """One step with the rule's keyword arguments that ``values`` gives each leaf."""
         free = not (execution or torch.compiler.is_compiling())
         together = free and not donate and self.separable and batched.is_vmapped()
-        if free and not together and executor_choice.is_free():
-            done = self.cache.step(grads, state, params, values, donate)
+        if free and executor_choice.is_free():
+            if not together:
+                done = self.cache.step(grads, state, params, values, donate)
+            elif len(self.vectors) == 1:
+                done = vmapped.again(self.cache, grads, state, params, values)
+            else:
+                done = None
             if done is not None:
                 return self._result(*done, params, state, donate)
         p, structure = tree.flatten(params)

@@ -16,7 +16,45 @@ from funcopt.execution import concrete, levels
 from funcopt.execution.batched import TaskAxis
 from funcopt.execution.executor import PerTask
 from funcopt.stepping.per_leaf import LeafValues
+from funcopt.stepping.step_cache import StepCache
 from funcopt.types import State, Tensor, Tree
+
+
+def again(
+    cache: StepCache, grads: Tree, state: State, params: Tree, values: LeafValues
+) -> tuple[tree.Structure, Sequence[Any], Tensor] | None:
+    """What `step` does, of trees whose tensors are like those of an earlier one.
+
+    For a state whose only vector are the steps. The structure, columns and steps; None
+    where nothing is known of such trees, or leaves have gaps.
+    """
+    found = cache.find(grads, state, params)
+    if found is None or found[0].live is not None or levels.depth() > 1:
+        return None
+    entry, given = found
+    tasks = TaskAxis()
+    *pairs, steps = map(tasks.off, given)
+    with tasks.together():
+        shared = _shared(*steps)
+        if shared is None:
+            return None
+        counts = shared.tolist()
+    leaves = given[entry.count : 2 * entry.count]
+    hyper = _hyper(tasks, values, entry.structure, leaves, counts)
+    if hyper is None:
+        return None
+    own = _are_own(hyper)
+    if not own and all(axis is None for _, axis in pairs):
+        return None
+    with tasks.together():
+        stacked = [_stacked(x, tasks.size, own) for x in pairs]
+        done = cache.run(entry, [*stacked, shared], lambda *_: hyper, donate=False)
+        if done is None:
+            return None
+        structure, columns, new = done
+        new = new if steps[1] is None else _each(new, tasks)
+    columns = [[*map(tasks.on, column)] for column in columns]
+    return structure, columns, new if steps[1] is None else tasks.on(new)
 
 
 def step(
@@ -28,7 +66,7 @@ def step(
     structure: tree.Structure,
     values: LeafValues,
 ) -> tuple[Tree, State] | None:
-    """One step of each task, by an ``update`` of lists of stacked leaves.
+    """One step of each task, by an ``update`` of trees of stacked leaves.
 
     ``vectors`` are what the state holds for all leaves at once. None where a task has
     numbers of its own there, or hyperparameters that are more than a number; or if
@@ -44,34 +82,32 @@ def step(
         if any(x is None for x in shared.values()):
             return None
         counts = shared["step"].tolist()
-    hyper = values(structure, params, [count + 1 for count in counts])
-    rows = {id(row): row for row in hyper}
-    own = any(_is_own(tasks, x) for row in rows.values() for x in row.values())
+    hyper = _hyper(tasks, values, structure, params, counts)
+    if hyper is None:
+        return None
+    own = _are_own(hyper)
+    if own and len(vectors) > 1:  # those would come to be each task's own
+        return None
     if not own and all(x is None or x[1] is None for column in columns for x in column):
         return None  # no task has anything of its own
-    if own:
-        if len(vectors) > 1:  # those would come to be each task's own
-            return None
-        with tasks.together():
-            rows = {key: _per_task(tasks, row) for key, row in rows.items()}
-        hyper = [rows[id(row)] for row in hyper]
-        if None in hyper:
-            return None
     with tasks.together():
-        g, p, *held = [[_stacked(x, tasks.size, own) for x in c] for c in columns]
+        g, p, *held = [
+            tree.unflatten(structure, [_stacked(x, tasks.size, own) for x in column])
+            for column in columns
+        ]
         state: State = {**shared, **dict(zip(slots, held))}
         try:
             p, state = update(g, state, p, lambda *_: hyper)
         except FuncoptError:
             return None
         batched = {
-            name: state[name].expand(tasks.size, -1).clone()
+            name: _each(state[name], tasks)
             for name, x in vectors.items()
             if _is_own(tasks, x)
         }
     for name, x in batched.items():
         state[name] = tasks.on(x)
-    new = [p, *(state[name] for name in slots)]
+    new = map(tree.leaves, (p, *(state[name] for name in slots)))
     p, *trees = [
         tree.unflatten(
             structure,
@@ -80,6 +116,31 @@ def step(
         for was, column in zip(given[1:], new)
     ]
     return p, state | dict(zip(slots, trees))
+
+
+def _hyper(
+    tasks: TaskAxis,
+    values: LeafValues,
+    structure: tree.Structure,
+    params: Sequence[Tensor | None],
+    counts: Sequence[int],
+) -> Sequence[dict[str, Any]] | None:
+    """The hyperparameters of all tasks, `PerTask` where they are each one's own.
+
+    None if those are more than a number, or cannot be read.
+    """
+    hyper = values(structure, params, [count + 1 for count in counts])
+    rows = {id(row): row for row in hyper}
+    if not any(_is_own(tasks, x) for row in rows.values() for x in row.values()):
+        return hyper
+    with tasks.together():
+        found = {key: _per_task(tasks, row) for key, row in rows.items()}
+    spread = [row for row in map(found.get, map(id, hyper)) if row is not None]
+    return spread if len(spread) == len(hyper) else None
+
+
+def _are_own(hyper: Sequence[Mapping[str, Any]]) -> bool:
+    return any(isinstance(x, PerTask) for row in hyper for x in row.values())
 
 
 def _is_own(tasks: TaskAxis, x: Any) -> bool:
@@ -109,9 +170,12 @@ def _shared(vector: Tensor, axis: int | None) -> Tensor | None:
     return table[0] if torch.equal(table, table[:1].expand_as(table)) else None
 
 
-def _stacked(
-    each: tuple[Tensor, int | None] | None, size: int, own: bool
-) -> Tensor | None:
+def _each(vector: Tensor, tasks: TaskAxis) -> Tensor:
+    """The vector once for each task, in memory of its own."""
+    return vector.expand(tasks.size, -1).clone()
+
+
+def _stacked(each: tuple[Tensor, int | None] | None, size: int, own: bool) -> Any:
     """With the tasks in front; as often as there are tasks, if they share it."""
     if each is None:
         return None
