@@ -17,7 +17,7 @@ from torch.func import grad, jvp, vjp, vmap
 import funcopt as fo
 from funcopt import tree
 from funcopt.hyper import Hyper
-from funcopt.meta.estimate import KINDS, SEES, keys_seen
+from funcopt.meta.estimate import KINDS, SEES, SMOOTHED, keys_seen
 
 STEPS = 4
 
@@ -689,6 +689,69 @@ def test_the_way_back_goes_through_constraints():
     plain = fo.meta.reptile_gradient(problem(), start).grads["init"]
     assert torch.allclose(found["w"], plain["w"] * start["init"]["w"], rtol=1e-12)
     assert torch.equal(found["scale"], plain["scale"])
+
+
+SEEING_META = [name for name in CALLS if "meta" in keys_seen(name)]
+
+
+@pytest.mark.parametrize("name", SEEING_META)
+def test_an_eta_with_gaps_and_other_dtypes(name: str):
+    eta = {"weights": random(5, seed=6).abs().float()}
+    beside = {"gap": None, "empty": torch.zeros(0, 2), "idle": f64(1.0)}
+    alone = CALLS[name](problem(), {"meta": eta}).grads["meta"]
+    found = CALLS[name](problem(), {"meta": eta | beside}).grads["meta"]
+    assert found["gap"] is None and found["empty"].shape == (0, 2)
+    assert alone["weights"].dtype is found["weights"].dtype is torch.float32
+    assert found["idle"].dtype is torch.float64
+    if not SEES[name]["meta"] == SMOOTHED:  # other leaves, other draws
+        assert torch.allclose(found["weights"], alone["weights"], rtol=1e-5)
+
+
+def of_pairs(start: Tensor, made: Callable[[Tensor], Tensor]) -> fo.meta.Problem:
+    """A problem in complex numbers, which are ``made`` of the parameters."""
+    x, further = (torch.complex(each[0], each[0].flip(0)) for each in (TRAIN, VALID))
+
+    def inner(p: Tensor, x: Tensor, meta: Any = None) -> Tensor:
+        error = (torch.tanh((x @ made(p)).real) - (x @ made(p)).imag - 0.3) ** 2
+        return (error if meta is None else meta["weights"] * error).mean()
+
+    def outer(p: Tensor, x: Tensor, meta: Any = None) -> Tensor:
+        return (made(p) ** 2).real.sum() + (x @ made(p)).abs().square().mean()
+
+    opt = fo.sgd(lr=0.1, momentum=0.5)
+    return fo.meta.Problem(opt, inner, outer, STEPS, start, batch=x, outer_batch=further)
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if keys_seen(n) != ["init"]])
+def test_a_complex_parameter_is_two_real_ones(name: str):
+    eta = WEIGHTS if name in SEEING_META else LR
+    pairs = random(3, 2, seed=40)
+    real = of_pairs(pairs, torch.view_as_complex)
+    whole = of_pairs(torch.view_as_complex(pairs), lambda p: p)
+    found, expected = (CALLS[name](given, eta) for given in (whole, real))
+    for x, y in zip(tree.leaves(found.grads), tree.leaves(expected.grads)):
+        assert y.abs().min() > 1e-4 and torch.allclose(x, y, rtol=1e-9)
+    for key, wanted in expected.diagnostics.items():
+        assert tree.leaves(tree.map(torch.allclose, found.diagnostics[key], wanted))
+    along = tree.map(torch.ones_like, eta)
+    one, other = (fo.meta.metasmoothness(x, eta, along, h=0.3) for x in (whole, real))
+    assert torch.allclose(one, other)
+
+
+@pytest.mark.parametrize("name", ["es", "pes", "es_single"])
+def test_a_swarm_from_an_advanced_carry_is_judged_by_the_loss_itself(name: str):
+    """What of the outer loss depends on eta directly counts from the first window on."""
+    given = replace(problem(), outer_loss=fit, batch=TRAIN, outer_batch=TRAIN)
+    carry = fo.meta.advance(given, WEIGHTS, 2)
+    found = CALLS[name](given, WEIGHTS, carry=carry, sigma=0.05)
+    noise = 0.05 * torch.randn(4, 5, generator=seeded(), dtype=torch.float64)
+
+    def value(moved: Tensor) -> Tensor:
+        return fo.meta.reverse(given, {"meta": {"weights": moved}}, carry=carry).value
+
+    change = torch.stack([value(1 + e) - value(1 - e) for e in noise])
+    expected = (noise * change[:, None] / (2 * 0.05**2)).mean(0)
+    assert torch.allclose(found.grads["meta"]["weights"], expected, rtol=1e-9)
 
 
 # Memory --------------------------------------------------------------------------------

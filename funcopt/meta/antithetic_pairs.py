@@ -54,7 +54,7 @@ class AntitheticPairs:
         """Perturbations [N, ...] of width sigma."""
         many = tree.map(lambda x: x.expand(self.particles, *x.shape), self.eta)
         normal = normal_like(many, self.generator)
-        return tree.map(lambda z, s: s * z, normal, self.sigma)
+        return tree.map(lambda z, s: (s * z).to(z.dtype), normal, self.sigma)
 
     def check(self, carry: Carry) -> None:
         given, wanted = (tree.flatten(x)[1] for x in (carry["perturbations"], self.eta))
@@ -79,10 +79,10 @@ class AntitheticPairs:
         start = stands_at(problem, carry)
         count = window_of(problem, start, window)
         both = tree.map(lambda x, e: torch.cat([x + e, x - e]), self.eta, noise)
-        at = None
+        at, apart = None, False
         if carry is not None and start:
-            at = standing(carry)
-            if "perturbations" not in carry:
+            at, apart = standing(carry), "perturbations" in carry
+            if not apart:
                 at = tree.map(lambda x: x.expand(2 * pairs, *x.shape), at)
 
         def one(eta: Tree, at: Tree) -> tuple[Any, ...]:
@@ -90,7 +90,7 @@ class AntitheticPairs:
             begun = go_on(problem, eta, at and {**at, "step": start})
             value, end, losses = roll(problem, eta, begun, count)
             change = value
-            if problem.objective == "last" and start:
+            if problem.objective == "last" and apart:  # the first window has V itself
                 change = value - outer_value(problem, eta, begun, start)
             return value, change, standing(end), losses
 
@@ -99,7 +99,7 @@ class AntitheticPairs:
             change = change.unflatten(0, (2, pairs))
             slope = (change[0] - change[1]) / 2
             each = tree.map(
-                lambda w, s: w * slope.view(-1, *[1] * (w.ndim - 1)) / s**2,
+                lambda w, s: (w * slope.view(-1, *[1] * (w.ndim - 1)) / s**2).to(w.dtype),
                 weight,
                 self.sigma,
             )
@@ -109,7 +109,7 @@ class AntitheticPairs:
             }
             if pairs > 1:
                 diagnostics["standard_error"] = tree.map(
-                    lambda x: x.std(0) / pairs**0.5, each
+                    lambda x: (x.var(0) / pairs).sqrt() if x.numel() else x[0], each
                 )
         end = {**end, "step": start + count, "perturbations": weight}
         grads = tree.map(lambda x: x.mean(0), each)

@@ -19,6 +19,7 @@ from funcopt.meta.problem import (
     window_of,
 )
 from funcopt.meta.rollout import steps_on
+from funcopt.stepping import complex_leaves
 from funcopt.types import Tensor, Tree
 
 
@@ -144,18 +145,21 @@ def _basis(eta: Tree) -> Tree:
 
 
 def _block(rows: Tensor, like: Tensor) -> Tensor:
-    return rows.reshape(-1, *like.shape).to(like)
+    return rows.reshape(len(rows), *like.shape).to(like)
 
 
 def _contracted(slopes: Tree, tangents: Tree) -> Tensor:
     """How a value moves along each tangent."""
     parts = zip(tree.present(slopes), tree.present(tangents))
     return sum(
-        (_rows(z) @ g.flatten() for g, z in parts), start=torch.zeros((), device="cpu")
+        (_rows(z) @ complex_leaves.parts(g).flatten() for g, z in parts),
+        start=torch.zeros((), device="cpu"),
     )
 
 
 def _rows(tangents: Tensor) -> Tensor:
+    """A row for each tangent; a complex number is two real ones."""
+    tangents = complex_leaves.parts(tangents)
     return tangents.flatten(1) if tangents.ndim > 1 else tangents[:, None]
 
 

@@ -10,6 +10,7 @@ from funcopt.inner.rng_state import RngState
 from funcopt.meta.estimate import check_eta
 from funcopt.meta.problem import Problem
 from funcopt.meta.rollout import advance
+from funcopt.stepping.complex_leaves import parts
 from funcopt.types import Tensor, Tree
 
 
@@ -68,7 +69,7 @@ def metasmoothness(problem: Problem, eta: Tree, direction: Tree, h: float) -> Te
         at = tree.map(lambda x, v: x + times * h * v, eta, direction)
         with rng.restored() if times else nullcontext():
             params = advance(problem, at, problem.steps)["params"]
-        return torch.cat([x.flatten() for x in tree.present(params)])
+        return torch.cat([parts(x).flatten() for x in tree.present(params)])
 
     with torch.no_grad():
         first, second, third = (end(times) for times in range(3))
