@@ -511,6 +511,26 @@ def test_forward_mode_of_a_tensor_beside_a_number(case: Case):
         assert relative(a, b) <= 1e-12
 
 
+@pytest.mark.parametrize("outside", ["jvp", "vmap"])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_a_tangent_of_another_dtype(case: Case, outside: str):
+    """Torch's of a 0-d float32 tensor times a Python number is float64."""
+    p = arguments()[1].float()
+    state, opt = warm_state(case, p), case.optimizer()
+
+    def step(x: Tensor, half: Any) -> Any:
+        return opt.update((half * x).expand(p.shape), state, p, execution="native")
+
+    def pushed(t: Tensor, half: Any) -> Any:
+        return jvp(partial(step, half=half), (torch.tensor(0.7),), (t,))[1]
+
+    push = vmap(pushed, (0, None)) if outside == "vmap" else pushed
+    along = torch.tensor([1.0, 2.0]) if outside == "vmap" else torch.tensor(1.0)
+    found, expected = (push(along, half) for half in (0.5, torch.tensor(0.5)))
+    for a, b in zip(tree.leaves(found), tree.leaves(expected)):
+        assert a.dtype is b.dtype and torch.equal(a, b)
+
+
 @pytest.mark.parametrize("case", [*FEW, *map(row_of, ("adopt", "asgd"))], ids=str)
 def test_forward_mode_of_tasks_unequally_old(case: Case):
     opt = case.optimizer()

@@ -108,8 +108,10 @@ class _Transformed(torch.autograd.Function):
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         saved, signature = ctx.saved_tensors, ctx.call.signature
         call = ctx.call.jvp()
+        # A kernel reads the leaf's dtype. Of a 0-d float32 tensor and a Python number
+        # torch makes a float64 tangent (https://github.com/pytorch/pytorch/issues/90065).
         given = [
-            torch.zeros_like(x) if t is None else t
+            torch.zeros_like(x) if t is None else t.to(x.dtype)
             for x, t, (i, _) in zip(saved, tangents, signature.places)
             if signature.moving[i]
         ]
