@@ -1,9 +1,12 @@
 """Triton kernels: run by Triton's interpreter on the CPU, and compiled for an H100."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,6 +260,107 @@ def test_scalars_in_tensors_are_read_where_they_are():
     again = executor(streams, [[0.5, 0.9], [0.25, float(decay)]], [0, 1])
     for a, b in zip(found, again):
         assert all(map(torch.equal, a, b))
+
+
+def test_scalars_that_are_lazy_are_read_as_they_are_meant():
+    """torch's zero without memory, as tangents are; and its negative that is not made."""
+    streams, executor = leaves((3, 5)), Triton(PROGRAM, torch.float32)
+    zero = torch._efficientzerotensor((), dtype=torch.float64)  # pyright: ignore
+    negative = torch.tensor(1 - 0.8j, dtype=torch.complex128).conj().imag
+    assert zero._is_zerotensor() and negative.is_neg() and negative == 0.8
+    expected = executor(streams, [[0.0, 0.8]], [0])
+    for a, b in zip(executor(streams, [[zero, negative]], [0]), expected):
+        assert all(map(torch.equal, a, b))
+
+
+class Stream:
+    def __init__(self, number: int) -> None:
+        self.cuda_stream = number
+
+
+class Event:
+    done = False
+
+    def record(self, stream: Stream) -> None: ...
+
+    def query(self) -> bool:
+        return self.done
+
+
+class Pinned:
+    """Memory of the host that is copied to a device, which there is none of."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> "Pinned":
+        return Pinned(len(range(self.count)[part]))
+
+    def copy_(self, words: Tensor) -> "Pinned":
+        self.words = words
+        return self
+
+    def to(self, device: Any, non_blocking: bool) -> Tensor:
+        return self.words.clone()
+
+
+class Cuda:
+    """What `Uploads` asks of torch.cuda, answered without a GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capturing, self.stream = False, Stream(1)
+        self.recorded: list[tuple[Tensor, Stream]] = []
+        monkeypatch.setattr(
+            torch.cuda, "is_current_stream_capturing", lambda: self.capturing
+        )
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(tables, "_pinned", self._pinned)
+        monkeypatch.setattr(Event, "done", False)
+        monkeypatch.setattr(
+            Tensor, "record_stream", lambda x, stream: self.recorded.append((x, stream))
+        )
+
+    def _pinned(self, count: int) -> Pinned:
+        assert not self.capturing, "no memory is pinned while a graph is captured"
+        return Pinned(count)
+
+
+GPU: Any = SimpleNamespace(type="cuda")
+CONTENT = bytes(range(64))
+
+
+def test_a_table_stays_on_the_stream_that_its_memory_is_given_out_on(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    cuda, uploads, beside = Cuda(monkeypatch), tables.Uploads(), (torch.ones(2),)
+    first = uploads(CONTENT, GPU, beside)
+    assert uploads(CONTENT, GPU, beside) is first
+    Event.done = True
+    assert uploads(CONTENT, GPU, beside) is first
+    cuda.stream = Stream(2)
+    assert uploads(CONTENT, GPU, beside) is not first
+    assert [stream.cuda_stream for _, stream in cuda.recorded] == [1, 1, 1, 2]
+
+
+def test_what_a_graph_reads_lives_as_long_as_it_may_be_replayed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    cuda, uploads, beside = Cuda(monkeypatch), tables.Uploads(), torch.ones(2)
+    uploads(CONTENT, GPU, (beside,))
+    cuda.capturing, cuda.stream = True, Stream(2)
+    made = [uploads(bytes([k]) * 64, GPU, (beside,)) for k in range(100)]
+    held = [*map(weakref.ref, (beside, *made))]
+    del beside, made
+    cuda.capturing = False
+    for k in range(10):
+        uploads(bytes([k]) * 64, GPU, ())
+    cuda.recorded.clear()
+    gc.collect()
+    assert all(x() is not None for x in held)
 
 
 def test_truths_are_numbers_in_sums_and_products():

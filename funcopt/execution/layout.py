@@ -25,18 +25,18 @@ def alike(columns: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
         return list(columns)
     copies: dict[int, list[Tensor]] = {}
     for i, leaf in enumerate(zip(*columns)):
-        if all(x.is_contiguous() and not _is_lazy(x) for x in leaf):
+        if all(x.is_contiguous() and not is_lazy(x) for x in leaf):
             continue
         model = torch.empty_like(leaf[1])  # keeps the strides of what fills its memory
         for k, x in enumerate(leaf):
-            if x.stride() != model.stride() or _is_lazy(x):
+            if x.stride() != model.stride() or is_lazy(x):
                 copies.setdefault(k, list(columns[k]))[i] = torch.empty_strided(
                     x.shape, model.stride(), dtype=x.dtype, device=x.device
                 ).copy_(x)
     return [copies.get(k, column) for k, column in enumerate(columns)]
 
 
-def _is_lazy(x: Tensor) -> bool:
+def is_lazy(x: Tensor) -> bool:
     """Whether the memory does not hold the values: torch's own zeros and negatives."""
     return x.is_neg() or x._is_zerotensor()
 

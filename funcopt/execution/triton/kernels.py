@@ -73,16 +73,16 @@ class Triton(Executor):
         device = leaves[0].device
         if out is None:
             out = [empty_like(leaves) for _ in printer.written]
-        plan = self._layout(leaves, which, len(rows), tasks, pooled, device)
-        content, alive = words([*streams, *out], rows, device)
-        table = self._uploads(content, device)
 
         def numbers(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float64, device=device)
 
-        totals = numbers(plan.number, len(printer.sums))
-        results = numbers(len(printer.results), plan.number)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            plan = self._layout(leaves, which, len(rows), tasks, pooled, device)
+            content, alive = words([*streams, *out], rows, device)
+            table = self._uploads(content, device, (plan.blocks, plan.groups))
+            totals = numbers(plan.number, len(printer.sums))
+            results = numbers(len(printer.results), plan.number)
             for k, (sweep, finish) in enumerate(self._kernels):
                 partials = numbers(len(self.program.passes[k].sums), plan.count)
                 if sweep is not None and plan.count:
@@ -119,16 +119,14 @@ class Triton(Executor):
         """The layout on the device: from the last few, or made."""
         sizes = tuple(map(Tensor.numel, leaves))
         key = (sizes, tuple(which), rows, tasks, pooled, device)
-        found = self._layouts.get(key)
-        if found is not None:
-            self._layouts.move_to_end(key)
-            return found
-        made = block_layout(sizes, which, rows, tasks, pooled)
-        made = BlockLayout(made.blocks.to(device), made.groups.to(device))
-        self._layouts[key] = made
+        found = self._layouts.pop(key, None)  # another thread may look here, too
+        if found is None:
+            made = block_layout(sizes, which, rows, tasks, pooled)
+            found = BlockLayout(made.blocks.to(device), made.groups.to(device))
+        self._layouts[key] = found
         if len(self._layouts) > _LAYOUTS:
             self._layouts.popitem(last=False)
-        return made
+        return found
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from funcopt.execution.executor import Column
+from funcopt.execution.layout import is_lazy
 from funcopt.types import Tensor
 
 #: elements that a program works on at once
@@ -18,7 +19,9 @@ BLOCK = 1024
 _PROGRAMS = 2048
 _WALK = 8
 
-_SPARE = 4  # tables of the latest size that a capture may copy
+# What a capture may copy: so many tables of the latest size, and of small ones as many
+# as an inner loop has steps.
+_SPARE, _SPARE_WORDS = 4, 1 << 16
 
 _pointers = Tensor.data_ptr
 
@@ -98,6 +101,8 @@ def words(
             own = isinstance(value, Tensor) and value.ndim  # each task's
             if isinstance(value, Tensor) and value.device == device:
                 value = value.to(torch.float64)
+                if is_lazy(value):
+                    value = torch.empty_like(value).copy_(value)
                 alive.append(value)
                 table.extend((value.data_ptr(), 0, 8 * value.stride(0) if own else 0))
                 continue
@@ -112,6 +117,9 @@ class Uploads:
     Steps over the same tensors, as donated ones are, have the same table again and again,
     and nothing is copied. What a CUDA graph was captured with lives as long as this
     object: a replay reads it again. Before a capture there must have been a like step.
+
+    A table is used on one stream, on which its memory was given out: the allocator gives
+    it out again as soon as it is forgotten, whatever other streams have yet to do.
     """
 
     def __init__(self) -> None:
@@ -119,13 +127,22 @@ class Uploads:
         self._captured: list[Any] = []
         self._spare: Tensor | None = None  # pinned: none may be allocated in a capture
 
-    def __call__(self, content: bytes, device: torch.device) -> Tensor:
+    def __call__(
+        self, content: bytes, device: torch.device, beside: Sequence[Tensor]
+    ) -> Tensor:
+        """The table on the device. The kernels read what is ``beside`` it, too."""
         words = torch.frombuffer(bytearray(content), dtype=torch.int64)
         if device.type != "cuda":
             return words
         capturing = torch.cuda.is_current_stream_capturing()
-        stream = torch.cuda.current_stream(device).cuda_stream
-        for upload in self._last:
+        current = torch.cuda.current_stream(device)
+        stream = current.cuda_stream
+        if capturing:
+            self._captured.append(beside)
+        else:
+            for x in beside:
+                x.record_stream(current)
+        for upload in [*self._last]:  # to which another thread may add
             if upload.content == content and upload.ready(device, stream, capturing):
                 if capturing:
                     self._captured.append(upload.table)
@@ -136,7 +153,7 @@ class Uploads:
             self._captured.append((pinned, table))
         else:
             event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))
+            event.record(current)
             self._last.append(_Upload(content, device, stream, table, event))
         return table
 
@@ -146,8 +163,9 @@ class Uploads:
         torch's own pool sees to that, except in a capture, where replays copy again.
         """
         if not capturing:
-            if self._spare is None or len(self._spare) < _SPARE * count:
-                self._spare = _pinned(_SPARE * count)
+            room = max(_SPARE * count, _SPARE_WORDS)
+            if self._spare is None or len(self._spare) < room:
+                self._spare = _pinned(room)
             return _pinned(count)
         if self._spare is None or len(self._spare) < count:
             return _pinned(count)
@@ -164,11 +182,13 @@ class _Upload:
     event: torch.cuda.Event | None  #: none once the copy is known to be done
 
     def ready(self, device: torch.device, stream: int, capturing: bool) -> bool:
-        """Whether work queued on this stream finds the table filled."""
+        """Whether work queued on this stream finds the table filled, and in its place."""
+        if self.device != device:
+            return False
         # an event cannot be asked while a graph is captured
         if self.event is not None and not capturing and self.event.query():
             self.event = None
-        return self.device == device and (self.event is None or self.stream == stream)
+        return self.stream == stream or (capturing and self.event is None)
 
 
 def _pinned(count: int) -> Tensor:
