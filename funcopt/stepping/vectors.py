@@ -42,7 +42,14 @@ def next_steps(steps: Tensor, live: list[int] | None) -> Tensor:
     """Steps count per leaf: a leaf without a gradient does not step."""
     if live is None:
         return steps + 1
-    mask = [0] * steps.shape[0]
-    for i in live:
-        mask[i] = 1
-    return steps + torch.tensor(mask, device=steps.device)
+    new = steps.clone()
+    for begin, end in _runs(live):  # a mask would have to be sent to the device
+        new[begin:end] += 1
+    return new
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """The spans, end excluded, that rising numbers fill."""
+    begins = [i for k, i in enumerate(numbers) if not k or numbers[k - 1] != i - 1]
+    ends = [i + 1 for i, after in zip(numbers, [*numbers[1:], -1]) if after != i + 1]
+    return [*zip(begins, ends)]
