@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
+from torch._C._autograd import DeviceType
 
 import measure
 
 Step: TypeAlias = Callable[[], Any]
+
+_CYCLES = 20_000_000  # 10 ms at 2 GHz
 
 
 def poison(device: str) -> None:
@@ -37,24 +40,32 @@ def captured(step: Step, device: str) -> Step:
     return graph.replay
 
 
-def medians(calls: Mapping[str, Step], device: str, repeats: int) -> dict[str, float]:
-    """Milliseconds of each call on the device, the calls in turn."""
+def medians(
+    calls: Mapping[str, Step], device: str, repeats: int, ahead: bool = False
+) -> dict[str, float]:
+    """Milliseconds of each call on the device, the calls in turn.
+
+    With ``ahead`` the device is kept busy until the host, which must take less than 10 ms
+    for a call, has queued all of it; else what the device waits for the host counts.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for k in range(repeats + 3):
         for name, call in calls.items():
-            value = _milliseconds(call, device)
+            value = _milliseconds(call, device, ahead)
             if k >= 3:  # the first compile, and fill the allocator's pool
                 samples[name].append(value)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def _milliseconds(call: Step, device: str) -> float:
+def _milliseconds(call: Step, device: str, ahead: bool) -> float:
     if device == "cpu":
         begin = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - begin)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    if ahead:
+        torch.cuda._sleep(_CYCLES)
     start.record()
     call()
     end.record()
@@ -85,7 +96,9 @@ def launches(step: Step, device: str) -> int | None:
         step()
         torch.cuda.synchronize()
     kinds = ("Memcpy", "Memset")
-    return sum(e.count for e in seen.key_averages() if not e.key.startswith(kinds))
+    # The calls of CUDA's functions, cudaLaunchKernel and others, are events as well.
+    found = [e for e in seen.key_averages() if e.device_type == DeviceType.CUDA]
+    return sum(e.count for e in found if not e.key.startswith(kinds))
 
 
 def environment() -> dict[str, Any]:

@@ -5,7 +5,8 @@ python benchmarks/gpu.py --rehearse  (the same on the CPU in Triton's interprete
 
 Every rule is first compared with float64, with NaN in the memory that its results are put
 in. Then come the ratios: medians of events, the copy bandwidth of the card beside them.
-Writes ``results/gpu.json`` and the table of README.md; a rehearsal writes nothing.
+Writes each line to ``results/gpu.json`` as it comes, and the table of README.md at the
+end; a rehearsal writes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from itertools import chain
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,6 +59,7 @@ L2 = 200e6  # bytes of buffers in turn, more than a card's cache holds
 @dataclass(frozen=True)
 class Sizes:
     device: str
+    executor: str  #: that is to run all steps
     large: list[tuple[int, ...]]  #: 1e9 parameters
     medium: list[tuple[int, ...]]  #: 200 leaves of 1e6
     small: list[tuple[int, ...]]  #: 10,000 leaves of 64
@@ -66,13 +70,16 @@ class Sizes:
     repeats: int
 
 
+Part: TypeAlias = Callable[[Sizes], Iterator[Line]]
+
 GPU = Sizes(
-    "cuda", [(100_000_000,)] * 10, [(1_000_000,)] * 200, [(64,)] * 10_000,
+    "cuda", "triton", [(100_000_000,)] * 10, [(1_000_000,)] * 200, [(64,)] * 10_000,
     [(1_000_000,)] * 10, OMNIGLOT, 256, 5, 30,
 )  # fmt: skip
 REHEARSAL = Sizes(
-    "cpu", [(600,)] * 2, [(500,)] * 3, [(64,)] * 5, [(300,)] * 2, OMNIGLOT[-2:], 3, 1, 2
-)
+    "cpu", "foreach", [(600,)] * 2, [(500,)] * 3, [(64,)] * 5, [(300,)] * 2,
+    OMNIGLOT[-2:], 3, 1, 2,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -81,19 +88,20 @@ def main() -> None:
     rehearse = parser.parse_args().rehearse
     if not rehearse and not torch.cuda.is_available():
         sys.exit("There is no GPU here that torch can use; --rehearse needs none.")
+    lines: list[Line] = []
     with ExitStack() as stack:
         if rehearse:
             stack.enter_context(interpreted())
+        result = {"environment": {} if rehearse else cuda.environment(), "lines": lines}
         sizes = REHEARSAL if rehearse else GPU
-        lines = [line for what in LINES for line in _attempt(what, sizes)]
-    for line in lines:
-        print(_text(line))
+        for line in chain.from_iterable(_attempt(*part, sizes) for part in _parts()):
+            print(_text(line), flush=True)
+            lines.append(line)
+            if not rehearse:  # at once: the machine may be taken away
+                measure.save("gpu", result, measured=False)
     if not rehearse:
         import report
 
-        measure.save(
-            "gpu", {"environment": cuda.environment(), "lines": lines}, measured=False
-        )
         report.write()
 
 
@@ -114,77 +122,81 @@ def interpreted() -> Iterator[None]:
         engines["foreach"] = usual
 
 
-def _attempt(what: Callable[[Sizes], Iterator[Line]], sizes: Sizes) -> list[Line]:
+def _parts() -> Iterator[tuple[str, Part]]:
+    """Everything that is measured, by name."""
+    for each in (correctness, bandwidth):
+        for name, opt in RULES.items():
+            yield f"{name}: {each.__doc__}", partial(each, name, opt)
+    for part in (medium, omniglot, small, unrolled, tasks, compiled):
+        yield str(part.__doc__), part
+
+
+def _attempt(name: str, part: Part, sizes: Sizes) -> Iterator[Line]:
     """The lines; what fails becomes a line that says so, and the others go on."""
-    found: list[Line] = []
     try:
-        for line in what(sizes):
-            found.append(line)
+        if sizes.device == "cuda":
+            torch.cuda.empty_cache()
+        yield from part(sizes)
     except Exception as error:
         words = str(error).splitlines() or ["?"]
-        name = (what.__doc__ or what.__name__).splitlines()[0]
-        found.append({"what": name, "error": f"{type(error).__name__}: {words[0]}"})
-    if sizes.device == "cuda":
-        torch.cuda.empty_cache()
-    return found
+        yield {"what": name, "error": f"{type(error).__name__}: {words[0]}"}
 
 
-def correctness(sizes: Sizes) -> Iterator[Line]:
-    """Three steps of every rule against float64."""
+def correctness(name: str, opt: fo.Optimizer, sizes: Sizes) -> Iterator[Line]:
+    """three steps against float64"""
     shapes = [*OMNIGLOT[:2], (0,), (1,), (), (3, 1025), (333,)]
-    for name, opt in RULES.items():
-        wide = _tree(shapes, "cpu", torch.float64)
-        grads = [_tree(shapes, "cpu", torch.float64, seed=i + 1) for i in range(3)]
-        params = [x.to(sizes.device, torch.float32) for x in wide]
-        params[-1] = torch.cat([params[-1][:1], params[-1]])[1:]  # off by 4 bytes
-        expected, found = (wide, opt.init(wide)), (params, opt.init(params))
-        for g in grads:
-            expected = opt.update(g, expected[1], expected[0], execution="reference")
-            cuda.poison(sizes.device)
-            narrow = [x.to(sizes.device, torch.float32) for x in g]
-            found = opt.update(narrow, found[1], found[0])
-        gap = max(
-            float((x.cpu() - y).abs().max() / (1 + y.abs().max()))
-            for x, y in zip(found[0], expected[0])
-            if x.numel()
-        )
-        yield {"what": f"{name}: largest error", "value": gap, "most": 1e-5}
+    wide = _tree(shapes, "cpu", torch.float64)
+    grads = [_tree(shapes, "cpu", torch.float64, seed=i + 1) for i in range(3)]
+    params = [x.to(sizes.device, torch.float32) for x in wide]
+    params[-1] = torch.cat([params[-1][:1], params[-1]])[1:]  # off by 4 bytes
+    expected, found = (wide, opt.init(wide)), (params, opt.init(params))
+    plan = fo.plan(opt, params)
+    if {group.choice.name for group in plan.groups} != {sizes.executor}:
+        raise RuntimeError(f"not by Triton: {plan}".replace("\n", "; "))
+    for g in grads:
+        expected = opt.update(g, expected[1], expected[0], execution="reference")
+        cuda.poison(sizes.device)
+        narrow = [x.to(sizes.device, torch.float32) for x in g]
+        found = opt.update(narrow, found[1], found[0])
+    gaps = [
+        (x.cpu() - y).abs().max() / (1 + y.abs().max())
+        for x, y in zip(found[0], expected[0])
+        if x.numel()
+    ]
+    gap = float(torch.stack(gaps).max())  # torch's maximum: NaN is the largest
+    yield {"what": f"{name}: largest error", "value": gap, "most": 1e-5}
 
 
-def bandwidth(sizes: Sizes) -> Iterator[Line]:
-    """Every rule at 1e9 parameters, as a part of the copy bandwidth."""
-    for name, opt in RULES.items():
-        params = _tree(sizes.large, sizes.device)
-        grads, state = _tree(sizes.large, sizes.device, seed=1), opt.init(params)
-        slots = sum(not isinstance(slot, Tensor) for slot in state.values())
-        moved = sum(4 * x.numel() for x in params) * (3 + 2 * slots)
-        source = params[0]
-        target = torch.empty_like(source)
-        calls: dict[str, Step] = {
-            "copy": lambda a=target, b=source: a.copy_(b),
-            "pure": lambda o=opt, g=grads, s=state, p=params: o.update(g, s, p),
-            "donated": lambda o=opt, g=grads, s=state, p=params: o.update(
-                g, s, p, donate=True
-            ),
+def bandwidth(name: str, opt: fo.Optimizer, sizes: Sizes) -> Iterator[Line]:
+    """1e9 parameters, as a part of the copy bandwidth"""
+    params = _tree(sizes.large, sizes.device)
+    grads, state = _tree(sizes.large, sizes.device, seed=1), opt.init(params)
+    slots = sum(not isinstance(slot, Tensor) for slot in state.values())
+    moved = sum(4 * x.numel() for x in params) * (3 + 2 * slots)
+    source = params[0]
+    target = torch.empty_like(source)
+    calls: dict[str, Step] = {
+        "copy": lambda: target.copy_(source),
+        "pure": lambda: opt.update(grads, state, params),
+        "donated": lambda: opt.update(grads, state, params, donate=True),
+    }
+    with torch.no_grad():
+        times = cuda.medians(calls, sizes.device, sizes.repeats, ahead=True)
+    copied = 8 * source.numel() / times["copy"]
+    for form in ("pure", "donated"):
+        rate = moved / times[form]
+        yield {
+            "what": f"{name}, {form}: share of copy bandwidth",
+            "value": rate / copied,
+            "least": 0.95,
+            "terabytes_per_second": 1e-9 * rate,
+            "copy": 1e-9 * copied,
         }
-        with torch.no_grad():
-            times = _medians(calls, sizes)
-        copied = 8 * source.numel() / times["copy"]
-        for form in ("pure", "donated"):
-            rate = moved / times[form]
-            yield {
-                "what": f"{name}, {form}: share of copy bandwidth",
-                "value": rate / copied,
-                "least": 0.95,
-                "terabytes_per_second": 1e-9 * rate,
-                "copy": 1e-9 * copied,
-            }
-        del params, grads, state, source, target, calls
 
 
 def medium(sizes: Sizes) -> Iterator[Line]:
     """200 leaves of 1e6: times as fast as torch's fused AdamW"""
-    yield from _against_fused(sizes, sizes.medium, 1.15, medium.__doc__)
+    yield from _against_fused(sizes, sizes.medium, 1.15, medium.__doc__, ahead=True)
 
 
 def small(sizes: Sizes) -> Iterator[Line]:
@@ -295,17 +307,19 @@ def compiled(sizes: Sizes) -> Iterator[Line]:
     }
 
 
-LINES = (correctness, bandwidth, medium, omniglot, small, unrolled, tasks, compiled)
-
-
 def _against_fused(
-    sizes: Sizes, shapes: list[tuple[int, ...]], least: float, what: str | None
+    sizes: Sizes,
+    shapes: list[tuple[int, ...]],
+    least: float,
+    what: str | None,
+    ahead: bool = False,
 ) -> Iterator[Line]:
     calls = {
         "funcopt": _ours(shapes, sizes.device),
         "torch": _fused(shapes, sizes.device),
     }
-    yield _ratio(what, _medians(calls, sizes), "torch", least)
+    times = cuda.medians(calls, sizes.device, sizes.repeats, ahead=ahead)
+    yield _ratio(what, times, "torch", least)
 
 
 def _medians(calls: dict[str, Step], sizes: Sizes) -> dict[str, float]:
