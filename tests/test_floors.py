@@ -36,6 +36,7 @@ FLOORS = {
     "funcopt.hyper": 3,
     "funcopt.execution.program": 1,
     "funcopt.execution.trace": 1.1,
+    "funcopt.execution.shapeless": 1.2,
     "funcopt.execution.rule_derivatives": 1.1,
     "funcopt.execution.levels": 1,
     "funcopt.execution.concrete": 1.05,

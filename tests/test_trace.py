@@ -19,6 +19,7 @@ from funcopt.execution import executor_choice, scalars
 from funcopt.execution.program import Program
 from funcopt.execution.rule import Rule
 from funcopt.execution.rule_derivatives import vjp
+from funcopt.execution.shapeless import shapeless
 from funcopt.execution.trace import UntraceableError, trace
 from funcopt.hyper import Hyper
 
@@ -27,7 +28,7 @@ OUTSIDE = torch.ones(3)
 
 
 def program_of(function: Callable[..., Any], inputs: Sequence[bool] = G_P_LR) -> Program:
-    return trace(function, inputs, torch.float32)
+    return trace(shapeless(function), inputs, torch.float32)
 
 
 def names(program: Program) -> list[str]:
@@ -107,6 +108,18 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         "no operations on torch.int",
     ),
     "bits given away": (lambda g, p, lr: (integer(g, bits=True),), "torch.int"),
+    "count": (lambda g, p, lr: (p - g / g.numel(),), "looks at the shape"),
+    "length": (lambda g, p, lr: (p - g / len(g),), "looks at the shape"),
+    "shape": (lambda g, p, lr: (p - g * p.shape[0] ** 0.5,), "looks at the shape"),
+    "size": (lambda g, p, lr: (p - g * p.size(0),), "looks at the shape"),
+    "axes": (lambda g, p, lr: (p - lr * g if p.ndim == 2 else p,), "looks at the shape"),
+    "axes, as a method": (lambda g, p, lr: (p - g * (p.dim() > 1),), "looks at the sh"),
+    "axes of what is made": (lambda g, p, lr: (p - (g * g).ndim * g,), "."),
+    "a sum along an axis": (lambda g, p, lr: (p - g.sum(0),), "sums along some"),
+    "a norm along an axis": (
+        lambda g, p, lr: (p / torch.linalg.vector_norm(g, dim=0),),
+        "sums along some",
+    ),
     "not tensors": (lambda g, p, lr: (p - math.exp(g),), "."),
     "wrong arguments": (lambda g, p: (p,), "it cannot be called on tensors"),
 }
@@ -117,6 +130,31 @@ def test_refused_in_a_sentence(name: str):
     function, sentence = REFUSED[name]
     with pytest.raises(UntraceableError, match=sentence):
         program_of(function)
+
+
+SHAPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "count": lambda g, p: g / p.numel(),
+    "axes": lambda g, p: g if p.ndim == 2 else 2 * g,
+    "rows": lambda g, p: g * p.shape[0] ** 0.5,
+}
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_rules_that_look_at_shapes(name: str):
+    """Of each leaf its own, that of a task also where all tasks step at once."""
+
+    def rule(g: Tensor, p: Tensor, *, step: Any, lr: Any) -> Any:
+        return (p - lr * SHAPED[name](g, p),)
+
+    opt = fo.elementwise(rule, name="odd", slots={}, hyper={"lr": Hyper(0.5)})
+    params = [torch.ones(4), torch.ones(4, 5), torch.ones(2, 4, 3)]
+    state, expected = opt.init(params), [p - 0.5 * SHAPED[name](p, p) for p in params]
+    for _ in range(3):
+        found, _ = opt.update(params, state, params)
+        assert all(map(torch.equal, found, expected))
+        given = [torch.stack([p, p]) for p in params]
+        tasks, _ = vmap(lambda g: opt.update(g, state, params))(given)
+        assert all(torch.equal(x[1], y) for x, y in zip(tasks, expected))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from funcopt.execution import levels, trace
 from funcopt.execution.executor import BuildError, Executor
 from funcopt.execution.program import Function, Program
 from funcopt.execution.recycle import Recycler
 from funcopt.execution.rule_derivatives import jvp, vjp
+from funcopt.execution.shapeless import ShapeError, shapeless
 from funcopt.execution.trace import UntraceableError
 from funcopt.types import RuleFunction, Tensor
 
@@ -94,8 +96,18 @@ class Rule:
             UntraceableError: no kernel can be printed for it.
         """
         return self._traced(
-            ("step", kinds, dtype), lambda: (self.flat(kinds), self.inputs(kinds)), dtype
+            ("step", kinds, dtype),
+            lambda: (shapeless(self.flat(kinds)), self.inputs(kinds)),
+            dtype,
         )
+
+    def looks_at_shapes(self) -> bool:
+        """Whether what it does depends on its leaf's shape: no axis may be added then."""
+        try:
+            self.program(("scalar",) * len(self.hyper), torch.float32)
+        except UntraceableError as error:
+            return isinstance(error, ShapeError)
+        return False
 
     def vjp(self, kinds: Kinds, dtype: torch.dtype, wanted: tuple[bool, ...]) -> Program:
         """The gradients of the ``wanted`` inputs, from the inputs and the cotangents."""
@@ -181,7 +193,7 @@ class Rule:
             if len(self._programs) >= _MOST:
                 self._programs.clear()
             try:
-                with levels.outside():
+                with levels.outside(), _disable_current_modes():
                     found = trace.trace(*what(), dtype)
             except UntraceableError as error:
                 found = error

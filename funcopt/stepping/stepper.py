@@ -145,7 +145,8 @@ class Stepper:
             if sparse_rows.are_among(g):
                 given = {"values": values, "execution": execution, "donate": donate}
                 return self._lazily(g, p, structure, state, trees, live, given)
-        if together and live != [] and not executor_choice.is_forced():
+        together = together and live != [] and not executor_choice.is_forced()
+        if together and not self.rule.looks_at_shapes():
             held = {key: state[key] for key in self.vectors}
             done = vmapped.step(self.step, g, p, trees, held, structure, values)
             if done is not None:
