@@ -678,6 +678,53 @@ def test_refused_donations_change_nothing(what: str, name: str | None):
     given.assert_untouched()
 
 
+def two_kinds(p: Tensor) -> dict[str, Tensor]:
+    return {"a": p, "b": torch.ones(3)}
+
+
+def clipped() -> Any:
+    return fo.chain(fo.clip_by_global_norm(1.0), fo.adamw())
+
+
+def parted() -> Any:
+    return fo.partition({"x": fo.sgd(), "y": fo.adamw()}, {"a": "x", "b": "y"})
+
+
+#: params of which the rate is a part, and that rate
+RATES_DONATED: dict[str, Callable[[], tuple[dict[str, Tensor], Any]]] = {
+    "a number of leaves of two dtypes": lambda: (
+        params := two_kinds(torch.tensor(0.1, dtype=torch.float64)),
+        params["a"],
+    ),
+    "another leaf": lambda: (
+        params := two_kinds(torch.rand(3)),
+        {"a": 0.1, "b": params["a"]},
+    ),
+    "the elements before": lambda: (
+        two_kinds((base := torch.rand(5000))[1:]),
+        {"a": base[:-1], "b": 0.1},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "make", [fo.sgd, fo.adamw, clipped, parted], ids=["sgd", "adamw", "clipped", "parted"]
+)
+@pytest.mark.parametrize("what", RATES_DONATED)
+def test_a_rate_in_donated_memory(make: Any, what: str):
+    """Is refused, also after steps that were like it in all but that."""
+    params, lr = RATES_DONATED[what]()
+    grads, opt = leafwise(random_like, params, 2), make()
+    state = opt.init(params)
+    for _ in range(3):
+        mine, own = tree.map(torch.clone, (params, state))
+        opt.update(grads, own, mine, lr=lr, donate=True)
+    given = Snapshot(params, grads, state)
+    with pytest.raises(fo.ExecutionError, match="hyperparameter is in memory"):
+        opt.update(grads, state, params, lr=lr, donate=True)
+    given.assert_untouched()
+
+
 @pytest.mark.parametrize("transform", [grad, vmap], ids=["grad", "vmap"])
 def test_no_donation_within_a_transform(transform: Any):
     opt, p = fo.adamw(lr=0.1), torch.ones(3, 2)

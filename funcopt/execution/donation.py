@@ -1,6 +1,6 @@
 """``donate=True``: what a step may write over, and writing where no kernel does it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -59,11 +59,11 @@ def _kept(rule: RuleFunction, *args: Any, **given: Any) -> tuple[Any, ...]:
 def check(
     grads: Sequence[Tensor],
     columns: Sequence[Sequence[Tensor]],
-    others: Iterable[Any] = (),
+    others: Sequence[Any] = (),
 ) -> None:
     """Whether the ``columns`` of tensors may be written over in a step.
 
-    ``others`` are what else the step is a function of.
+    ``others`` are what else the step is a function of, and may share among themselves.
 
     Raises:
         ExecutionError: a derivative may be asked for, or tensors share memory.
@@ -79,14 +79,19 @@ def check(
             "donate=True: gradients, parameters and state must not share memory, and no "
             "element of a donated tensor may stand for several (clone() what is a view)"
         )
+    if layout.meets([x for x in others if isinstance(x, Tensor)], columns):
+        raise ExecutionError(
+            "donate=True: a hyperparameter is in memory that is written over; clone() it"
+        )
 
 
-def check_trees(grads: Tree, *donated: Tree) -> None:
+def check_trees(grads: Tree, *donated: Tree, others: Tree = ()) -> None:
     """As `check`, of what tensors there are in whole trees; gradients may be sparse."""
-    g, *columns = [
-        [x for x in tree.leaves(t) if isinstance(x, Tensor)] for t in (grads, *donated)
+    g, more, *columns = [
+        [x for x in tree.leaves(t) if isinstance(x, Tensor)]
+        for t in (grads, others, *donated)
     ]
-    check([part for x in g for part in _dense_parts(x)], columns)
+    check([part for x in g for part in _dense_parts(x)], columns, more)
 
 
 def _dense_parts(x: Tensor) -> Sequence[Tensor]:

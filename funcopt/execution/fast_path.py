@@ -1,7 +1,7 @@
 """Fast paths for steps like an earlier one, whose decisions still hold."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import is_, ne
 from typing import Any, TypeAlias
 
@@ -48,6 +48,9 @@ class FastPath:
         self._written = count * sum(rule.outputs)
         #: addresses of which no two tensors overlap, and the bytes of each tensor
         self._apart = self._extents = b""
+        #: the bytes of what is written; spans that do not overlap, of these and of what
+        #: is read of hyperparameters
+        self._sizes, self._unread = array("Q"), (b"", b"")
 
     def run(
         self,
@@ -64,6 +67,8 @@ class FastPath:
         settled, row = self._settled
         if hyper is not settled:
             each = {id(values): values for values in hyper}
+            if donate and not self.may_read(tensors, each.values()):
+                return None
             if self._elements:
                 more = [values[name] for name in self._elements for values in hyper]
                 some, which = distinct(more)
@@ -136,6 +141,24 @@ class FastPath:
         if not objects.load().apart(addresses, self._extents):
             return False
         self._apart = addresses
+        return True
+
+    def may_read(self, tensors: list[Tensor], hyper: Iterable[dict[str, Any]]) -> bool:
+        """Whether no hyperparameter is in memory that is to be written."""
+        given = [x for values in hyper for x in values.values() if isinstance(x, Tensor)]
+        if not given:
+            return True
+        given, _ = distinct(given)
+        some = tensors[self._count : self._count + self._written]
+        if not self._sizes:
+            self._sizes = array("Q", map(layout.extent, some))
+        found, sizes = objects.load(), self._sizes + array("Q", map(layout.extent, given))
+        spans = found.addresses(some, given), sizes.tobytes()
+        if spans == self._unread:
+            return True
+        if not found.apart(*spans):
+            return False
+        self._unread = spans
         return True
 
 

@@ -45,6 +45,8 @@ class GroupPaths(FastPath):
                 return None
             if not self.may_write(tensors, objects.load().addresses(tensors)):
                 return None
+            if not self.may_read(tensors, {id(row): row for row in hyper}.values()):
+                return None
         known, hypers = self._hyper
         if hyper is not known:
             hypers = [[hyper[i] for i in which] for which, _ in self._parts]

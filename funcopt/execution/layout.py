@@ -1,6 +1,7 @@
 """How leaves lie in memory: kernels need all tensors of a leaf in the same strides."""
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -50,6 +51,22 @@ def overlap(columns: Sequence[Sequence[Tensor]]) -> bool:
         if (size := extent(x))
     )
     return any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:]))
+
+
+def meets(some: Iterable[Tensor], columns: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether one of some tensors shares memory with the columns, whose are apart."""
+    spans = [
+        (x.data_ptr(), x.data_ptr() + size)
+        for column in columns
+        for x in column
+        if (size := extent(x))
+    ]
+    begins, ends = map(sorted, zip(*spans)) if spans else ((), ())
+    for x in some:
+        before = bisect_left(begins, x.data_ptr() + extent(x))
+        if before and ends[before - 1] > x.data_ptr() and x.numel():
+            return True
+    return False
 
 
 def folded(columns: Sequence[Sequence[Tensor]]) -> bool:

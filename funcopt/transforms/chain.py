@@ -136,7 +136,7 @@ class _InTurn:
                 "is another optimizer's; use opt.init(params)"
             )
         if donate:
-            donation.check_trees(grads, state, params)
+            donation.check_trees(grads, state, params, others=overrides)
         new_state: State = {}
 
         def run(key: str, values: Tree) -> Tree:

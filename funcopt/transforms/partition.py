@@ -118,7 +118,7 @@ class _Partition:
                 "one is another optimizer's; use opt.init(params)"
             )
         if donate:  # all or nothing: a part may not step before another refuses
-            donation.check_trees(gradients, leaves, state)
+            donation.check_trees(gradients, leaves, state, others=overrides)
         start = leaves
         if donate and overrides.get("loss_fn"):  # a part is not to see another's step
             start = [x if x is None else x.clone() for x in leaves]
