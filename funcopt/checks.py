@@ -1,6 +1,6 @@
 """What an optimizer is given must fit together, or a clear error says what does not."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -117,6 +117,16 @@ class SlotForm:
         return *self.known[key], p.device, torch.strided
 
 
+def check_keys(state: State, keys: Collection[str], name: str) -> None:
+    """The state must have what this optimizer keeps."""
+    if not isinstance(state, Mapping) or state.keys() != set(keys):
+        found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        raise StructureError(
+            f"{name} keeps the state {sorted(keys)}, but was given {found}: this state "
+            "is another optimizer's (or was made with other flags); use opt.init(params)"
+        )
+
+
 def check_state(
     state: State,
     keys: Sequence[str],
@@ -125,12 +135,7 @@ def check_state(
     name: str,
 ) -> None:
     """The slots must be this optimizer's, its vectors as long as params has leaves."""
-    if not isinstance(state, Mapping) or state.keys() != set(keys):
-        found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-        raise StructureError(
-            f"{name} keeps the state {sorted(keys)}, but was given {found}: this state "
-            "is another optimizer's (or was made with other flags); use opt.init(params)"
-        )
+    check_keys(state, keys, name)
     for key, dtype in vectors.items():
         found = state[key]
         if not isinstance(found, Tensor) or found.dtype is not dtype:

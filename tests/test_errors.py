@@ -636,6 +636,19 @@ CASES = [
             lambda x: HALVES.update(x.grads, x.state, x.params),
             "['a', 'b']",
         ),
+        *(
+            (
+                f"state of no {name}",
+                lambda x, opt=opt: opt.update(x.grads, x.state, x.params),
+                f"{name} keeps the state ['",
+                "'optimizer'",
+            )
+            for name, opt in (
+                ("accumulate", fo.accumulate(ADAM, 2)),
+                ("skip_nonfinite", fo.skip_nonfinite(ADAM)),
+                ("master_weights", fo.master_weights(ADAM)),
+            )
+        ),
         ("no number of steps", lambda x: fo.unroll(SGD, loss, x.params), "steps="),
         (
             "batch and batches",

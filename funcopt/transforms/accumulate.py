@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
-from funcopt.checks import check_count
+from funcopt.checks import check_count, check_keys
 from funcopt.execution import concrete, donation
 from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.optimizers._parts import towards
@@ -60,6 +60,10 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
     return Optimizer(its.init, its.update, name, opt.hyper, eval_params=its.eval_params)
 
 
+#: what its state holds
+_KEPT = ("optimizer", "mean", "given", "calls")
+
+
 @dataclass(frozen=True, eq=False)
 class _Accumulate:
     """The functions of `accumulate`."""
@@ -87,6 +91,7 @@ class _Accumulate:
         donate: bool = False,
         **given: Any,
     ) -> tuple[Tree, State]:
+        check_keys(state, _KEPT, "accumulate")
         if donate:
             donation.check_trees(grads, state, params)
         wide = tree.map(lambda mean, g: None if g is None else g.to(mean.dtype),
@@ -107,7 +112,7 @@ class _Accumulate:
             step,
             lambda: (params, (state["optimizer"], mean, counts["step"], calls)),
         )
-        new_state: State = dict(zip(("optimizer", "mean", "given", "calls"), kept))
+        new_state: State = dict(zip(_KEPT, kept))
         if donate:
             return donation.write_over((params, state), (new, new_state))
         return new, new_state

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from funcopt import tree
-from funcopt.errors import HyperparameterTypeError, StructureError
+from funcopt.checks import check_keys
+from funcopt.errors import HyperparameterTypeError
 from funcopt.execution import donation
 from funcopt.optimizer import Optimizer, from_spec
 from funcopt.transforms.stage import GradientStage, ParameterStage, Stage, joined
@@ -130,11 +131,7 @@ class _InTurn:
         execution: str | None = None,
         **overrides: HyperValue,
     ) -> tuple[Tree, State]:
-        if not isinstance(state, dict) or state.keys() != self.links.keys():
-            raise StructureError(
-                f"{self.name} keeps a state for each of {sorted(self.links)}; this one "
-                "is another optimizer's; use opt.init(params)"
-            )
+        check_keys(state, self.links, self.name)
         if donate:
             donation.check_trees(grads, state, params, others=overrides)
         new_state: State = {}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
+from funcopt.checks import check_keys
 from funcopt.errors import HyperparameterTypeError, LeafError
 from funcopt.execution import donation
 from funcopt.optimizer import Optimizer, check_optimizer
@@ -91,6 +92,7 @@ class _MasterWeights:
                 "master_weights(stochastic=True) draws from an explicit generator: "
                 f"update(..., generator=torch.Generator()), not {generator!r}"
             )
+        check_keys(state, ("optimizer", "master"), "master_weights")
         if donate:
             donation.check_trees(grads, state, params)
 

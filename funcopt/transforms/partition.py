@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from funcopt import select, tree
-from funcopt.errors import HyperparameterError, HyperparameterTypeError, StructureError
+from funcopt.checks import check_keys
+from funcopt.errors import HyperparameterError, HyperparameterTypeError
 from funcopt.execution import donation
 from funcopt.hyper import unknown
 from funcopt.optimizer import Optimizer, check_optimizer
@@ -112,11 +113,7 @@ class _Partition:
         given = self._shares(overrides)
         leaves, structure = tree.flatten(params)
         gradients = tree.flatten_like(structure, grads, "grads")
-        if not isinstance(state, Mapping) or state.keys() != self.optimizers.keys():
-            raise StructureError(
-                f"partition keeps a state for each of {sorted(self.optimizers)}; this "
-                "one is another optimizer's; use opt.init(params)"
-            )
+        check_keys(state, self.optimizers, "partition")
         if donate:  # all or nothing: a part may not step before another refuses
             donation.check_trees(gradients, leaves, state, others=overrides)
         start = leaves
