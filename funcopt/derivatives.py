@@ -86,12 +86,14 @@ def jvp(
         smooth, others = made[0].split(result)
         return [*smooth, values[-1]], others
 
-    start = [*(variables[i] for i in moving), _NOTHING]
+    # A dual number's tangent is laid out as its value: one expanded cannot be written to.
+    start = [*(variables[i].contiguous() for i in moving), _NOTHING]
     directions = [*(along[i] for i in moving), _NOTHING]
     results: Any = torch.func.jvp(of_moving, (start,), (directions,), has_aux=True)
     (*values, _), pushed, others = results
     (out,) = made
-    return out.filled(values, others), out.with_holes(pushed)
+    alike = [t.to(x.dtype) for x, t in zip(values, pushed)]  # see `with_alike_tangent`
+    return out.filled(values, others), out.with_holes(alike)
 
 
 def pull(

@@ -754,6 +754,31 @@ def test_a_swarm_from_an_advanced_carry_is_judged_by_the_loss_itself(name: str):
     assert torch.allclose(found.grads["meta"]["weights"], expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "adam", "lamb", "adafactor", "shampoo"])
+def test_forward_of_a_number_times_a_float32_meta_parameter(name: str, expanded: bool):
+    """Torch gives that a float64 tangent, which mixes with others or is misread."""
+    opt = getattr(fo, name)(lr=0.05)
+    x, y = TRAIN[0].float(), TRAIN[1].float()
+
+    def ridge(p: Tensor, batch: Any, meta: Any) -> Tensor:
+        slope = (x @ p[:, 0] - y).square().mean()
+        return slope + 0.5 * meta["l2"] * (p - meta["at"]).square().sum()
+
+    def judge(p: Tensor, batch: Any, meta: Any) -> Tensor:
+        return (x @ p[:, 0] + 0.3 * y).square().mean()
+
+    start = torch.nn.Parameter(torch.ones(1).expand(3, 2))
+    given = fo.meta.Problem(opt, ridge, judge, 3, start)
+    at = torch.tensor(0.1).expand(2) if expanded else torch.tensor([0.1, 0.1])
+    eta = {"meta": {"l2": torch.tensor(0.5), "at": at}}
+    found, expected = fo.meta.forward(given, eta), fo.meta.reverse(given, eta)
+    for a, b in zip(tree.leaves(found.grads), tree.leaves(expected.grads)):
+        assert b.abs().max() > 1e-6 and torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+    carried = tree.present([found.carry["params"], found.carry["tangents"]])
+    assert not any(x.requires_grad or x.dtype is torch.float64 for x in carried)
+
+
 # Memory --------------------------------------------------------------------------------
 
 

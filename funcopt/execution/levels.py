@@ -72,6 +72,17 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def with_alike_tangent(x: Tensor) -> Tensor:
+    """``x``, of which forward mode has the tangent in its own dtype.
+
+    Torch makes a float64 one of a 0-d tensor and a Python number, and passes it on
+    (https://github.com/pytorch/pytorch/issues/90065). A cast takes the tangent with it;
+    to a wider dtype and back no number changes.
+    """
+    wide = torch.promote_types(x.dtype, torch.float64)
+    return x if x.dtype is wide else x.to(wide).to(x.dtype)
+
+
 def in_nested_forward_mode() -> bool:
     """Whether forward mode stands in forward mode.
 

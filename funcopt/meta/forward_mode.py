@@ -121,7 +121,7 @@ def forward(
         if problem.objective == "mean":
             total, grads = total / count, grads / count
         norms = torch.stack([_rows(x).square().sum(1) for x in tree.present(z["params"])])
-    end = {**at, "step": start + count, "tangents": z}
+    end = tree.detach({**at, "step": start + count, "tangents": z})
     return Estimate(total, _like(eta, grads), {"tangent_norms": norms.sum(0).sqrt()}, end)
 
 
