@@ -442,6 +442,47 @@ def test_a_checkpoint_of_another_optimizer(name: str):
     assert str(found.value)[0] != "'"
 
 
+def lbfgs_of(order: str, dtype: torch.dtype = torch.float64) -> Any:
+    params = {"a": torch.ones(2, dtype=dtype), "b": torch.zeros(3, dtype=dtype)}
+    named = [(name, Parameter(params[name])) for name in order]
+    opt = torch_optim.LBFGS(named, max_iter=3)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        total = torch.stack([(p - 2).abs().pow(4).sum() for _, p in named]).sum()
+        total.backward()
+        return total
+
+    opt.step(closure)
+    return opt
+
+
+@pytest.mark.parametrize(
+    "words, state",
+    [
+        ("has 'state'", lambda: {}),
+        ("another optimizer's", lambda: named("abcd").state_dict()),
+        ("checkpoint's order, 'b', 'a'", lambda: lbfgs_of("ba").state_dict()),
+        (
+            "of 4 numbers.* this LBFGS are 5",
+            lambda: lbfgs_of("a", torch.complex128).state_dict(),
+        ),
+    ],
+)
+def test_lbfgs_takes_its_own_checkpoints_alone(words: str, state: Any):
+    """Its state is of all parameters together, one after the other."""
+    one, found = lbfgs_of("ab"), state()
+    for group in found.get("param_groups", []) if "numbers" in words else []:
+        group["params"], group["param_names"] = [0, 1], ["a", "b"]
+    with pytest.raises(fo.CheckpointError, match=words):
+        one.load_state_dict(found)
+    for dtype in (torch.float64, torch.complex128):
+        one, other = (lbfgs_of("ab", dtype) for _ in range(2))
+        for good in (one.state_dict(), one.named_state_dict()):
+            other.load_state_dict(good)
+            assert_like(other.state_dict(), one.state_dict())
+
+
 def loading(change: Any) -> Any:
     def act() -> None:
         one = named("abcd")
@@ -559,6 +600,11 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (of_integers("RMSprop"), RuntimeError, "not torch.int64"),
     (hessian_of(torch.ones(3)), ValueError, r"hessian .* shape \(3,\).* \(2,\)"),
     (hessian_of(None), TypeError, "hessian is None at '0'"),
+    (
+        lambda: torch_optim.SophiaG([P]).step(hessian={"w": P}),
+        TypeError,
+        "step takes a list of hessian, .*not dict",
+    ),
     (stepping(sparse), RuntimeError, "does not support sparse gradients"),
     (stepping(sparse, "Lion"), RuntimeError, "Lion does not support sparse"),
     (stepping(torch.ones(2, 2), "SparseAdam"), RuntimeError, "consider Adam instead"),

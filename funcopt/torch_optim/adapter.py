@@ -13,7 +13,11 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from funcopt.errors import ExecutionError, HyperparameterError
+from funcopt.errors import (
+    ExecutionError,
+    HyperparameterError,
+    HyperparameterTypeError,
+)
 from funcopt.hyper import unknown
 from funcopt.torch_optim import batch, checkpoint
 from funcopt.torch_optim import functional as functions
@@ -192,6 +196,11 @@ class Adapter(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         if key not in self.flags.data:
             raise unknown(key, dict.fromkeys(self.flags.data), f"{name}.step")
+        if not isinstance(column, (list, tuple, Tensor)):
+            raise HyperparameterTypeError(
+                f"{name}.step takes a list of {key}, a value for each of its parameters "
+                f"in the order of the groups, not {type(column).__name__}"
+            )
         if len(column) != len(params):
             raise HyperparameterError(
                 f"{name}.step takes a value of {key} for each of its {len(params)} "

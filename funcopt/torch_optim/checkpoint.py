@@ -49,9 +49,7 @@ def fitted(
     Raises:
         CheckpointError: it is of other parameters, or of another optimizer.
     """
-    for key in ("state", "param_groups"):
-        if not isinstance(state_dict, Mapping) or key not in state_dict:
-            raise CheckpointError(f"a state_dict of {owner} has '{key}', this has none")
+    check_keys(state_dict, owner)
     saved = [_named(group) for group in state_dict["param_groups"]]
     if all("param_names" in group for group in (*saved, *groups)):
         saved = _matched(saved, groups, owner)
@@ -62,6 +60,13 @@ def fitted(
             for key, p in zip(found["params"], group["params"]):
                 _check_state(state.get(key) or {}, p, found, flags, layout, owner, key)
     return {**state_dict, "state": state, "param_groups": saved}
+
+
+def check_keys(state_dict: StateDict, owner: str) -> None:
+    """It must be a checkpoint at all."""
+    for key in ("state", "param_groups"):
+        if not isinstance(state_dict, Mapping) or key not in state_dict:
+            raise CheckpointError(f"a state_dict of {owner} has '{key}', this has none")
 
 
 def _named(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 
 from funcopt import tree
+from funcopt.errors import CheckpointError
 from funcopt.optimizer import Optimizer
 from funcopt.optimizers import lbfgs
 from funcopt.torch_optim.adapter import Adapter
-from funcopt.torch_optim.checkpoint import copied
+from funcopt.torch_optim.checkpoint import check_keys, copied
 from funcopt.types import State, Tree
 
 _step_of_torch: Any = torch.optim.LBFGS.step
@@ -18,6 +19,7 @@ if hasattr(_step_of_torch, "hooked"):  # one was made, and torch has wrapped its
 _HISTORY = ("old_dirs", "old_stps", "ro")  # the newest last
 _VALUES = ("d", "t", "H_diag", "prev_flat_grad", "prev_loss")
 _COUNTS = ("func_evals", "n_iter")
+_NUMBERS = ("max_iter", "tolerance_grad", "tolerance_change", "history_size")
 
 
 class LBFGS(Adapter, torch.optim.LBFGS):
@@ -31,6 +33,28 @@ class LBFGS(Adapter, torch.optim.LBFGS):
         return _step_of_torch(self, closure)
 
     def _fitted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        check_keys(state_dict, "LBFGS")
+        (own,) = self.param_groups
+        for found in state_dict["param_groups"]:
+            missing = [key for key in _NUMBERS if key not in found]
+            if missing:
+                raise CheckpointError(
+                    "the checkpoint is another optimizer's: LBFGS steps by "
+                    f"{tree.some(missing)}, which it has not"
+                )
+            theirs, ours = (group.get("param_names") for group in (found, own))
+            if theirs and ours and [*theirs] != [*ours]:
+                raise CheckpointError(
+                    "LBFGS keeps vectors of all parameters one after the other: it is to "
+                    f"have them in the checkpoint's order, {tree.some([*theirs])}"
+                )
+        count = sum(p.numel() * (1 + p.is_complex()) for p in own["params"])
+        for entry in state_dict["state"].values():
+            if "d" in entry and entry["d"].numel() != count:
+                raise CheckpointError(
+                    f"the checkpoint is of {entry['d'].numel()} numbers, and the "
+                    f"parameters of this LBFGS are {count}"
+                )
         return {**state_dict, "state": copied(state_dict["state"])}
 
     def _check_group(self, group: dict[str, Any]) -> None:
