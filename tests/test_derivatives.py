@@ -226,6 +226,22 @@ def test_finite_at_every_size_of_gradient(case: Case, dtype: torch.dtype):
     assert all(slope.isfinite().all() for slope in tree.leaves(slopes))
 
 
+@pytest.mark.parametrize("name", ["adam", "adam_atan2", "adagrad", "rmsprop"])
+def test_second_derivatives_are_finite_at_a_dead_unit(name: str):
+    opt = getattr(fo, name)()
+
+    def outer(x: Tree) -> Tensor:
+        params, state = x["params"], opt.init(x["params"])
+        for _ in range(2):
+            params, state = opt.update(x["grads"], state, params, lr=x["lr"])
+        return (params - 1).square().sum()
+
+    dead = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    point = {"params": dead, "grads": dead, "lr": torch.tensor(0.1, dtype=torch.float64)}
+    squares = grad(lambda x: sum(g.square().sum() for g in tree.leaves(grad(outer)(x))))
+    assert all(slope.isfinite().all() for slope in tree.leaves(squares(point)))
+
+
 # Where a formula has a root of a negative number, 0/0 or 0⁰ in a branch not taken.
 CORNERS: dict[str, tuple[fo.Optimizer, dict[str, Any]]] = {
     "radam, never rectified": (fo.radam(), {"betas": (0.9, 0.5)}),

@@ -40,9 +40,10 @@ def rule(
     exp_avg_sq = average_of_squares(exp_avg_sq, g, beta2)
     # An angle is of a ratio: both corrections in the one scalar.
     scale = b * (1 - beta1**step) / (1 - beta2**step) ** 0.5
-    angle = torch.atan2(exp_avg, scale * root(exp_avg_sq))
+    some = exp_avg_sq > 0
+    angle = torch.atan2(exp_avg, scale * root(where(some, exp_avg_sq, 1.0)))
     # Over 0 it is a right angle, or none, and has no derivative.
-    angle = where(exp_avg_sq > 0, angle, pi / 2 * torch.sign(exp_avg))
+    angle = where(some, angle, pi / 2 * torch.sign(exp_avg))
     return p - lr * a * angle, exp_avg, exp_avg_sq
 
 
