@@ -153,7 +153,9 @@ def test_rules_that_look_at_shapes(name: str):
         found, _ = opt.update(params, state, params)
         assert all(map(torch.equal, found, expected))
         given = [torch.stack([p, p]) for p in params]
-        tasks, _ = vmap(lambda g: opt.update(g, state, params))(given)
+        grads = [*map(torch.ones_like, given)]
+        opt.update(grads, opt.init(given), given)  # alike in memory
+        tasks, _ = vmap(lambda g, p: opt.update(g, state, p))(grads, given)
         assert all(torch.equal(x[1], y) for x, y in zip(tasks, expected))
 
 

@@ -122,6 +122,7 @@ class Stepper:
         """One step with the rule's keyword arguments that ``values`` gives each leaf."""
         free = not (execution or torch.compiler.is_compiling())
         together = free and not donate and self.separable and batched.is_vmapped()
+        together = together and not self.rule.looks_at_shapes()
         if free and executor_choice.is_free():
             if not together:
                 done = self.cache.step(grads, state, params, values, donate)
@@ -145,8 +146,7 @@ class Stepper:
             if sparse_rows.are_among(g):
                 given = {"values": values, "execution": execution, "donate": donate}
                 return self._lazily(g, p, structure, state, trees, live, given)
-        together = together and live != [] and not executor_choice.is_forced()
-        if together and not self.rule.looks_at_shapes():
+        if together and live != [] and not executor_choice.is_forced():
             held = {key: state[key] for key in self.vectors}
             done = vmapped.step(self.step, g, p, trees, held, structure, values)
             if done is not None:
