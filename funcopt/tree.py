@@ -106,6 +106,34 @@ def form(structure: Structure, there: Iterable[bool]) -> Any:
     return leaves_of
 
 
+#: of the keys of a dict, None of a list or tuple; and of those in it that have dicts
+KeyOrder: TypeAlias = tuple[list[Any] | None, list[tuple[Any, Any]]]
+
+
+def key_order(tree: Tree) -> KeyOrder | None:
+    """The order that the dicts of a tree have their keys in; None where none matters.
+
+    To optree it is no part of the structure, and yet what is made has that of its model.
+    """
+    if type(tree) not in (dict, list, tuple):
+        return None
+    keys, parts = (
+        ([*tree], tree.items()) if type(tree) is dict else (None, enumerate(tree))
+    )
+    inner = [(key, order) for key, part in parts if (order := key_order(part))]
+    return (keys, inner) if inner or keys and len(keys) > 1 else None
+
+
+def has_order(order: KeyOrder | None, tree: Tree) -> bool:
+    """Whether `key_order` gives this for a tree of the same structure."""
+    if order is None:
+        return True
+    keys, inner = order
+    if keys is not None and [*tree] != keys:
+        return False
+    return all(has_order(own, tree[key]) for key, own in inner)
+
+
 def without_none(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
     """The leaves that are there, and what puts such leaves back in their places.
 

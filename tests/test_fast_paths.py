@@ -371,6 +371,20 @@ def test_shapes_that_alternate(paths: list[Any]):
             assert torch.equal(*found, *torch.autograd.grad((looked_at**2).sum(), p))
 
 
+@pytest.mark.parametrize("around", [dict, lambda x: {"net": [x, torch.ones(1)]}])
+def test_what_comes_out_has_the_order_of_what_came_in(around: Any):
+    """Of the keys of its dicts, which is no part of a tree's structure."""
+    opt = fo.sgd(lr=0.1)
+    for keys in ("ab", "ba", "ab"):
+        params = around({key: torch.ones(ord(key) - 90) for key in keys})
+        grads = tree.map(torch.ones_like, params)
+        for _ in range(3):
+            new, _ = opt.update(grads, opt.init(params), params)
+            inner = new if "net" not in new else new["net"][0]
+            assert [*inner] == [*keys]
+            assert all(len(inner[key]) == ord(key) - 90 for key in keys)
+
+
 def test_copies_of_an_optimizer_are_independent(paths: list[Any]):
     expected = slopes(OPTIMIZER)
     twin = copy.deepcopy(OPTIMIZER)

@@ -35,7 +35,8 @@ class _Paths:
 class Entry:
     """What is known of trees of one structure, where the same leaves step.
 
-    ``live`` are those, None for all of them; ``there`` says which have a parameter.
+    ``live`` are those, None for all of them; ``there`` says which have a parameter, and
+    ``order`` how the keys of dicts follow one another.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class Entry:
         structure: tree.Structure,
         live: list[int] | None,
         there: list[bool],
+        order: tree.KeyOrder | None,
         scalar: Mapping[str, bool],
     ) -> None:
         self.structure, self.live, self.there = structure, live, there
+        self.order = order
         self.count = count = structure.num_leaves
         self.gaps = None if live is None else Gaps(live, there)
         #: what is added to each leaf's step
@@ -108,11 +111,13 @@ class StepCache:
         were_complex: Sequence[bool],
     ) -> None:
         """Remember how these went: gradients, parameters, slots, vectors."""
+        order = tree.key_order(tree.unflatten(structure, there))
+        key = structure, live, there, order
         for entry in self._all:
-            if (entry.structure, entry.live, entry.there) == (structure, live, there):
+            if (entry.structure, entry.live, entry.there, entry.order) == key:
                 break
         else:
-            entry = Entry(structure, live, there, self._scalar)
+            entry = Entry(*key, self._scalar)
             self._all = (entry, *self._all)[:_MOST]
         entry.paths.put(tensors, _Paths(paths, were_complex))
 
@@ -135,7 +140,7 @@ class StepCache:
         given, leaves = (grads, params, state), objects.load().leaves
         for entry in self._all:
             tensors = leaves(entry.form, given)
-            if tensors is not None:
+            if tensors is not None and tree.has_order(entry.order, params):
                 break
         else:
             return None
