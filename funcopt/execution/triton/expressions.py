@@ -24,8 +24,9 @@ _POWERS = {
     -1.0: "divide({one}, {0})",
 }  # fmt: skip
 _OF_TRUTHS = {"where", "logical_and", "logical_or", "logical_not"}
-# A bare number beside an operator takes its dtype from the other side.
-_OPERATORS = {"add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"}
+# A bare number beside an operator takes its dtype from the other side. Not so beside a
+# comparison in Triton 3.6 (as torch 2.11 brings it): there it is rounded to float32 first.
+_OPERATORS = {"add", "sub", "mul"}
 
 
 @dataclass(frozen=True)
