@@ -25,7 +25,7 @@ _POWERS = {
 }  # fmt: skip
 _OF_TRUTHS = {"where", "logical_and", "logical_or", "logical_not"}
 # A bare number beside an operator takes its dtype from the other side. Not so beside a
-# comparison in Triton 3.6 (as torch 2.11 brings it): there it is rounded to float32 first.
+# comparison in Triton 3.6, which torch 2.11 brings: it is rounded to float32 first.
 _OPERATORS = {"add", "sub", "mul"}
 
 
