@@ -13,7 +13,7 @@ from funcopt.errors import (
     StructureError,
 )
 from funcopt.execution import levels
-from funcopt.types import State, Tensor
+from funcopt.types import State, Tensor, Tree
 
 LeafForm: TypeAlias = tuple[Any, ...]  #: shape, dtype, device and layout
 
@@ -48,6 +48,15 @@ def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
                 "the rule takes dense floating-point leaves. Put integer tensors "
                 "with the buffers; a sparse leaf must be made dense"
             )
+
+
+def check_gradients(grads: Tree) -> None:
+    """Each leaf must be ``None`` or a tensor; the optimizer looks at the rest."""
+    leaves, structure = tree.flatten(grads)
+    for i, leaf in enumerate(leaves):
+        if leaf is not None and not isinstance(leaf, Tensor):
+            where = f"grads at '{tree.paths(structure)[i]}'"
+            raise LeafError(f"{where} is {type(leaf).__name__}, not a tensor")
 
 
 def check_floats(values: Any, what: str) -> None:

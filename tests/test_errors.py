@@ -740,6 +740,21 @@ CASES = [
         fo.LeafError,
         TypeError,
         ("float leaf", lambda x: init_with(x, 1.0), "params['layer.weight']", "float"),
+        *(
+            (
+                f"a number for a gradient of {opt.name}",
+                lambda x, opt=opt: opt.update(
+                    with_weight(x.grads, 0.5), opt.init(x.params), x.params
+                ),
+                "grads at 'layer.weight' is float, not a tensor",
+            )
+            for opt in (
+                ADAM,
+                fo.accumulate(ADAM, 2),
+                fo.skip_nonfinite(ADAM),
+                fo.master_weights(ADAM),
+            )
+        ),
         ("string leaf", lambda x: init_with(x, "w"), "params['layer.weight']", "str"),
         (
             "module for buffers",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
-from funcopt.checks import check_count, check_keys
+from funcopt.checks import check_count, check_gradients, check_keys
 from funcopt.execution import concrete, donation
 from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.optimizers._parts import towards
@@ -92,6 +92,7 @@ class _Accumulate:
         **given: Any,
     ) -> tuple[Tree, State]:
         check_keys(state, _KEPT, "accumulate")
+        check_gradients(grads)
         if donate:
             donation.check_trees(grads, state, params)
         wide = tree.map(lambda mean, g: None if g is None else g.to(mean.dtype),

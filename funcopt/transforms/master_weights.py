@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
-from funcopt.checks import check_keys
+from funcopt.checks import check_gradients, check_keys
 from funcopt.errors import HyperparameterTypeError, LeafError
 from funcopt.execution import donation
 from funcopt.optimizer import Optimizer, check_optimizer
@@ -93,6 +93,7 @@ class _MasterWeights:
                 f"update(..., generator=torch.Generator()), not {generator!r}"
             )
         check_keys(state, ("optimizer", "master"), "master_weights")
+        check_gradients(grads)
         if donate:
             donation.check_trees(grads, state, params)
 

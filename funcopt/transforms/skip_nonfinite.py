@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
-from funcopt.checks import check_keys
+from funcopt.checks import check_gradients, check_keys
 from funcopt.execution import donation
 from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.stepping import sparse_rows
@@ -75,6 +75,7 @@ class _SkipNonfinite:
         **given: Any,
     ) -> tuple[Tree, State]:
         check_keys(state, ("optimizer", "skipped"), "skip_nonfinite")
+        check_gradients(grads)
         if donate:
             donation.check_trees(grads, state, params)
         finite = _all_finite(grads, state["skipped"].device)
