@@ -73,6 +73,23 @@ def test_numbers_of_several_dtypes_stay_so():
     assert_both_alike(made)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_average_is_well_again_when_the_weights_are(bad: float):
+    """ASGD's average is the weights themselves until ``t0``."""
+    made = pairs("ASGD", t0=6.0)
+    for opt, params, random in made:
+        well = [p.detach().clone() for p in params]
+        with torch.no_grad():
+            params[0][1, 1] = bad
+        step(opt, random)
+        with torch.no_grad():
+            for p, value in zip(params, well, strict=True):
+                p.copy_(value)
+        for _ in range(6):
+            step(opt, random)
+    assert_both_alike(made)
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
 def test_sparse_gradients_beside_dense_ones_with_decay(name: str):
     """And of parameters that lie between each other, as columns of one tensor do."""

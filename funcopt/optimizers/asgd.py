@@ -31,7 +31,9 @@ def rule(
     g = coupled_decay(-g if maximize else g, p, weight_decay)
     eta = where(step > 1, eta, lr)  # the step before has left it; the first takes lr
     p = p * (1 - lambd * eta) - eta * g
-    ax = towards(ax, p, mu)
+    # While mu is 1, ax becomes p whatever it was: a nan, too, is left behind.
+    start = where(mu < 1, ax, where(abs(ax) < inf, ax, p))
+    ax = towards(start, p, mu)
     eta = lr / (1 + lambd * lr * step) ** alpha
     mu = 1 / where(step - t0 > 1, step - t0, 1.0)
     return p, eta, mu, ax
