@@ -171,6 +171,24 @@ def test_a_schedule_counts_each_leaf_s_own_steps(call: bool):
     assert all(type(count) is int for count in seen)
 
 
+@pytest.mark.parametrize("call", [False, True], ids=["factory", "update"])
+@pytest.mark.parametrize("form", ["shared", "tree"])
+def test_a_schedule_is_not_asked_before_its_first_count(form: str, call: bool):
+    """Nor for a leaf that has had no gradient yet, and steps never."""
+
+    def schedule(count: Any) -> float:
+        return 0.1 / (1 + count)
+
+    lr: Any = fo.Schedule(schedule)
+    lr = {"a": lr, "b": lr} if form == "tree" else lr
+    opt, override = fo.sgd(lr=0.0 if call else lr), ({"lr": lr} if call else {})
+    params = {"a": torch.zeros(1), "b": torch.zeros(1)}
+    state = opt.init(params)
+    for grads in ({"a": None, "b": None}, *[{"a": torch.ones(1), "b": None}] * 2):
+        params, state = opt.update(grads, state, params, **override)
+    assert params == {"a": torch.tensor([-0.1 - 0.1 / 2]), "b": torch.zeros(1)}
+
+
 def test_a_schedule_is_asked_once_for_the_leaves_that_share_it():
     seen: list[int] = []
     schedule = fo.Schedule(lambda count: seen.append(count) or f64(0.5))

@@ -136,7 +136,7 @@ class Hypers:
             if name in varying:
                 value = arguments[name]
                 if isinstance(value, Schedule):
-                    value = _at(value, first - 1)
+                    value = _at(value, max(first - 1, 0))
                 if isinstance(value, Tensor) and (value.ndim or value.is_complex()):
                     return None
                 if not isinstance(value, (Tensor, Real)):
@@ -206,7 +206,8 @@ def column(
             elif (key, step) in known:
                 atom = known[key, step]
             else:
-                atom = known[key, step] = _scalar(_at(atom, step - 1), name)
+                # A leaf that never had a gradient has made no step, and takes none now.
+                atom = known[key, step] = _scalar(_at(atom, max(step - 1, 0)), name)
         if p is not None and _is_leaf_shaped(atom):
             if one or not _fits(atom, p):
                 way = (
