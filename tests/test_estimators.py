@@ -551,7 +551,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], type[Exception], list[st
         ),
         fo.StructureError,
         ValueError,
-        ["tangents", "1 and 5 numbers"],
+        ["tangents", "'hyper.lr'", "'meta.weights [5]'"],
     ),
     (
         lambda: fo.meta.pes(
@@ -559,7 +559,24 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], type[Exception], list[st
         ),
         fo.StructureError,
         ValueError,
-        ["perturbations", "'hyper.lr'", "'meta.weights'"],
+        ["perturbations", "'hyper.lr'", "'meta.weights [5]'"],
+    ),
+    *(  # as many numbers, of another name; another shape
+        (
+            lambda call=call, other=other: call(
+                problem(), other, carry=call(problem(), LR, window=1).carry
+            ),
+            fo.StructureError,
+            ValueError,
+            [what, "'hyper.lr'", words],
+        )
+        for (what, call), (other, words) in product(
+            [("tangents", fo.meta.forward), ("perturbations", CALLS["pes"])],
+            [
+                ({"hyper": {"weight_decay": f64(0.1)}}, "'hyper.weight_decay'"),
+                ({"hyper": {"lr": f64(0.1)[None]}}, "'hyper.lr [1]'"),
+            ],
+        )
     ),
     *(
         (
@@ -815,3 +832,16 @@ def test_no_tensor_is_left_over_from_a_meta_step(name: str):
         if step in (20, last - 1):
             counts.append(len(alive()))
     assert counts[0] == counts[1] > max(10, len(others))
+
+
+@pytest.mark.parametrize("name", [x for x in CALLS if "hyper" in keys_seen(x)])
+def test_in_inference_mode(name: str):
+    """Adam's steps are kernels there, too, as are their tangents."""
+
+    def call() -> Any:
+        return CALLS[name](problem(fo.adam(lr=0.1)), tree.map(torch.clone, LR)).grads
+
+    expected = call()
+    with torch.inference_mode():
+        found = call()
+    assert torch.allclose(found["hyper"]["lr"], expected["hyper"]["lr"], rtol=1e-12)

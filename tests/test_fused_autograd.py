@@ -667,6 +667,18 @@ def test_no_graph_where_none_is_asked_for(name: str):
         assert step_of(p.detach(), name)[0].is_inference()
 
 
+def test_a_tensor_of_inference_mode_may_have_a_tangent():
+    with torch.inference_mode():
+        p = random_like(torch.empty(4, 3), 1)
+    opt, found = fo.adam(lr=0.1), []
+    for x in (p, p.clone()):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            new = opt.update([dual], opt.init([x]), [dual])[0][0]
+            found.append(forward_ad.unpack_dual(new).tangent)
+    assert found[0] is not None and torch.equal(*found)
+
+
 def test_sums_do_not_depend_on_threads():
     p = random_like(torch.empty(300, 301), 1)
     found = []

@@ -61,7 +61,16 @@ def _followed(tensors: Sequence[Tensor]) -> bool:
         return True
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return True
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return any(map(_has_tangent, tensors))
+
+
+def _has_tangent(x: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(x).tangent is not None
+    except RuntimeError:  # torch's own, of tensors of inference mode left by a vmap
+        if not x.is_inference():
+            raise
+        return False
 
 
 def _pulled(

@@ -10,7 +10,7 @@ from funcopt.checks import check_count
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.flat_function import FlatFunction
 from funcopt.list_vmap import list_vmap
-from funcopt.meta.estimate import Estimate
+from funcopt.meta.estimate import Estimate, check_remembered
 from funcopt.meta.problem import (
     Carry,
     Problem,
@@ -57,13 +57,7 @@ class AntitheticPairs:
         return tree.map(lambda z, s: (s * z).to(z.dtype), normal, self.sigma)
 
     def check(self, carry: Carry) -> None:
-        given, wanted = (tree.flatten(x)[1] for x in (carry["perturbations"], self.eta))
-        if given != wanted:
-            raise StructureError(
-                "the carry's perturbations are of another eta: it has "
-                f"{tree.some([*tree.paths(given)])}, and eta now "
-                f"{tree.some([*tree.paths(wanted)])}"
-            )
+        check_remembered("perturbations", carry["perturbations"], self.eta)
         found = tree.leading_axis(carry["perturbations"], "perturbations")
         if found != self.particles:
             raise StructureError(

@@ -138,6 +138,27 @@ def check_eta(name: str, problem: Problem, eta: Tree, carry: Carry | None = None
         )
 
 
+def check_remembered(what: str, kept: Tree, eta: Tree) -> None:
+    """Raise where the rows that a carry keeps, [N, ...], are not like this eta."""
+    given, wanted = _leaves_of(kept, 1), _leaves_of(eta, 0)
+    if given != wanted:
+        raise StructureError(
+            f"the carry's {what} are of another eta: it has {tree.some(given)}, and eta "
+            f"now {tree.some(wanted)}. Go on with the eta that the carry was made with, "
+            "or from the start"
+        )
+
+
+def _leaves_of(values: Tree, rows: int) -> list[str]:
+    """The path of each tensor, and its shape if it has axes beside those of ``rows``."""
+    found, structure = tree.flatten(values)
+    return [
+        f"{path} {[*x.shape[rows:]]}" if x.ndim > rows else path
+        for path, x in zip(tree.paths(structure), found)
+        if x is not None
+    ]
+
+
 def check_no_level(name: str, values: Tree) -> None:
     """Raise where torch.func follows any of these tensors."""
     followed = (

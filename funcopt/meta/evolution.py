@@ -116,7 +116,7 @@ def pes(
         all trainings along a leading axis [2N], and ``"perturbations"`` ξ [N, ...].
 
     Raises:
-        StructureError: a carry of another number of particles.
+        StructureError: a carry of another number of particles, or with another eta.
         Whatever else `es` raises.
 
     Source:

@@ -4,10 +4,9 @@ import torch
 
 from funcopt import tree
 from funcopt.derivatives import Function, Trees, jvp
-from funcopt.errors import StructureError
 from funcopt.flat_function import FlatFunction
 from funcopt.list_vmap import list_vmap
-from funcopt.meta.estimate import Estimate, check_eta
+from funcopt.meta.estimate import Estimate, check_eta, check_remembered
 from funcopt.meta.problem import (
     Carry,
     Problem,
@@ -59,6 +58,7 @@ def forward(
     Raises:
         HyperparameterError: a window below 1.
         MetaParameterError: eta of other keys.
+        StructureError: a carry of ``forward`` with another eta.
         Whatever else `reverse` raises.
 
     Source:
@@ -81,7 +81,8 @@ def forward(
     count = window_of(problem, start, window)
     every = _basis(eta)
     z = {} if carry is None or not start else carry.get("tangents", {})
-    _check_tangents(z, every)
+    if "eta" in z:
+        check_remembered("tangents", z["eta"], eta)
 
     def pushed(function: Function, given: Trees, along: Trees) -> tuple[Trees, Trees]:
         """``function`` and its derivatives along all tangents at once."""
@@ -121,19 +122,9 @@ def forward(
         if problem.objective == "mean":
             total, grads = total / count, grads / count
         norms = torch.stack([_rows(x).square().sum(1) for x in tree.present(z["params"])])
+    z = {**z, "eta": every}
     end = tree.detach({**at, "step": start + count, "tangents": z})
     return Estimate(total, _like(eta, grads), {"tangent_norms": norms.sum(0).sqrt()}, end)
-
-
-def _check_tangents(tangents: Trees, every: Tree) -> None:
-    """Raise where those of a carry were made for another eta."""
-    counts = {len(x) for x in tree.present([tangents, every])}
-    if len(counts) > 1:
-        raise StructureError(
-            "the carry's tangents are of another eta: there are "
-            f"{' and '.join(map(str, sorted(counts)))} numbers. Go on with the eta that "
-            "the carry was made with, or from the start"
-        )
 
 
 def _basis(eta: Tree) -> Tree:
