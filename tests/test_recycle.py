@@ -1,5 +1,6 @@
 """Results are written into again once nobody holds any of them, and not before."""
 
+import gc
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils import dlpack
 
 import funcopt as fo
+from funcopt import tree
 from funcopt.execution import executor
 from funcopt.execution.executor import Maker
 from funcopt.execution.native import objects
@@ -339,3 +341,21 @@ def test_new_ones_look_like_the_old(
         assert (x.is_inference(), x.requires_grad) == (y.is_inference(), False)
         assert type(x) is torch.Tensor and x.device == y.device
     assert not {x.data_ptr() for x in made if x.numel()} & {x.data_ptr() for x in make()}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_an_optimizer_that_is_dropped_takes_its_buffers_along(donate: bool):
+    """At once: a loop may make one for each task."""
+    opt, params = fo.adamw(), [torch.ones(1000)]
+    state = opt.init(params)
+    gc.collect()
+    gc.disable()
+    try:
+        seen: list[Any] = []
+        for _ in range(4):
+            params, state = opt.update([torch.ones(1000)], state, params, donate=donate)
+            seen += map(weakref.ref, tree.leaves((params, state)))
+        del opt, params, state
+        assert not any(x() is not None for x in seen)
+    finally:
+        gc.enable()

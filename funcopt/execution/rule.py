@@ -80,12 +80,14 @@ class Rule:
         """The rule as a function of its inputs alone, in their order."""
         names = [name for name, kind in zip(self.hyper, kinds) if kind != "zero"]
         zeros = {name: 0.0 for name, kind in zip(self.hyper, kinds) if kind == "zero"}
-        state = self.step_place
+        # Not the Rule itself: it holds programs, which hold this, and buffers of results,
+        # which would stay until the garbage is looked through.
+        rule, state = self.function, self.step_place
 
         def function(*inputs: Tensor) -> Sequence[Tensor]:
             step, *values = inputs[state:]
             hyper = dict(zip(names, values))
-            return self.function(*inputs[:state], step=step, **hyper, **zeros)
+            return rule(*inputs[:state], step=step, **hyper, **zeros)
 
         return function
 
