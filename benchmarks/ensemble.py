@@ -1,6 +1,6 @@
 """32 tasks at once: `update` under vmap, or on stacks, against vmap of the plain rule.
 
-    python benchmarks/ensemble.py          # three minutes on two cores
+    python benchmarks/ensemble.py          # a minute or three on two cores
 
 AdamW on stacked trees, with one learning rate for all tasks and with one for each. Every
 contender must agree with float64, task by task, before its clock starts. Writes

@@ -55,8 +55,7 @@ def check_gradients(grads: Tree) -> None:
     leaves, structure = tree.flatten(grads)
     for i, leaf in enumerate(leaves):
         if leaf is not None and not isinstance(leaf, Tensor):
-            where = f"grads at '{tree.paths(structure)[i]}'"
-            raise LeafError(f"{where} is {type(leaf).__name__}, not a tensor")
+            raise _no_tensor(f"grads at '{tree.paths(structure)[i]}'", leaf)
 
 
 def check_floats(values: Any, what: str) -> None:
@@ -212,7 +211,7 @@ def _check_leaf(where: str, found: Any, p: Any, form: SlotForm | None) -> None:
     if p is None:
         raise StructureError(f"{where} is given, but params has None there")
     if not isinstance(found, Tensor):
-        raise LeafError(f"{where} is {type(found).__name__}, not a tensor")
+        raise _no_tensor(where, found)
     shape, dtype, device, _ = form(p) if form else _describe([p])[0]
     if found.shape != shape:
         it = f"must have {tuple(shape)} for a parameter of" if form else "its parameter"
@@ -227,6 +226,10 @@ def _check_leaf(where: str, found: Any, p: Any, form: SlotForm | None) -> None:
             f"{where} is {found.dtype} on {found.device}, {it} {dtype} on {device}; cast "
             "or move it first"
         )
+
+
+def _no_tensor(where: str, found: Any) -> LeafError:
+    return LeafError(f"{where} is {type(found).__name__}, not a tensor")
 
 
 def _describe(leaves: Sequence[Tensor]) -> list[LeafForm]:

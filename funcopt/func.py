@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcopt import select, tree
 from funcopt.flat_function import FlatFunction
-from funcopt.list_vmap import list_vmap
+from funcopt.list_vmap import Randomness, list_vmap
 from funcopt.types import Tensor, Tree
 
 __all__ = ["exact_norms", "vmap"]
@@ -20,7 +20,7 @@ def vmap(
     function: Callable[..., Tree],
     in_dims: int | Sequence[Any] = 0,
     *,
-    randomness: Literal["error", "different", "same"] = "error",
+    randomness: Randomness = "error",
     chunk_size: int | None = None,
 ) -> Callable[..., Tree]:
     """``torch.func.vmap`` for trees in which some leaves are ``None``.

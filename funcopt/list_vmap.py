@@ -13,6 +13,8 @@ import torch._functorch.vmap as _torch_vmap
 from funcopt import tree
 from funcopt.types import Tensor
 
+#: what a function under vmap may do with random numbers, as in torch
+Randomness: TypeAlias = Literal["error", "different", "same"]
 #: the axis of a list's tensors, or of each of them; None where there is none
 Axes: TypeAlias = int | None | Sequence[int | None]
 
@@ -34,7 +36,7 @@ def list_vmap(
     function: Callable[..., Any],
     in_dims: int | Sequence[Axes] = 0,
     *,
-    randomness: Literal["error", "different", "same"] = "error",
+    randomness: Randomness = "error",
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:
     """``torch.func.vmap`` of a function of lists of tensors, to lists (of lists) of them.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch._C._functorch as _functorch  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from funcopt.types import Tensor
 
@@ -22,6 +23,13 @@ def outside() -> Iterator[None]:
 
         with temporarily_clear_interpreter_stack():
             yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """`outside`, and no mode looks on: for what is made once, whoever asks first."""
+    with outside(), _disable_current_modes():
+        yield
 
 
 def beneath(

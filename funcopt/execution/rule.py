@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from funcopt.execution import levels, trace
 from funcopt.execution.executor import BuildError, Executor
@@ -173,7 +172,7 @@ class Rule:
             if len(self._executors) >= _MOST:
                 self._executors.clear()
             try:
-                with levels.outside():
+                with levels.undisturbed():
                     found = engine(program, stored)
             except BuildError as error:
                 found = error  # the compiler is not asked twice
@@ -195,7 +194,7 @@ class Rule:
             if len(self._programs) >= _MOST:
                 self._programs.clear()
             try:
-                with levels.outside(), _disable_current_modes():
+                with levels.undisturbed():
                     found = trace.trace(*what(), dtype)
             except UntraceableError as error:
                 found = error

@@ -122,7 +122,7 @@ def forward(
         if problem.objective == "mean":
             total, grads = total / count, grads / count
         norms = torch.stack([_rows(x).square().sum(1) for x in tree.present(z["params"])])
-    z = {**z, "eta": every}
+    z = {**z, "eta": every}  # by which a later window knows whose tangents these are
     end = tree.detach({**at, "step": start + count, "tangents": z})
     return Estimate(total, _like(eta, grads), {"tangent_norms": norms.sum(0).sqrt()}, end)
 

@@ -16,12 +16,10 @@ from funcopt.execution import levels
 from funcopt.flat_function import FlatFunction
 from funcopt.func import exact_norms
 from funcopt.inner.loss import loss_and_aux
-from funcopt.list_vmap import list_vmap
+from funcopt.list_vmap import Randomness, list_vmap
 from funcopt.meta.compiled import Compiled
 from funcopt.meta.ranks import Part, over_ranks
 from funcopt.types import Tensor, Tree
-
-Randomness = Literal["error", "different", "same"]
 
 #: theta and a batch of tasks → the sums of losses and gradients, and each task's aux
 Sums = Mapping[str, Callable[[Tree, Tree], tuple[Tensor, Tree, Tree]]]

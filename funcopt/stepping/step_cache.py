@@ -64,6 +64,8 @@ class Entry:
         form = tree.form(structure, there)
         trees = {slot: form for slot, each in scalar.items() if not each}
         vectors = {"step": None} | {slot: None for slot, each in scalar.items() if each}
+        #: whether all leaves step, and their state is tensors like them and the steps
+        self.is_plain = live is None and len(vectors) == 1
         #: of grads, params and state
         self.form = tree.form(structure, map(bool, self.more)), form, trees | vectors
 

@@ -121,15 +121,13 @@ class Stepper:
     ) -> tuple[Tree, State]:
         """One step with the rule's keyword arguments that ``values`` gives each leaf."""
         free = not (execution or torch.compiler.is_compiling())
-        together = free and not donate and self.separable and batched.is_vmapped()
-        together = together and not self.rule.looks_at_shapes()
+        under_vmap = free and not donate and self.separable and batched.is_vmapped()
+        together = under_vmap and not self.rule.looks_at_shapes()
         if free and executor_choice.is_free():
-            if not together:
-                done = self.cache.step(grads, state, params, values, donate)
-            elif len(self.vectors) == 1:
+            if together:
                 done = vmapped.again(self.cache, grads, state, params, values)
             else:
-                done = None
+                done = self.cache.step(grads, state, params, values, donate)
             if done is not None:
                 return self._result(*done, params, state, donate)
         p, structure = tree.flatten(params)

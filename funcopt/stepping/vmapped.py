@@ -25,11 +25,11 @@ def again(
 ) -> tuple[tree.Structure, Sequence[Any], Tensor] | None:
     """What `step` does, of trees whose tensors are like those of an earlier one.
 
-    For a state whose only vector are the steps. The structure, columns and steps; None
-    where nothing is known of such trees, or leaves have gaps.
+    The structure, columns and steps; None where nothing is known of such trees, where
+    leaves rest or have numbers in the state, or within another transform.
     """
     found = cache.find(grads, state, params)
-    if found is None or found[0].live is not None or levels.depth() > 1:
+    if found is None or not found[0].is_plain or levels.depth() > 1:
         return None
     entry, given = found
     tasks = TaskAxis()

@@ -49,7 +49,7 @@ def fitted(
     Raises:
         CheckpointError: it is of other parameters, or of another optimizer.
     """
-    check_keys(state_dict, owner)
+    check_parts(state_dict, owner)
     saved = [_named(group) for group in state_dict["param_groups"]]
     if all("param_names" in group for group in (*saved, *groups)):
         saved = _matched(saved, groups, owner)
@@ -62,7 +62,7 @@ def fitted(
     return {**state_dict, "state": state, "param_groups": saved}
 
 
-def check_keys(state_dict: StateDict, owner: str) -> None:
+def check_parts(state_dict: StateDict, owner: str) -> None:
     """It must be a checkpoint at all."""
     for key in ("state", "param_groups"):
         if not isinstance(state_dict, Mapping) or key not in state_dict:

@@ -9,7 +9,7 @@ from funcopt.errors import CheckpointError
 from funcopt.optimizer import Optimizer
 from funcopt.optimizers import lbfgs
 from funcopt.torch_optim.adapter import Adapter
-from funcopt.torch_optim.checkpoint import check_keys, copied
+from funcopt.torch_optim.checkpoint import check_parts, copied
 from funcopt.types import State, Tree
 
 _step_of_torch: Any = torch.optim.LBFGS.step
@@ -33,7 +33,7 @@ class LBFGS(Adapter, torch.optim.LBFGS):
         return _step_of_torch(self, closure)
 
     def _fitted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        check_keys(state_dict, "LBFGS")
+        check_parts(state_dict, "LBFGS")
         (own,) = self.param_groups
         for found in state_dict["param_groups"]:
             missing = [key for key in _NUMBERS if key not in found]

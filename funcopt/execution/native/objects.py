@@ -18,7 +18,6 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch.nn import Parameter
-from torch.utils._python_dispatch import _disable_current_modes
 
 from funcopt.execution import levels
 from funcopt.execution.executor import BuildError
@@ -117,7 +116,7 @@ class Objects(Protocol):
 def load() -> Objects:
     """In C, where there are a compiler, Python's headers and torch as it is known."""
     try:
-        with levels.outside(), _disable_current_modes():  # a compiler's may be open
+        with levels.undisturbed():
             return _in_c()
     except (BuildError, OSError, AttributeError, RuntimeError):
         return InPython()
