@@ -12,6 +12,7 @@ from funcopt.execution.fast_path import FastPath, Settled
 from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.execution.native import objects
 from funcopt.stepping import complex_leaves
+from funcopt.stepping.counts import Counts
 from funcopt.stepping.live import Gaps, merged, picked
 from funcopt.stepping.per_leaf import LeafValues
 from funcopt.stepping.totals import Measure
@@ -69,6 +70,12 @@ class Entry:
         #: of grads, params and state
         self.form = tree.form(structure, map(bool, self.more)), form, trees | vectors
 
+    def next(self, steps: Tensor, donate: bool) -> Tensor:
+        """The steps after one more of the leaves that step."""
+        if self.one.ndim and self.one.device != steps.device:
+            self.one = self.one.to(steps.device)
+        return steps.add_(self.one) if donate else steps + self.one
+
     def of_live(
         self, hyper: Sequence[dict[str, Any]], always: bool
     ) -> Sequence[dict[str, Any]]:
@@ -91,6 +98,7 @@ class StepCache:
     Args:
         scalar: of each slot, whether it is one number for each leaf.
         measures: of the totals.
+        counts: what is known of the steps.
         always: what gives the same hyperparameters at every step, if that is known.
     """
 
@@ -99,8 +107,10 @@ class StepCache:
         scalar: Mapping[str, bool],
         measures: Sequence[Measure],
         always: LeafValues | None,
+        counts: Counts,
     ) -> None:
         self._scalar, self._measures, self._always = scalar, measures, always
+        self._counts = counts
         self._all: tuple[Entry, ...] = ()  # the last found first
 
     def keep(
@@ -161,19 +171,22 @@ class StepCache:
         settled = ways.settled[donate] if always else None
         if settled is not None:
             steps = tensors.pop()
-            counts, columns = steps.tolist(), None
-            first = counts[0]
-            if counts.count(first) == entry.count:
-                columns = settled(tensors, first + 1)
+            counts = self._counts.read(steps)
+            columns, t = None, counts[0] + 1 if counts else 0
+            if counts and counts.count(t - 1) == entry.count:
+                columns = settled(tensors, t)
             if columns is not None:
-                new = steps.add_(entry.one) if donate else steps + entry.one
+                new = entry.next(steps, donate)
+                self._counts.remember(new, [t] * entry.count)
                 return entry.structure, columns, new
             tensors.append(steps)
         some, count = len(tensors) - 1 - sum(self._scalar.values()), entry.count
         steps, *others = tensors[some:]
         del tensors[some:]
         read = concrete.scalars_of if levels.inside() else torch.Tensor.tolist
-        counts = read(steps)
+        counts = read(steps) if concrete.on_host(steps) else self._counts.read(steps)
+        if counts is None:
+            return None
         first = counts[0]
         live, gaps, old = entry.live, entry.gaps, []
         if live is None and type(first) is int and counts.count(first) == count:
@@ -210,5 +223,6 @@ class StepCache:
             ]
         if always and live is None and not ways.were_complex:
             ways.settled[donate] = path.settled(hyper, donate)
-        new = steps.add_(entry.one) if donate else steps + entry.one
+        new = entry.next(steps, donate)
+        self._counts.remember(new, counts)
         return entry.structure, merged(old, columns, live), new

@@ -23,6 +23,7 @@ from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.spec import Spec
 from funcopt.stepping import complex_leaves, sparse_rows, vectors, vmapped
+from funcopt.stepping.counts import Counts
 from funcopt.stepping.live import merged, picked, which_step
 from funcopt.stepping.per_leaf import Hypers, LeafValues
 from funcopt.stepping.step_cache import StepCache
@@ -67,7 +68,8 @@ class Stepper:
         #: whether all tasks of a vmap can be one step: no element depends on another
         self.separable = spec.elementwise and not spec.totals
         always = None if self.hypers.varying else self.values
-        self.cache = StepCache(self.scalar, self.measures, always)
+        self.counts = Counts()
+        self.cache = StepCache(self.scalar, self.measures, always, self.counts)
         #: what steps the entries of a sparse gradient
         self.lazy = Stepper(replace(spec, sparse="")) if spec.sparse else None
 
@@ -84,6 +86,7 @@ class Stepper:
         if self.spec.matrices:
             check_matrices(leaves, structure, self.spec.name)
         state: State = {"step": vectors.filled(leaves, 0, torch.int64)}
+        self.counts.remember(state["step"], [0] * len(leaves))
         for slot, first in self.slots.items():
             if callable(first):
                 start = partial(complex_leaves.slot, first)
@@ -173,7 +176,8 @@ class Stepper:
             for slot in self.slots
         }
         steps = vectors.next_steps(state["step"], live)
-        numbers = concrete.scalars_of(steps)
+        known = self.counts.next(state["step"], steps, live)
+        numbers = concrete.scalars_of(steps) if known is None else known
         hyper = values(structure, p, numbers)
         live_g, live_p, *slots = [
             picked(column, live) for column in (g, p, *old.values())
@@ -196,7 +200,8 @@ class Stepper:
             leaves, path = measure.added_to(leaves, execution)
             paths.append(path)
         held = [state[key] for key in self.vectors]
-        columns, path = dispatch.step(leaves, execution, donate, held)
+        unknown = held if known is None else held[1:]
+        columns, path = dispatch.step(leaves, execution, donate, unknown)
         paths.append(path)
         columns = [
             complex_leaves.rejoined(column, were_complex) if stream else column

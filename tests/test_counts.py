@@ -1,0 +1,136 @@
+"""The steps of leaves on an accelerator are known to the host, which waits for no read."""
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trees import random_like
+
+import funcopt as fo
+from funcopt import tree
+from funcopt.execution import concrete
+from funcopt.stepping import counts
+from funcopt.types import State, Tree
+
+LIKE = {"w": torch.empty(4, 3), "b": torch.empty(5), "c": torch.empty(2)}
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """Steps lie on an accelerator, as it were; the vectors of them that are waited for."""
+    found: list[Tensor] = []
+    original = counts._waited_for
+
+    def spy(steps: Tensor) -> list[int]:
+        found.append(steps)
+        return original(steps)
+
+    monkeypatch.setattr(concrete, "on_host", lambda x: x.dtype is not torch.int64)
+    monkeypatch.setattr(counts, "_waited_for", spy)
+    yield found
+
+
+def gradients(count: int, resting: str = "") -> list[Tree]:
+    made = [random_like(LIKE, 10 + k) for k in range(count)]
+    return [{**g, resting: None} for g in made] if resting else made
+
+
+def steps(
+    opt: fo.Optimizer, params: Tree, state: State, grads: list[Tree], **how: Any
+) -> tuple[Tree, State]:
+    for g in grads:
+        params, state = opt.update(g, state, params, **how)
+    return params, state
+
+
+def assert_same(found: tuple[Tree, State], expected: tuple[Tree, State]) -> None:
+    pairs = zip(tree.leaves(found), tree.leaves(expected), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+OPTIMIZERS: dict[str, Callable[[], fo.Optimizer]] = {
+    "adamw": lambda: fo.adamw(lr=0.1),
+    "a schedule": lambda: fo.adam(lr=fo.schedules.exponential(0.1, 0.5)),
+    "a rate in a tensor": lambda: fo.adam(lr=torch.tensor(0.1)),
+    "two ways": lambda: fo.adamw(lr=0.1, weight_decay={"w": 0.1, "b": 0.0, "c": 0.0}),
+    "a total": lambda: fo.chain(fo.clip_by_global_norm(1.0), fo.radam(lr=0.1)),
+    "numbers of its own": lambda: fo.nadam(lr=0.1),
+    "leaves that are whole": lambda: fo.lamb(lr=0.1),
+}
+HOW: dict[str, dict[str, Any]] = {"pure": {}, "in place": {"donate": True}}
+
+
+@pytest.mark.parametrize("resting", ["", "b"], ids=["all step", "one rests"])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_loop_waits_for_nothing(
+    name: str, how: str, resting: str, waits: list[Tensor], monkeypatch: Any
+):
+    def run() -> tuple[Tree, State]:
+        opt, params = OPTIMIZERS[name](), random_like(LIKE, 1)
+        return steps(opt, params, opt.init(params), gradients(6, resting), **HOW[how])
+
+    found = run()
+    # What the long way gives in place is copied, and waited for at the second step.
+    assert len(waits) <= (how == "in place")
+    monkeypatch.undo()
+    assert_same(found, run())
+
+
+def test_a_vector_from_elsewhere_is_waited_for_once(waits: list[Tensor]):
+    opt, params, grads = fo.adamw(lr=0.1), random_like(LIKE, 1), gradients(4)
+    state = {**opt.init(params), "step": torch.tensor([3, 3, 7])}
+    steps(opt, params, state, grads)
+    assert [*map(id, waits)] == [id(state["step"])]
+
+
+def test_what_is_written_over_is_waited_for_again(waits: list[Tensor]):
+    opt, params, grads = fo.adamw(lr=0.1), random_like(LIKE, 1), gradients(4)
+    params, state = steps(opt, params, opt.init(params), grads[:2])
+    assert not waits
+    state["step"].fill_(20)
+    found = opt.update(grads[2], state, params)
+    assert [*map(id, waits)] == [id(state["step"])]
+    fresh = {**state, "step": torch.tensor([20, 20, 20])}
+    assert_same(found, fo.adamw(lr=0.1).update(grads[2], fresh, params))
+
+
+def test_of_inference_tensors_no_version_is_asked(waits: list[Tensor]):
+    opt, params, grads = fo.adamw(lr=0.1), random_like(LIKE, 1), gradients(3)
+    with torch.inference_mode():
+        params, state = steps(opt, params, opt.init(params), grads)
+    assert len(waits) == 3 and state["step"].tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_what_a_graph_was_captured_with_is_never_remembered(
+    how: str, waits: list[Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    opt, params, grads = fo.adamw(lr=0.1), random_like(LIKE, 1), gradients(4)
+    params, state = steps(opt, params, opt.init(params), grads[:2], **HOW[how])
+    held = state["step"]
+    del waits[:]
+    with monkeypatch.context() as capture:
+        capture.setattr(counts, "_is_capturing", lambda _: True)
+        made = opt.update(grads[2], state, params, **HOW[how])
+    assert not waits
+    with torch.autograd._unsafe_preserve_version_counter(held):
+        held.fill_(9)  # as replays would
+    for _ in range(3):
+        found = opt.update(grads[3], {**state, "step": held}, params, **HOW[how])
+        expected = held + (how == "pure")
+        assert torch.equal(found[1]["step"], expected)
+
+
+def test_what_is_dropped_is_forgotten(waits: list[Tensor]):
+    opt, params = fo.adamw(lr=0.1), random_like(LIKE, 1)
+    state = opt.init(params)
+    params, state = steps(opt, params, state, gradients(5))
+    gc.collect()
+    known = [x for x in gc.get_objects() if isinstance(x, counts.Counts) and x._known]
+    assert [len(x._known) for x in known] == [1]
+    assert copy.deepcopy(opt).update(params, state, params)[1]["step"].tolist() == [6] * 3
