@@ -1,4 +1,4 @@
-"""The steps of leaves on an accelerator are known to the host, which waits for no read."""
+"""The host knows the steps of leaves on an accelerator, and waits for no read of them."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ LIKE = {"w": torch.empty(4, 3), "b": torch.empty(5), "c": torch.empty(2)}
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """Steps lie on an accelerator, as it were; the vectors of them that are waited for."""
+    """Steps lie on an accelerator, as it were; those vectors that are waited for."""
     found: list[Tensor] = []
     original = counts._waited_for
 
@@ -116,7 +116,7 @@ def test_what_a_graph_was_captured_with_is_never_remembered(
     del waits[:]
     with monkeypatch.context() as capture:
         capture.setattr(counts, "_is_capturing", lambda _: True)
-        made = opt.update(grads[2], state, params, **HOW[how])
+        opt.update(grads[2], state, params, **HOW[how])
     assert not waits
     with torch.autograd._unsafe_preserve_version_counter(held):
         held.fill_(9)  # as replays would

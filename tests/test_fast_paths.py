@@ -19,6 +19,7 @@ from trees import assert_close, random_like, relative
 import funcopt as fo
 from funcopt import tree
 from funcopt.execution import dispatch, executor_path, fast_path, fused_autograd
+from funcopt.execution.native.kernels import Native
 from funcopt.types import Tree
 
 LIKE = {"w": torch.empty(4, 3), "b": torch.empty(5), "none": torch.empty(0)}
@@ -844,6 +845,123 @@ def test_a_fast_path_of_shared_numbers_and_tasks_with_their_own(
             vmap(partial(stepped, name), (0, axis))(p, lr) for name in (None, "reference")
         )
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+@pytest.fixture
+def spread(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The fast paths' streams that have but one number for each leading entry."""
+    found: list[Any] = []
+    original = Native.direct
+
+    def spy(self: Any, *given: Any, **how: Any) -> Any:
+        found.append(how.get("spread"))
+        return original(self, *given, **how)
+
+    monkeypatch.setattr(Native, "direct", spy)
+    yield found
+
+
+def tasks(count: int, *shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
+    return random_like([torch.empty(count, *shape) for shape in shapes], seed)
+
+
+def one_each(p: Tensor, scale: float = 0.1) -> Tensor:
+    """Another positive number for each leading entry."""
+    return (scale * torch.linspace(0.5, 1.5, len(p))).view(-1, *[1] * (p.ndim - 1))
+
+
+#: shapes, hyperparameters of leaves like those, and the streams that are to be spread
+SPREAD: dict[str, tuple[Any, Callable[[list[Tensor]], dict[str, Any]], list[int]]] = {
+    "a rate": ([(90, 70), (150,)], lambda p: {"lr": [*map(one_each, p)]}, [4]),
+    "a rate, one number a task": (
+        [(90, 70), ()],
+        lambda p: {"lr": [*map(one_each, p)]},
+        [4],
+    ),
+    "many blocks": ([(9001,)], lambda p: {"lr": [*map(one_each, p)]}, [4]),
+    "a rate, and a tensor's decay": (
+        [(40, 30)],
+        lambda p: {
+            "lr": [*map(one_each, p)],
+            "weight_decay": [torch.rand_like(x) for x in p],
+        },
+        [4],
+    ),
+    "each number": (
+        [(90, 70), (150,)],
+        lambda p: {
+            "lr": [*map(one_each, p)],
+            "betas": ([*map(one_each, p)], 0.99),
+            "weight_decay": [*map(one_each, p)],
+            "eps": [*map(one_each, p)],
+        },
+        [4, 5, 6, 7],
+    ),
+    "more than columns to fill": (
+        [(90, 70), (150,)],
+        lambda p: {
+            "lr": [*map(one_each, p)],
+            "betas": ([*map(one_each, p)], [one_each(x, 0.5) for x in p]),
+            "weight_decay": [*map(one_each, p)],
+            "eps": [*map(one_each, p)],
+        },
+        [4, 5, 6, 7, 8],
+    ),
+    "short leaves": ([(3,), (5,)], lambda p: {"lr": [*map(one_each, p)]}, []),
+    "a rate for each column": (
+        [(90, 70)],
+        lambda p: {"lr": [torch.rand(1, 1, 70)]},
+        [],
+    ),
+    "rates that lie apart": (
+        [(90, 70)],
+        lambda p: {"lr": [one_each(torch.empty(14, 1, 1))[::2]]},
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "in place"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", SPREAD)
+def test_one_number_for_each_leading_entry_is_not_copied(
+    name: str, threads: int, donate: bool, spread: list[Any]
+):
+    shapes, hypers, expected = SPREAD[name]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        opt, p = fo.adamw(), tasks(7, *shapes)
+        q, grads = [x.clone() for x in p], tasks(7, *shapes, seed=1)
+        state, other = opt.init(p), opt.init(q)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            given = hypers(p)
+            p, state = opt.update(grads, state, p, donate=donate, **given)
+            q, other = opt.update(grads, other, q, execution="native", **given)
+            found, wanted = tree.leaves((p, state)), tree.leaves((q, other))
+            assert all(map(torch.equal, found, wanted))
+    finally:
+        torch.set_num_threads(before)
+    assert spread and all([*x] == expected for x in spread)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("opt", [fo.sgd(), fo.lion(), fo.nadam()], ids=lambda o: o.name)
+def test_one_number_for_each_leading_entry_in_other_dtypes(
+    opt: fo.Optimizer, dtype: torch.dtype, spread: list[Any]
+):
+    like = [torch.empty(5, 40, 9, dtype=dtype), torch.empty(5, 99, dtype=dtype)]
+    p = q = [torch.randn_like(x) for x in like]
+    grads = [torch.randn_like(x) for x in like]
+    state = other = opt.init(p)
+    decay = [one_each(x) for x in like]
+    for _ in range(3):
+        p, state = opt.update(grads, state, p, weight_decay=decay)
+        q, other = opt.update(grads, other, q, weight_decay=decay, execution="native")
+        found, wanted = tree.leaves((p, state)), tree.leaves((q, other))
+        assert all(map(torch.equal, found, wanted))
+    assert any(spread)
 
 
 @pytest.mark.slow

@@ -128,20 +128,24 @@ def _path(
     copied = {i: (new.shape, new.stride()) for i, (x, new) in pairs if x is not new}
     if copied and group.choice.transformed:
         return None
-    given = [values[name] for name in elements for values in leaves.hyper]
+    given = [[values[name] for values in leaves.hyper] for name in elements]
     if group.choice.transformed:
         rows, _ = leaves.rows(group.kinds)
-        return AutogradPath(_signature(leaves, group), rows, given)
-    executor = _executor(group)
+        return AutogradPath(_signature(leaves, group), rows, [*chain(*given)])
+    tasks, spread = leaves.tasks, []
+    if leaves.rule.elementwise and not tasks:
+        tasks, spread = layout.spread(given, leaves.params)
+        spread = [2 + own + k for k in spread]
     return ExecutorPath(
-        executor,
+        _executor(group),
         group.kinds,
         leaves.params,
         leaves.rule,
         which,
-        given,
-        leaves.tasks,
-        copied,
+        [*chain(*given)],
+        tasks,
+        {i: how for i, how in copied.items() if i // len(leaves.params) not in spread},
+        spread,
     )
 
 

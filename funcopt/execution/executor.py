@@ -79,8 +79,12 @@ class Executor(ABC):
         which: Sequence[int],
         pooled: bool = False,
         tasks: int = 0,
+        spread: Sequence[int] = (),
     ) -> Direct:
         """A function that runs this on leaves like these, with all checks done before.
+
+        With ``spread`` the tasks share their scalars, and the streams of these numbers
+        hold one number for each task, in tensors that broadcast to the leaves.
 
         Its arguments: the tensors of all streams, one column after the other; their
         addresses; the rows, whose values went through `read_number` or are `PerTask`;
@@ -90,6 +94,7 @@ class Executor(ABC):
         None, or lack them at the end.
         """
         count, written = len(like), sum(map(self.program.is_stream, self.program.outputs))
+        own = 0 if spread else tasks
 
         def run(
             tensors: Sequence[Tensor],
@@ -98,9 +103,12 @@ class Executor(ABC):
             out: Sequence[Column] | None,
         ) -> list[Column]:
             streams = [tensors[k : k + count] for k in range(0, len(tensors), count)]
+            for k in spread:
+                pairs = zip(streams[k], streams[1])
+                streams[k] = [x.expand_as(p).contiguous() for x, p in pairs]
             out = streams[1 : 1 + written] if out is None else out
             rows = [[*map(as_vector, row)] for row in rows]
-            return self(streams, rows, which, out=out, pooled=pooled, tasks=tasks)
+            return self(streams, rows, which, out=out, pooled=pooled, tasks=own)
 
         return run
 

@@ -1,6 +1,7 @@
 """The fast path of steps of which no derivative is asked: an executor's."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ class ExecutorPath(FastPath):
     element. ``tasks`` is how many tasks a leaf's leading axis holds if a scalar has a
     value for each of them, else 0. ``copied`` are the gradients and elements that lie
     otherwise than their parameters: the shape and strides to copy them to, by the number
-    of each among all tensors.
+    of each among all tensors; unless all of a column have one number for each of so many
+    leading entries, which are then ``tasks`` that share their scalars: ``spread`` are the
+    numbers of those columns.
     """
 
     takes_tasks = True
@@ -45,12 +48,14 @@ class ExecutorPath(FastPath):
         elements: Sequence[Tensor],
         tasks: int,
         copied: Mapping[int, tuple[Sequence[int], tuple[int, ...]]],
+        spread: Sequence[int] = (),
     ) -> None:
         super().__init__(rule, kinds, len(params))
         self._alike.put(*distinct(elements))
         self._copied = copied
-        self._executor, self._tasks = executor, tasks
-        self._shared = executor.direct(params, [0] * len(params), tasks=tasks)
+        self._tasks = 0 if spread else tasks  #: whose scalars are their own
+        self._direct = partial(executor.direct, tasks=tasks, spread=spread)
+        self._shared = self._direct(params, [0] * len(params))
         self._make = Maker(params)
         self._which = which or range(len(params))
         self._own: Direct | None = None  # where not all leaves share their scalars
@@ -69,8 +74,7 @@ class ExecutorPath(FastPath):
         direct, count = self._shared, self._count
         if len(rows) > 1:
             if self._own is None:
-                params, direct = tensors[count : 2 * count], self._executor.direct
-                self._own = direct(params, self._which, tasks=self._tasks)
+                self._own = self._direct(tensors[count : 2 * count], self._which)
             direct = self._own
         return self._run(direct, tensors, rows, donate)
 

@@ -7,6 +7,9 @@ import torch
 
 from funcopt.types import Tensor
 
+# Elements of a leaf in one task, on average, that are worth a call of a kernel.
+_FEW = 64
+
 
 def alike(columns: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
     """The columns, with copies where the tensors of a leaf differ in strides.
@@ -35,6 +38,31 @@ def alike(columns: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
                     x.shape, model.stride(), dtype=x.dtype, device=x.device
                 ).copy_(x)
     return [copies.get(k, column) for k, column in enumerate(columns)]
+
+
+def spread(
+    columns: Sequence[Sequence[Tensor]], params: Sequence[Tensor]
+) -> tuple[int, list[int]]:
+    """How many leading entries the leaves have, and which columns a number for each.
+
+    The columns hold what broadcasts to the leaves. There is none where leaves differ in
+    the axis, or are short.
+    """
+    number = params[0].shape[0] if params[0].ndim else 0
+    if number * len(params) * _FEW > sum(map(Tensor.numel, params)):
+        return 0, []
+    if not all(p.shape[:1] == (number,) and p.is_contiguous() for p in params):
+        return 0, []
+    found = [
+        k
+        for k, column in enumerate(columns)
+        if all(
+            x.numel() == number and x.shape[:1] == (number,) and x.ndim == p.ndim
+            for x, p in zip(column, params)
+        )
+        and all(x.is_contiguous() and not is_lazy(x) for x in column)
+    ]
+    return (number, found) if found else (0, [])
 
 
 def is_lazy(x: Tensor) -> bool:

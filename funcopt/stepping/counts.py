@@ -3,14 +3,14 @@
 from collections.abc import MutableMapping, Sequence
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary, WeakTensorRef
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from funcopt.execution import concrete, levels
 from funcopt.types import Tensor
 
 # Vectors that a CUDA graph was captured with: its replays count on in them, which neither
 # the tensor nor its version tells.
-_captured: MutableMapping[Tensor, bool] = WeakIdKeyDictionary(ref_type=WeakTensorRef)
+_captured: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
 
 
 class Counts:
@@ -24,7 +24,7 @@ class Counts:
     def __init__(self) -> None:
         #: of each vector its version, and its numbers
         self._known: MutableMapping[Tensor, tuple[int, Sequence[int]]]
-        self._known = WeakIdKeyDictionary(ref_type=WeakTensorRef)
+        self._known = WeakTensorKeyDictionary()
 
     def read(self, steps: Tensor) -> Sequence[int] | None:
         """The numbers; None where there are none to read, or a graph is captured."""

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #define BLOCK 4096
+#define SPREAD 4  // columns at most
 
 // Past the cache: else each line is read before it is written, a third of the traffic.
 #if defined(__AVX512F__) && defined(__GNUC__)
@@ -54,8 +55,28 @@ static int64_t blocks_of(const Job *job) {
     return blocks;
 }
 
+static void repeat(char *to, const char *number, int64_t size, int64_t bytes) {
+    memcpy(to, number, size);
+    for (int64_t done = size; done < bytes; done *= 2)
+        memcpy(to + done, to, done < bytes - done ? done : bytes - done);
+}
+
+// Where a leaf's columns lie; of one that is spread, copies of the task's number, which a
+// kernel that begins at `from` finds there. Only the first `n` of a task make them.
+static void columns_of(const Job *job, int64_t leaf, int64_t task, int64_t from,
+                       int64_t n, char (*copies)[BLOCK * 8], char **at) {
+    int64_t size = job->number_size;
+    for (int64_t column = 0; column < job->columns; column++) {
+        at[column] = job->pointers[column * job->leaves + leaf];
+        if (!(job->spread >> column & 1)) continue;
+        if (n) repeat(*copies, at[column] + task * size, size, n * size);
+        at[column] = *copies++ - from * size;
+    }
+}
+
 static void work(void *data) {
     const Job *job = data;
+    char *at[job->columns], copies[SPREAD][BLOCK * 8];
     int64_t total = blocks_of(job), block = 0;
     int64_t mine = job->threads > 1 ? thread_number() : 0;
     int64_t all = job->threads > 1 ? thread_count() : 1;
@@ -67,14 +88,18 @@ static void work(void *data) {
             continue;
         }
         for (int64_t task = 0; task < job->tasks; task++) {
-            int64_t row = job->rows[i] * job->tasks + task;
+            int64_t row = job->rows[i];
+            if (!job->spread) row = row * job->tasks + task;
             int64_t b = block < begin ? begin - block : 0;
             int64_t stop = end - block < each ? end - block : each;
-            for (int64_t more = job->sum_count ? 1 : each; b < stop; b += more) {
+            int64_t more = job->sum_count || job->spread ? 1 : each, fresh = 1;
+            for (; b < stop; b += more, fresh = 0) {
                 int64_t past = b + more < stop ? b + more : stop;
                 int64_t n = (past * BLOCK < size ? past * BLOCK : size) - b * BLOCK;
-                job->kernel(n, task * size + b * BLOCK, job->pointers + i, job->leaves,
-                            job->scalars + row * job->scalar_count,
+                int64_t from = task * size + b * BLOCK;
+                if (job->spread) columns_of(job, i, task, from, fresh * n, copies, at);
+                job->kernel(n, from, job->spread ? at : job->pointers + i,
+                            job->spread ? 1 : job->leaves, job->scalars + row * job->scalar_count,
                             job->partial + (block + b) * job->sum_count, job->streaming);
             }
             block += each;

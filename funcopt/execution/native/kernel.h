@@ -29,9 +29,9 @@ static Sweep sweep;
 
 int run(int64_t leaves, int64_t tasks, const int64_t *sizes, const int64_t *rows,
         const double *scalars, char *const *pointers, double *sums, int streaming,
-        int threads) {
-    Job job = {sweep, SCALARS, SUMS, leaves, tasks, sizes, rows, scalars, pointers, sums,
-               0, streaming, threads};
+        int threads, int64_t spread) {
+    Job job = {sweep, SCALARS, SUMS, COLUMNS, sizeof(S), leaves, tasks, sizes, rows,
+               scalars, pointers, sums, 0, streaming, threads, spread};
     return drive(&job);
 }
 

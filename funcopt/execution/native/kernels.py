@@ -33,6 +33,8 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _NO_SUMS = array("d")  # nothing is written to what is empty
 
+_SPREAD = 4  # columns that the driver fills with one number
+
 # As many bytes of output would push everything else out of the cache.
 _PAST_CACHE = 32 << 20
 
@@ -70,23 +72,26 @@ class Native(Sweeping):
         which: Sequence[int],
         pooled: bool = False,
         tasks: int = 0,
+        spread: Sequence[int] = (),
     ) -> Direct:
         program = self.program
         at = [k for k, each in enumerate(program.passes) if each.outputs or each.sums]
-        if not at or not all(program.passes[k].streams for k in at):
-            return super().direct(like, which, pooled, tasks)
+        computed = at and all(program.passes[k].streams for k in at)
+        if not computed or len(spread) > _SPREAD or (spread and len(at) > 1):
+            return super().direct(like, which, pooled, tasks, spread)
         # Everything that does not change is worked out here, once.
         scalars_out = [v for v in program.outputs if not program.is_stream(v)]
         count, owners, sums, launches = len(like), which, [], []
         for k in at:
-            launches.append(self._launch(k, like, owners, tuple(sums), pooled, tasks))
+            known = tuple(sums)
+            launches.append(self._launch(k, like, owners, known, pooled, tasks, spread))
             sums += program.passes[k].sums
             owners = range(count) if sums and not pooled else which
         *first, last = launches
         reads, writes = (getattr(program.passes[at[-1]], x) for x in ("sums", "outputs"))
-        of_tasks = tasks and (sums or scalars_out)  # vectors would come out
-        if of_tasks or (pooled and first) or (reads and writes and not pooled):
-            return super().direct(like, which, pooled, tasks)
+        vectors = tasks and not spread and (sums or scalars_out)  # would come out
+        if vectors or (pooled and first) or (reads and writes and not pooled):
+            return super().direct(like, which, pooled, tasks, spread)
         after = scalars.on_numbers(program, scalars_out, sums)
         order = [program.is_stream(v) for v in program.outputs]
 
@@ -125,6 +130,7 @@ class Native(Sweeping):
         known: Sequence[int],
         pooled: bool,
         tasks: int,
+        spread: Sequence[int],
     ) -> Callable[..., Rows]:
         """Sweep ``k`` on leaves like these, whose rows hold the sums that are ``known``.
 
@@ -140,6 +146,8 @@ class Native(Sweeping):
         each = 8 * count  # bytes of a column's addresses
         stream = {value: k * each for k, value in enumerate(self._streams)}
         read = [slice(stream[v], stream[v] + each) for v in self._read[k]]
+        numbers = {self._streams[i] for i in spread}
+        bits = sum(1 << i for i, value in enumerate(self._read[k]) if value in numbers)
         in_place = itemgetter(slice(each, (1 + len(sweep.outputs)) * each))
         large = total * len(sweep.outputs) * self.stored.itemsize >= _PAST_CACHE
         fixed = self._kernels[k], count, max(tasks, 1), sizes, owners
@@ -150,7 +158,7 @@ class Native(Sweeping):
 
         def launch(rows: Rows, addresses: bytes, out: Sequence[Column] | None) -> Rows:
             nonlocal last
-            if tasks:
+            if tasks and not spread:
                 rows = [each for row in rows for each in _of_tasks(row, tasks)]
             table = b"".join(starmap(before, rows))
             before_it, pointers = last
@@ -162,7 +170,7 @@ class Native(Sweeping):
             sums = array("d", bytes(8 * count * sums_out)) if sums_out else _NO_SUMS
             threads = torch.get_num_threads() if parallel else 1
             streaming = large and out is not None
-            failed = call(*fixed, table, pointers, sums, streaming, threads)
+            failed = call(*fixed, table, pointers, sums, streaming, threads, bits)
             if failed:
                 raise MemoryError("no memory for the sums of a kernel")
             if not sums_out:
@@ -210,6 +218,7 @@ class Native(Sweeping):
             sums,
             large and last[0] not in array("Q", given),
             torch.get_num_threads() if total >= _PARALLEL else 1,
+            0,
         )
         if failed:
             raise MemoryError("no memory for the sums of a kernel")

@@ -240,9 +240,10 @@ static PyObject *holds(PyObject *self, PyObject *const *args, Py_ssize_t count) 
 }
 
 typedef int (*Kernel)(int64_t, int64_t, const int64_t *, const int64_t *, const double *,
-                      char *const *, double *, int, int);
+                      char *const *, double *, int, int, int64_t);
 
-// run(kernel, leaves, tasks, sizes, rows, scalars, pointers, sums, streaming, threads)
+// run(kernel, leaves, tasks, sizes, rows, scalars, pointers, sums, streaming, threads,
+//     spread)
 static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Py_buffer parts[5];
     int taken = 0, failed = 0;
@@ -254,10 +255,11 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         Kernel kernel = (Kernel)PyLong_AsVoidPtr(args[0]);
         int64_t number = PyLong_AsLongLong(args[1]), tasks = PyLong_AsLongLong(args[2]);
         int streaming = PyObject_IsTrue(args[8]), threads = PyLong_AsLong(args[9]);
+        int64_t spread = PyLong_AsLongLong(args[10]);
         if (!PyErr_Occurred()) {
             Py_BEGIN_ALLOW_THREADS;
             failed = kernel(number, tasks, parts[0].buf, parts[1].buf, parts[2].buf,
-                            parts[3].buf, parts[4].buf, streaming, threads);
+                            parts[3].buf, parts[4].buf, streaming, threads, spread);
             Py_END_ALLOW_THREADS;
         }
     }

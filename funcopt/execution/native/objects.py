@@ -27,7 +27,7 @@ from funcopt.types import Tensor, Tree
 _pointer = ctypes.c_void_p
 _KERNEL = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_int64, ctypes.c_int64, *[_pointer] * 5, ctypes.c_int,
-    ctypes.c_int,
+    ctypes.c_int, ctypes.c_int64,
 )  # fmt: skip
 
 

@@ -74,6 +74,7 @@ def print_c(program: Program, sweep: Pass, stored: torch.dtype) -> str:
         f"typedef {storage} S;",
         f"#define SUMS {len(sweep.sums)}",
         f"#define SCALARS {len(rows)}",
+        f"#define COLUMNS {len(read) + len(sweep.outputs)}",
         *(f"#define {name.upper()} {_function(name, wide)}" for name in _MATH),
         *(["#define CONTRACTED"] if _contracts() else []),
     ]
