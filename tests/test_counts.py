@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from trees import random_like
 
 import funcopt as fo
@@ -118,7 +119,7 @@ def test_what_a_graph_was_captured_with_is_never_remembered(
         capture.setattr(counts, "_is_capturing", lambda _: True)
         opt.update(grads[2], state, params, **HOW[how])
     assert not waits
-    with torch.autograd._unsafe_preserve_version_counter(held):
+    with _unsafe_preserve_version_counter(held):
         held.fill_(9)  # as replays would
     for _ in range(3):
         found = opt.update(grads[3], {**state, "step": held}, params, **HOW[how])

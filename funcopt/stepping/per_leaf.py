@@ -190,10 +190,13 @@ def column(
     def scalar(number: Any) -> Any:
         return number if isinstance(number, Schedule) else _scalar(number, name)
 
-    value = tree.map(scalar, value)  # before the leaves share it: one cast
+    given, own = tree.flatten(value)
+    atoms = [x if x is None else scalar(x) for x in given]  # once, before leaves share it
+    if own != structure:
+        atoms = select.per_leaf(tree.unflatten(own, atoms), structure, name)
     column: list[Any] = []
     known: dict[tuple[int, int], Any] = {}  # of a schedule and count: leaves share it
-    for i, (atom, p) in enumerate(zip(select.per_leaf(value, structure, name), params)):
+    for i, (atom, p) in enumerate(zip(atoms, params)):
         if atom is None and p is not None:
             raise HyperparameterTypeError(
                 f"{name} is None at '{tree.paths(structure)[i]}', where params has a "

@@ -99,7 +99,8 @@ static void work(void *data) {
                 int64_t from = task * size + b * BLOCK;
                 if (job->spread) columns_of(job, i, task, from, fresh * n, copies, at);
                 job->kernel(n, from, job->spread ? at : job->pointers + i,
-                            job->spread ? 1 : job->leaves, job->scalars + row * job->scalar_count,
+                            job->spread ? 1 : job->leaves,
+                            job->scalars + row * job->scalar_count,
                             job->partial + (block + b) * job->sum_count, job->streaming);
             }
             block += each;
