@@ -52,6 +52,11 @@ class Counts:
         if version is not None and steps not in _captured:
             self._known[steps] = version, numbers
 
+    def follow(self, steps: Tensor, other: Tensor) -> None:
+        """That a vector has now the numbers of another, if those are known."""
+        if steps is not other and other in self._known:
+            self.remember(steps, self._known[other][1])
+
     def next(
         self, old: Tensor, new: Tensor, live: Sequence[int] | None
     ) -> Sequence[int] | None:

@@ -286,5 +286,6 @@ class Stepper:
             for key, vector in new.items():
                 if vector is not state[key]:
                     state[key].copy_(vector)
+            self.counts.follow(state["step"], steps)
             return params, state
         return tree.unflatten(structure, columns[0]), new
