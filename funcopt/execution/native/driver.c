@@ -64,19 +64,20 @@ static void repeat(char *to, const char *number, int64_t size, int64_t bytes) {
 // Where a leaf's columns lie; of one that is spread, copies of the task's number, which a
 // kernel that begins at `from` finds there. Only the first `n` of a task make them.
 static void columns_of(const Job *job, int64_t leaf, int64_t task, int64_t from,
-                       int64_t n, char (*copies)[BLOCK * 8], char **at) {
+                       int64_t n, char *copies, char **at) {
     int64_t size = job->number_size;
     for (int64_t column = 0; column < job->columns; column++) {
         at[column] = job->pointers[column * job->leaves + leaf];
         if (!(job->spread >> column & 1)) continue;
-        if (n) repeat(*copies, at[column] + task * size, size, n * size);
-        at[column] = *copies++ - from * size;
+        if (n) repeat(copies, at[column] + task * size, size, n * size);
+        at[column] = copies - from * size;
+        copies += BLOCK * size;
     }
 }
 
 static void work(void *data) {
     const Job *job = data;
-    char *at[job->columns], copies[SPREAD][BLOCK * 8];
+    char *at[job->columns], copies[job->spread ? SPREAD * BLOCK * job->number_size : 1];
     int64_t total = blocks_of(job), block = 0;
     int64_t mine = job->threads > 1 ? thread_number() : 0;
     int64_t all = job->threads > 1 ? thread_count() : 1;
