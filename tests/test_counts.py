@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from trees import random_like
+from trees import assert_close, random_like
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.execution import concrete
-from funcopt.stepping import counts
+from funcopt.stepping import counts, vmapped
 from funcopt.types import State, Tree
 
 LIKE = {"w": torch.empty(4, 3), "b": torch.empty(5), "c": torch.empty(2)}
@@ -134,3 +134,36 @@ def test_what_is_dropped_is_forgotten(waits: list[Tensor]):
     known = [x for x in gc.get_objects() if isinstance(x, counts.Counts) and x._known]
     assert [len(x._known) for x in known] == [1]
     assert copy.deepcopy(opt).update(params, state, params)[1]["step"].tolist() == [6] * 3
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["a rate", "each task's rate"])
+@pytest.mark.parametrize("name", ["adamw", "a schedule"])
+def test_tasks_step_as_one(
+    name: str, own: bool, waits: list[Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    """By vmap around a loop that begins with ``init``: what all tasks share is known."""
+    taken: list[bool] = []
+    original = vmapped.again
+
+    def spy(*given: Any) -> Any:
+        taken.append((made := original(*given)) is not None)
+        return made
+
+    monkeypatch.setattr(vmapped, "again", spy)
+    opt = OPTIMIZERS[name]()
+    rates = torch.tensor([0.1, 0.2, 0.4], dtype=torch.float64)
+    params = tree.map(lambda x: torch.stack([x, 2 * x, 3 * x]), random_like(LIKE, 1))
+
+    grads = gradients(4)
+
+    def run(p: Tree, rate: Tensor) -> Tree:
+        how = {"lr": rate} if own else {}
+        return steps(opt, p, opt.init(p), grads, **how)[0]
+
+    torch.vmap(run)(params, rates)
+    found = torch.vmap(run)(params, rates)
+    assert all(taken[4:]) and not waits
+    monkeypatch.undo()
+    each = [tree.unflatten(tree.flatten(params)[1], x) for x in zip(*tree.leaves(params))]
+    expected = [run(p, rate) for p, rate in zip(each, rates)]
+    assert_close(found, tree.map(lambda *x: torch.stack(x), *expected), 1e-6)

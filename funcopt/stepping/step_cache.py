@@ -110,7 +110,7 @@ class StepCache:
         counts: Counts,
     ) -> None:
         self._scalar, self._measures, self._always = scalar, measures, always
-        self._counts = counts
+        self.counts = counts
         self._all: tuple[Entry, ...] = ()  # the last found first
 
     def keep(
@@ -171,20 +171,20 @@ class StepCache:
         settled = ways.settled[donate] if always else None
         if settled is not None:
             steps = tensors.pop()
-            counts = self._counts.read(steps)
+            counts = self.counts.read(steps)
             columns, t = None, counts[0] + 1 if counts else 0
             if counts and counts.count(t - 1) == entry.count:
                 columns = settled(tensors, t)
             if columns is not None:
                 new = entry.next(steps, donate)
-                self._counts.remember(new, [t] * entry.count)
+                self.counts.remember(new, [t] * entry.count)
                 return entry.structure, columns, new
             tensors.append(steps)
         some, count = len(tensors) - 1 - sum(self._scalar.values()), entry.count
         steps, *others = tensors[some:]
         del tensors[some:]
         read = concrete.scalars_of if levels.inside() else torch.Tensor.tolist
-        counts = read(steps) if concrete.on_host(steps) else self._counts.read(steps)
+        counts = read(steps) if concrete.on_host(steps) else self.counts.read(steps)
         if counts is None:
             return None
         first = counts[0]
@@ -224,5 +224,5 @@ class StepCache:
         if always and live is None and not ways.were_complex:
             ways.settled[donate] = path.settled(hyper, donate)
         new = entry.next(steps, donate)
-        self._counts.remember(new, counts)
+        self.counts.remember(new, counts)
         return entry.structure, merged(old, columns, live), new

@@ -149,7 +149,8 @@ class Stepper:
                 return self._lazily(g, p, structure, state, trees, live, given)
         if together and live != [] and not executor_choice.is_forced():
             held = {key: state[key] for key in self.vectors}
-            done = vmapped.step(self.step, g, p, trees, held, structure, values)
+            given = (g, p, trees, held, structure, values, self.counts)
+            done = vmapped.step(self.step, *given)
             if done is not None:
                 return done
         columns, steps = self._anew(
