@@ -167,3 +167,24 @@ def test_tasks_step_as_one(
     each = [tree.unflatten(tree.flatten(params)[1], x) for x in zip(*tree.leaves(params))]
     expected = [run(p, rate) for p, rate in zip(each, rates)]
     assert_close(found, tree.map(lambda *x: torch.stack(x), *expected), 1e-6)
+
+
+@pytest.mark.parametrize("in_turn", [False, True], ids=["all", "in turn"])
+def test_the_adapters_counts_are_known(
+    in_turn: bool, waits: list[Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(concrete, "on_host", lambda x: x.ndim != 1)  # vectors alone
+    start = [random_like(torch.empty(3, 2), seed) for seed in range(4)]
+    mine, other = ([x.clone().requires_grad_() for x in start] for _ in range(2))
+    ours, torchs = fo.torch_optim.AdamW(mine), torch.optim.AdamW(other)
+    for k in range(12):
+        for i, (p, q) in enumerate(zip(mine, other)):
+            g = random_like(torch.empty(3, 2), 10 * k + i)
+            p.grad, q.grad = (None, None) if in_turn and i % 3 == k % 3 else (g, g)
+        ours.step()
+        torchs.step()
+    for p, q in zip(mine, other):
+        torch.testing.assert_close(p, q)
+        assert torch.equal(ours.state[p]["step"], torchs.state[q]["step"])
+    first = [x for x in waits if x.dtype is torch.int64]  # of long steps, on a CPU
+    assert len(waits) - len(first) <= (6 if in_turn else 2)

@@ -41,9 +41,27 @@ class Counts:
             return _waited_for(steps)
         return numbers
 
-    def remember(self, steps: Tensor, numbers: Sequence[int]) -> None:
-        """That a vector, just made, has these numbers; one on the CPU can be read."""
-        if concrete.on_host(steps) or not concrete.has_values(steps):
+    def after(
+        self, steps: Tensor, live: Sequence[int] | None = None
+    ) -> Sequence[int] | None:
+        """The numbers after one more step of the ``live`` leaves, or of all.
+
+        None on the CPU, where they can be read then, and if these are not known.
+        """
+        known = None if concrete.on_host(steps) else self.read(steps)
+        if known is None:
+            return None
+        numbers = [*known]
+        for i in range(len(numbers)) if live is None else live:
+            numbers[i] += 1
+        return numbers
+
+    def remember(self, steps: Tensor, numbers: Sequence[int] | None) -> None:
+        """That a vector, just made or written to, has these numbers, if they are known.
+
+        One on the CPU can be read.
+        """
+        if numbers is None or concrete.on_host(steps) or not concrete.has_values(steps):
             return
         steps = levels.bottom(steps)
         if _is_capturing(steps):
@@ -56,24 +74,6 @@ class Counts:
         """That a vector has now the numbers of another, if those are known."""
         if steps is not other and other in self._known:
             self.remember(steps, self._known[other][1])
-
-    def next(
-        self, old: Tensor, new: Tensor, live: Sequence[int] | None
-    ) -> Sequence[int] | None:
-        """The numbers of ``new``, where the ``live`` leaves of ``old`` have stepped.
-
-        None if those of ``old`` are not known, and on the CPU.
-        """
-        if concrete.on_host(old):
-            return None
-        known = self.read(old)
-        if known is None:
-            return None
-        numbers = [*known]
-        for i in range(len(numbers)) if live is None else live:
-            numbers[i] += 1
-        self.remember(new, numbers)
-        return numbers
 
 
 def _is_capturing(steps: Tensor) -> bool:

@@ -177,7 +177,8 @@ class Stepper:
             for slot in self.slots
         }
         steps = vectors.next_steps(state["step"], live)
-        known = self.counts.next(state["step"], steps, live)
+        known = self.counts.after(state["step"], live)
+        self.counts.remember(steps, known)
         numbers = concrete.scalars_of(steps) if known is None else known
         hyper = values(structure, p, numbers)
         live_g, live_p, *slots = [

@@ -236,12 +236,17 @@ def _simple(batch: Batch) -> bool:
     if of_one_dtype(leaves) is not leaves:
         return False
     numbers = [k for k, scalar in batch.stepper.scalar.items() if scalar]
-    numbers += ["step"] if batch.layout.counts else []
-    return all(_joinable([state[k] for state in batch.states]) for k in numbers)
+    counts = ["step"] if batch.layout.counts else []
+    columns = {k: [state[k] for state in batch.states] for k in numbers + counts}
+    # A kernel's numbers would be waited for; steps are known (`Counts`).
+    there = all(x.is_cpu for k in numbers for x in columns[k])
+    return there and all(map(_joinable, columns.values()))
 
 
 def _joinable(column: Sequence[Tensor]) -> bool:
     """Whether the numbers can be the entries of a vector, and stay what they are."""
-    if any(type(x) is not Tensor or x.ndim or x.is_shared() for x in column):
-        return False  # is_shared: with another process, which counts on
-    return {(x.dtype, x.device.type) for x in column} == {(column[0].dtype, "cpu")}
+    if any(type(x) is not Tensor or x.ndim for x in column):
+        return False
+    if any(x.is_cpu and x.is_shared() for x in column):
+        return False  # with another process, which counts on
+    return len({(x.dtype, x.device) for x in column}) == 1
