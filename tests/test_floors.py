@@ -77,7 +77,6 @@ FLOORS = {
     "funcopt.execution": 3.5,
     "funcopt.spec": 3.5,
     "funcopt.stepping.complex_leaves": 1,
-    "funcopt.stepping.counts": 2,
     "funcopt.stepping.per_leaf": 3.5,
     "funcopt.stepping.vectors": 2,
     "funcopt.stepping.one_vector": 1.1,

@@ -12,23 +12,10 @@ from funcopt.types import Tensor
 def readable(tensor: Tensor) -> bool:
     """Whether the values can be read without waiting for a device or breaking a graph.
 
-    Not on an accelerator, nor where `has_values` is false.
+    Not on an accelerator, not batched by vmap at any level, not while compiling or
+    tracing, and not of a tensor subclass.
     """
-    return on_host(tensor) and has_values(tensor)
-
-
-def on_host(tensor: Tensor) -> bool:
-    """Whether there is no device to wait for."""
-    return tensor.is_cpu
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether there are values to be read, if one waits for the device.
-
-    Not batched by vmap at any level, not while compiling or tracing, and not of a tensor
-    subclass.
-    """
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return False
     if torch._C._len_torch_dispatch_stack():
         return False

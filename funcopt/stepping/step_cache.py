@@ -11,8 +11,7 @@ from funcopt.execution import concrete, levels
 from funcopt.execution.fast_path import FastPath, Settled
 from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.execution.native import objects
-from funcopt.stepping import complex_leaves
-from funcopt.stepping.counts import Counts
+from funcopt.stepping import complex_leaves, vectors
 from funcopt.stepping.live import Gaps, merged, picked
 from funcopt.stepping.per_leaf import LeafValues
 from funcopt.stepping.totals import Measure
@@ -70,12 +69,6 @@ class Entry:
         #: of grads, params and state
         self.form = tree.form(structure, map(bool, self.more)), form, trees | vectors
 
-    def next(self, steps: Tensor, donate: bool) -> Tensor:
-        """The steps after one more of the leaves that step."""
-        if self.one.ndim and self.one.device != steps.device:
-            self.one = self.one.to(steps.device)
-        return steps.add_(self.one) if donate else steps + self.one
-
     def of_live(
         self, hyper: Sequence[dict[str, Any]], always: bool
     ) -> Sequence[dict[str, Any]]:
@@ -98,7 +91,6 @@ class StepCache:
     Args:
         scalar: of each slot, whether it is one number for each leaf.
         measures: of the totals.
-        counts: what is known of the steps.
         always: what gives the same hyperparameters at every step, if that is known.
     """
 
@@ -107,10 +99,8 @@ class StepCache:
         scalar: Mapping[str, bool],
         measures: Sequence[Measure],
         always: LeafValues | None,
-        counts: Counts,
     ) -> None:
         self._scalar, self._measures, self._always = scalar, measures, always
-        self.counts = counts
         self._all: tuple[Entry, ...] = ()  # the last found first
 
     def keep(
@@ -165,28 +155,25 @@ class StepCache:
     ) -> tuple[tree.Structure, Sequence[Any], Tensor] | None:
         """A step of what was found, or of what is like it."""
         ways = entry.paths.get(tensors)
-        if ways is None:
+        if ways is None or tensors[0].is_cuda and vectors.is_captured(tensors):
             return None
         always = values is self._always
         settled = ways.settled[donate] if always else None
         if settled is not None:
             steps = tensors.pop()
-            counts = self.counts.read(steps)
-            columns, t = None, counts[0] + 1 if counts else 0
-            if counts and counts.count(t - 1) == entry.count:
-                columns = settled(tensors, t)
+            counts, columns = steps.tolist(), None
+            first = counts[0]
+            if counts.count(first) == entry.count:
+                columns = settled(tensors, first + 1)
             if columns is not None:
-                new = entry.next(steps, donate)
-                self.counts.remember(new, [t] * entry.count)
+                new = steps.add_(entry.one) if donate else steps + entry.one
                 return entry.structure, columns, new
             tensors.append(steps)
         some, count = len(tensors) - 1 - sum(self._scalar.values()), entry.count
         steps, *others = tensors[some:]
         del tensors[some:]
         read = concrete.scalars_of if levels.inside() else torch.Tensor.tolist
-        counts = read(steps) if concrete.on_host(steps) else self.counts.read(steps)
-        if counts is None:
-            return None
+        counts = read(steps)
         first = counts[0]
         live, gaps, old = entry.live, entry.gaps, []
         if live is None and type(first) is int and counts.count(first) == count:
@@ -223,6 +210,5 @@ class StepCache:
             ]
         if always and live is None and not ways.were_complex:
             ways.settled[donate] = path.settled(hyper, donate)
-        new = entry.next(steps, donate)
-        self.counts.remember(new, counts)
+        new = steps.add_(entry.one) if donate else steps + entry.one
         return entry.structure, merged(old, columns, live), new

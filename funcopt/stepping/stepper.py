@@ -23,7 +23,6 @@ from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
 from funcopt.spec import Spec
 from funcopt.stepping import complex_leaves, sparse_rows, vectors, vmapped
-from funcopt.stepping.counts import Counts
 from funcopt.stepping.live import merged, picked, which_step
 from funcopt.stepping.per_leaf import Hypers, LeafValues
 from funcopt.stepping.step_cache import StepCache
@@ -68,8 +67,7 @@ class Stepper:
         #: whether all tasks of a vmap can be one step: no element depends on another
         self.separable = spec.elementwise and not spec.totals
         always = None if self.hypers.varying else self.values
-        self.counts = Counts()
-        self.cache = StepCache(self.scalar, self.measures, always, self.counts)
+        self.cache = StepCache(self.scalar, self.measures, always)
         #: what steps the entries of a sparse gradient
         self.lazy = Stepper(replace(spec, sparse="")) if spec.sparse else None
 
@@ -85,8 +83,7 @@ class Stepper:
             check_real(leaves, structure, self.spec.name)
         if self.spec.matrices:
             check_matrices(leaves, structure, self.spec.name)
-        state: State = {"step": vectors.filled(leaves, 0, torch.int64)}
-        self.counts.remember(state["step"], [0] * len(leaves))
+        state: State = {"step": vectors.first_steps(leaves)}
         for slot, first in self.slots.items():
             if callable(first):
                 start = partial(complex_leaves.slot, first)
@@ -149,8 +146,7 @@ class Stepper:
                 return self._lazily(g, p, structure, state, trees, live, given)
         if together and live != [] and not executor_choice.is_forced():
             held = {key: state[key] for key in self.vectors}
-            given = (g, p, trees, held, structure, values, self.counts)
-            done = vmapped.step(self.step, *given)
+            done = vmapped.step(self.step, g, p, trees, held, structure, values)
             if done is not None:
                 return done
         columns, steps = self._anew(
@@ -172,14 +168,13 @@ class Stepper:
     ) -> tuple[Sequence[Any], Tensor]:
         """The columns and steps of a step that goes the long way; its paths are kept."""
         check_leaves(g, p, trees, live, structure, self.forms)
+        vectors.check_captured(state["step"], p)
         old = {
             slot: concrete.scalars_of(state[slot]) if self.scalar[slot] else trees[slot]
             for slot in self.slots
         }
         steps = vectors.next_steps(state["step"], live)
-        known = self.counts.after(state["step"], live)
-        self.counts.remember(steps, known)
-        numbers = concrete.scalars_of(steps) if known is None else known
+        numbers = concrete.scalars_of(steps)
         hyper = values(structure, p, numbers)
         live_g, live_p, *slots = [
             picked(column, live) for column in (g, p, *old.values())
@@ -202,8 +197,7 @@ class Stepper:
             leaves, path = measure.added_to(leaves, execution)
             paths.append(path)
         held = [state[key] for key in self.vectors]
-        unknown = held if known is None else held[1:]
-        columns, path = dispatch.step(leaves, execution, donate, unknown)
+        columns, path = dispatch.step(leaves, execution, donate, held)
         paths.append(path)
         columns = [
             complex_leaves.rejoined(column, were_complex) if stream else column
@@ -248,6 +242,7 @@ class Stepper:
             return params
         p, structure = tree.flatten(params)
         check_state(state, ("step", *self.slots), self.vectors, structure, self.spec.name)
+        vectors.check_captured(state["step"], p)
         columns = [
             concrete.scalars_of(state[slot])
             if self.scalar[slot]
@@ -288,6 +283,5 @@ class Stepper:
             for key, vector in new.items():
                 if vector is not state[key]:
                     state[key].copy_(vector)
-            self.counts.follow(state["step"], steps)
             return params, state
         return tree.unflatten(structure, columns[0]), new

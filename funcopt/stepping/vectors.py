@@ -6,13 +6,41 @@ from typing import Any
 import torch
 
 from funcopt import tree
-from funcopt.errors import HyperparameterError
+from funcopt.errors import ExecutionError, HyperparameterError
 from funcopt.types import Tensor
 
 
 def filled(leaves: Sequence[Any], value: float, dtype: torch.dtype) -> Tensor:
     """A vector with ``value`` for each leaf."""
     return torch.full((len(leaves),), value, dtype=dtype, device=device_of(leaves))
+
+
+def first_steps(leaves: Sequence[Any]) -> Tensor:
+    """No step of any leaf: on the CPU, where the number is known without a wait.
+
+    With the leaves where a graph is made, which is to be on one device.
+    """
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    together = traced or is_captured(leaves)
+    device = device_of(leaves) if together else torch.device("cpu")
+    return torch.zeros(len(leaves), dtype=torch.int64, device=device)
+
+
+def is_captured(leaves: Sequence[Any]) -> bool:
+    """Whether what is done with these is not done, but put into a CUDA graph."""
+    if not any(isinstance(x, Tensor) and x.is_cuda for x in leaves):
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+def check_captured(steps: Tensor, leaves: Sequence[Any]) -> None:
+    """Raises if a CUDA graph would make the same step at each replay."""
+    if steps.is_cpu and is_captured(leaves):
+        raise ExecutionError(
+            "a CUDA graph is captured, whose replays would all make the step of now: the "
+            "state's 'step' is on the CPU; move it to the parameters' device before, as "
+            "in state['step'] = state['step'].cuda(), in each part of the state"
+        )
 
 
 def device_of(leaves: Sequence[Any]) -> torch.device:

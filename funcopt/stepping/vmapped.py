@@ -15,7 +15,6 @@ from funcopt.errors import FuncoptError
 from funcopt.execution import concrete, levels
 from funcopt.execution.batched import TaskAxis
 from funcopt.execution.executor import PerTask
-from funcopt.stepping.counts import Counts
 from funcopt.stepping.per_leaf import LeafValues
 from funcopt.stepping.step_cache import StepCache
 from funcopt.types import State, Tensor, Tree
@@ -36,10 +35,10 @@ def again(
     tasks = TaskAxis()
     *pairs, steps = map(tasks.off, given)
     with tasks.together():
-        shared = _shared(*steps, cache.counts)
-        counts = None if shared is None else cache.counts.read(shared)
-    if shared is None or counts is None:
-        return None
+        shared = _shared(*steps)
+        if shared is None:
+            return None
+        counts = shared.tolist()
     leaves = given[entry.count : 2 * entry.count]
     hyper = _hyper(tasks, values, entry.structure, leaves, counts)
     if hyper is None:
@@ -66,7 +65,6 @@ def step(
     vectors: Mapping[str, Tensor],
     structure: tree.Structure,
     values: LeafValues,
-    counts: Counts,
 ) -> tuple[Tree, State] | None:
     """One step of each task, by an ``update`` of trees of stacked leaves.
 
@@ -79,15 +77,12 @@ def step(
     columns = [[x if x is None else tasks.off(x) for x in column] for column in given]
     with tasks.together():
         shared: dict[str, Any] = {
-            name: _shared(*tasks.off(x), counts if name == "step" else None)
-            for name, x in vectors.items()
+            name: _shared(*tasks.off(x)) for name, x in vectors.items()
         }
         if any(x is None for x in shared.values()):
             return None
-        numbers = counts.read(shared["step"])
-    if numbers is None:
-        return None
-    hyper = _hyper(tasks, values, structure, params, numbers)
+        counts = shared["step"].tolist()
+    hyper = _hyper(tasks, values, structure, params, counts)
     if hyper is None:
         return None
     own = _are_own(hyper)
@@ -165,13 +160,10 @@ def _per_task(tasks: TaskAxis, row: Mapping[str, Any]) -> dict[str, Any] | None:
     return found
 
 
-def _shared(vector: Tensor, axis: int | None, counts: Counts | None) -> Tensor | None:
-    """The vector of every task, if it is the same and can be read, or is known."""
-    if levels.is_tracked(vector):
+def _shared(vector: Tensor, axis: int | None) -> Tensor | None:
+    """The vector of every task, if it is the same and can be read."""
+    if levels.is_tracked(vector) or not concrete.readable(vector):
         return None
-    if not concrete.readable(vector):
-        known = axis is None and counts is not None and counts.read(vector) is not None
-        return vector if known else None
     if axis is None:
         return vector
     table = vector.movedim(axis, 0)

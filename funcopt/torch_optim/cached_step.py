@@ -236,11 +236,12 @@ def _simple(batch: Batch) -> bool:
     if of_one_dtype(leaves) is not leaves:
         return False
     numbers = [k for k, scalar in batch.stepper.scalar.items() if scalar]
-    counts = ["step"] if batch.layout.counts else []
-    columns = {k: [state[k] for state in batch.states] for k in numbers + counts}
-    # A kernel's numbers would be waited for; steps are known (`Counts`).
-    there = all(x.is_cpu for k in numbers for x in columns[k])
-    return there and all(map(_joinable, columns.values()))
+    columns = [[state[k] for state in batch.states] for k in numbers]
+    if not all(x.is_cpu for column in columns for x in column):
+        return False  # each would be waited for
+    if batch.layout.counts:
+        columns.append([state["step"] for state in batch.states])
+    return all(map(_joinable, columns))
 
 
 def _joinable(column: Sequence[Tensor]) -> bool:

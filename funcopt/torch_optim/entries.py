@@ -5,11 +5,7 @@ from typing import Any
 
 import torch
 
-from funcopt.execution import concrete
-from funcopt.stepping.counts import Counts
 from funcopt.types import Tensor
-
-_known = Counts()  # of all, since several plans may count by one vector
 
 
 class Entries:
@@ -34,43 +30,30 @@ class Entries:
             self._order.append(([*found].index(id(vector)), len(places)))
             places.append(state[key].storage_offset() - vector.storage_offset())
         #: with the places of the entries, None for all in their order
-        self._vectors = [
-            (x, None if places == [*range(len(x))] else places)
-            for x, places in found.values()
-        ]
-        self._index = [_index(vector, places) for vector, places in self._vectors]
-        self._ones = [
-            _ones(x, index) for (x, _), index in zip(self._vectors, self._index)
-        ]
+        self._vectors = [(x, _places(x, places)) for x, places in found.values()]
+        self._ones = [_ones(vector, places) for vector, places in self._vectors]
 
-    def read(self) -> Sequence[Any]:
+    def read(self) -> list[Any]:
         """The numbers, in the order of the states."""
-        columns = [*map(self._numbers, range(len(self._vectors)))]
+        columns = [
+            (vector if places is None else vector[places]).tolist()
+            for vector, places in self._vectors
+        ]
         if len(columns) == 1:
             return columns[0]
         return [columns[k][i] for k, i in self._order]
 
-    def _numbers(self, k: int) -> Sequence[Any]:
-        (vector, places), index = self._vectors[k], self._index[k]
-        if concrete.on_host(vector):
-            return (vector if index is None else vector[index]).tolist()
-        numbers = _known.read(vector)
-        assert numbers is not None  # no step is made while a graph is captured
-        return numbers if places is None else [numbers[i] for i in places]
-
     def write(self, numbers: Sequence[float]) -> None:
         """Replace the numbers."""
-        for k, ((vector, _), index) in enumerate(zip(self._vectors, self._index)):
+        for k, (vector, places) in enumerate(self._vectors):
             own = [x for x, (owner, _) in zip(numbers, self._order) if owner == k]
             new = torch.tensor(own, dtype=vector.dtype, device=vector.device)
-            vector.copy_(new) if index is None else vector.index_copy_(0, index, new)
+            vector.copy_(new) if places is None else vector.index_copy_(0, places, new)
 
     def count(self) -> None:
         """Add one to each."""
-        for (vector, places), one in zip(self._vectors, self._ones):
-            numbers = _known.after(vector, places)
+        for (vector, _), one in zip(self._vectors, self._ones):
             vector.add_(one)
-            _known.remember(vector, numbers)
 
 
 def _is_entry(number: Tensor) -> bool:
@@ -78,12 +61,14 @@ def _is_entry(number: Tensor) -> bool:
     return vector is not None and vector.ndim == 1 and vector.is_contiguous()
 
 
-def _index(vector: Tensor, places: Sequence[int] | None) -> Tensor | None:
-    return None if places is None else torch.tensor(places, device=vector.device)
+def _places(vector: Tensor, places: list[int]) -> Tensor | None:
+    if places == [*range(len(vector))]:
+        return None
+    return torch.tensor(places, device=vector.device)
 
 
-def _ones(vector: Tensor, index: Tensor | None) -> Tensor:
+def _ones(vector: Tensor, places: Tensor | None) -> Tensor:
     """A tensor: torch would make one of a number at each addition."""
-    if index is None:
+    if places is None:
         return torch.ones((), dtype=vector.dtype, device="cpu")
-    return torch.zeros_like(vector).index_fill_(0, index, 1)
+    return torch.zeros_like(vector).index_fill_(0, places, 1)

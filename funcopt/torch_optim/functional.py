@@ -212,7 +212,7 @@ def _state(
     found = [{} if p is None else states.get(p) or {} for p in mine]
     steps = [layout.steps(entry, spec) for entry in found]
     device = vectors.device_of(mine)
-    state: State = {"step": torch.tensor(steps, device=device)}
+    state: State = {"step": torch.tensor(steps, device="cpu")}
     for slot, first in spec.slots.items():
         column = []
         for p, entry, step in zip(mine, found, steps):
