@@ -22,7 +22,9 @@ from row import Case  # noqa: E402
 from table import ELEMENTWISE_ENDS, ELEMENTWISE_MIXES, rule_of  # noqa: E402
 from trees import relative  # noqa: E402
 
+import funcopt as fo  # noqa: E402
 from funcopt.execution.executor import BuildError  # noqa: E402
+from funcopt.execution.native import objects  # noqa: E402
 from funcopt.execution.program import Program  # noqa: E402
 from funcopt.execution.rule import Kinds, Rule  # noqa: E402
 from funcopt.execution.trace import trace  # noqa: E402
@@ -248,6 +250,30 @@ def test_donated_leaves_are_written_in_place():
     assert all(x is y for a, b in zip(found[:2], streams) for x, y in zip(a, b))
     for a, b in zip(found, expected):
         assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_a_fast_path_calls_is_the_same_step(in_place: bool):
+    rule = rule_of(fo.sgd(momentum=0.9))
+    kinds = ("scalar",) * len(rule.hyper)
+    executor = Triton(rule.program(kinds, torch.float32), torch.float32)
+    direct = executor.direct(column(torch.float32), WHICH)
+    for step in (1, 2):
+        streams = [column(torch.float32) for _ in range(3)]
+        rows = [[step, *(0.1 * (k + j) for j, _ in enumerate(kinds))] for k in (1, 2)]
+        expected = executor(streams, rows, WHICH)
+        tensors = [x for c in streams for x in c]
+        out = (
+            None
+            if in_place
+            else [[torch.full_like(x, 7) for x in c] for c in streams[1:]]
+        )
+        found = direct(tensors, objects.load().addresses(tensors), rows, out)
+        assert found is not None
+        for k, (a, b) in enumerate(zip(found, expected)):
+            assert all(map(torch.equal, a, b))
+            into = streams[k + 1] if out is None else out[k]
+            assert all(x is y for x, y in zip(a, into))
 
 
 def test_scalars_in_tensors_are_read_where_they_are():

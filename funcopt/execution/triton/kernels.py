@@ -14,7 +14,16 @@ from typing import Any
 
 import torch
 
-from funcopt.execution.executor import BuildError, Column, Executor, empty_like
+from funcopt.execution.executor import (
+    BuildError,
+    Column,
+    Direct,
+    Executor,
+    Rows,
+    as_vector,
+    empty_like,
+)
+from funcopt.execution.native import objects
 from funcopt.execution.program import Program
 from funcopt.execution.triton.source import DTYPES, Printer
 from funcopt.execution.triton.tables import (
@@ -67,19 +76,65 @@ class Triton(Executor):
         pooled: bool = False,
     ) -> list[Column]:
         """The program's outputs, a column each; see `Executor`."""
-        printer, leaves = self._printer, streams[0]
+        leaves = streams[0]
         if not leaves:
             raise ValueError("no leaf tells which device this is for")
-        device = leaves[0].device
         if out is None:
-            out = [empty_like(leaves) for _ in printer.written]
+            out = [empty_like(leaves) for _ in self._printer.written]
+        plan = self._layout(leaves, which, len(rows), tasks, pooled)
+        addresses = objects.load().addresses(*streams, *out)
+        results = self._launch(plan, addresses, len(leaves), rows)
+        return self._outputs(out, results, tasks)
+
+    def direct(
+        self,
+        like: Column,
+        which: Sequence[int],
+        pooled: bool = False,
+        tasks: int = 0,
+        spread: Sequence[int] = (),
+    ) -> Direct:
+        if spread:
+            return super().direct(like, which, pooled, tasks, spread)
+        count, written = len(like), len(self._printer.written)
+        begin, end = 8 * count, 8 * count * (1 + written)  # bytes, of what is in place
+        known: dict[int, BlockLayout] = {}  # by how many rows there are
+
+        def run(
+            tensors: Sequence[Tensor],
+            addresses: bytes,
+            rows: Rows,
+            out: Sequence[Column] | None,
+        ) -> list[Column]:
+            plan = known.get(len(rows))
+            if plan is None:
+                leaves = tensors[:count]
+                plan = self._layout(leaves, which, len(rows), tasks, pooled)
+                known[len(rows)] = plan
+            if out is None:
+                out = [
+                    tensors[k * count : (k + 1) * count] for k in range(1, 1 + written)
+                ]
+                addresses += addresses[begin:end]
+            else:
+                addresses += objects.load().addresses(*out)
+            rows = [[*map(as_vector, row)] for row in rows]
+            results = self._launch(plan, addresses, count, rows)
+            return self._outputs(out, results, tasks)
+
+        return run
+
+    def _launch(
+        self, plan: BlockLayout, addresses: bytes, count: int, rows: Rows
+    ) -> Tensor:
+        """The scalars among the outputs, a row for each."""
+        printer, device = self._printer, plan.blocks.device
 
         def numbers(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float64, device=device)
 
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            plan = self._layout(leaves, which, len(rows), tasks, pooled, device)
-            content, alive = words([*streams, *out], rows, device)
+            content, alive = words(addresses, rows, device)
             table = self._uploads(content, device, (plan.blocks, plan.groups))
             totals = numbers(plan.number, len(printer.sums))
             results = numbers(len(printer.results), plan.number)
@@ -87,21 +142,22 @@ class Triton(Executor):
                 partials = numbers(len(self.program.passes[k].sums), plan.count)
                 if sweep is not None and plan.count:
                     sweep[(plan.count,)](
-                        plan.blocks, table, totals, partials, len(leaves),
+                        plan.blocks, table, totals, partials, count,
                         BLOCK=BLOCK, num_warps=self._warps[k], enable_fp_fusion=False,
                     )  # fmt: skip
                 if finish is not None:
                     finish[(plan.number,)](
-                        plan.groups, table, totals, partials, results, len(leaves),
+                        plan.groups, table, totals, partials, results, count,
                         plan.count, WIDTH=BLOCK, num_warps=FINISHING_WARPS,
                         enable_fp_fusion=False,
                     )  # fmt: skip
         del alive
-        return self._outputs(dict(zip(printer.written, out)), results, tasks)
+        return results
 
     def _outputs(
-        self, written: dict[int, Column], results: Tensor, tasks: int
+        self, out: Sequence[Column], results: Tensor, tasks: int
     ) -> list[Column]:
+        written: dict[int, Column] = dict(zip(self._printer.written, out))
         for value, row in zip(self._printer.results, results):
             entries = row.view(-1, tasks) if tasks else row
             written[value] = entries.unbind()
@@ -114,10 +170,9 @@ class Triton(Executor):
         rows: int,
         tasks: int,
         pooled: bool,
-        device: torch.device,
     ) -> BlockLayout:
-        """The layout on the device: from the last few, or made."""
-        sizes = tuple(map(Tensor.numel, leaves))
+        """The layout on the leaves' device: from the last few, or made."""
+        sizes, device = tuple(map(Tensor.numel, leaves)), leaves[0].device
         key = (sizes, tuple(which), rows, tasks, pooled, device)
         found = self._layouts.pop(key, None)  # another thread may look here, too
         if found is None:

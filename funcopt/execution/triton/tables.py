@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from funcopt.execution.executor import Column
 from funcopt.execution.layout import is_lazy
 from funcopt.types import Tensor
 
@@ -22,8 +21,6 @@ _WALK = 8
 # What a capture may copy: so many tables of the latest size, and of small ones as many
 # as an inner loop has steps.
 _SPARE, _SPARE_WORDS = 4, 1 << 16
-
-_pointers = Tensor.data_ptr
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ ENTRY = 3  #: words of a scalar's entry
 
 
 def words(
-    columns: Sequence[Column], rows: Sequence[Sequence[Any]], device: torch.device
+    addresses: bytes, rows: Sequence[Sequence[Any]], device: torch.device
 ) -> tuple[bytes, list[Tensor]]:
     """The table of one call, and tensors that must live until its kernels are queued.
 
@@ -92,9 +89,7 @@ def words(
     float64. A number that is known here follows at the end of the table.
     """
     table, numbers = array("q"), array("d")
-    for column in columns:
-        table.extend(map(_pointers, column))
-    end = len(table) + ENTRY * sum(map(len, rows))
+    end = len(addresses) // table.itemsize + ENTRY * sum(map(len, rows))
     alive: list[Tensor] = []
     for row in rows:
         for value in row:
@@ -108,7 +103,7 @@ def words(
                 continue
             table.extend((8 * (end + len(numbers)), 1, 8 if own else 0))
             numbers.extend(value.tolist() if own else [float(value)])
-    return table.tobytes() + numbers.tobytes(), alive
+    return addresses + table.tobytes() + numbers.tobytes(), alive
 
 
 class Uploads:
