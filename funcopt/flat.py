@@ -20,7 +20,7 @@ from funcopt.execution import concrete, donation
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
 from funcopt.select import ByName
-from funcopt.stepping import one_vector, pages
+from funcopt.stepping import one_vector, pages, vectors
 from funcopt.stepping.per_leaf import Hypers
 from funcopt.types import State, Tensor, Tree
 
@@ -77,8 +77,7 @@ class _Flat:
         leaves, structure = tree.flatten(params)
         check_params(leaves, structure)
         x = one_vector.joined(leaves, leaves, one_vector.form_of(leaves, self.name))
-        step = torch.zeros(len(leaves), dtype=torch.int64, device=x.device)
-        return {"step": step, **self.slots(x)}
+        return {"step": vectors.first_steps(leaves), **self.slots(x)}
 
     def update(
         self,

@@ -31,8 +31,8 @@ class Optimizer:
     """Two pure functions on trees of tensors; a value without hidden state.
 
     ``init(params) -> state`` gives the state before the first step: a dict with
-    ``"step"`` (int64, one entry per leaf) and for every slot a tree like ``params``, or
-    a float64 vector where the slot is one number per leaf.
+    ``"step"`` (int64, one entry per leaf, on the CPU) and for every slot a tree like
+    ``params``, or a float64 vector where the slot is one number per leaf.
 
     ``update(grads, state, params, **hyper) -> (params, state)`` makes one step and
     changes none of its arguments. Both results have the structure, shapes, dtypes and
