@@ -290,6 +290,22 @@ def test_sam_is_differentiable_and_batched():
         assert_close([x[k] for x in vmap(step)(*many)], list(expected), 1e-14)
 
 
+@inner
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_schedule_of_rho_goes_on_from_step_to_step(make: Any, donate: bool):
+    opt, halved = fo.sam(make(), fo.schedules.exponential(0.4, gamma=0.5)), fo.sam(make())
+    params = mixed()
+    expected, found = (params, halved.init(params)), (params, opt.init(params))
+    found = tree.map(torch.clone, found)
+    for k in range(3):
+        g = grad(loss_fn)(found[0])
+        found = opt.update(g, found[1], found[0], loss_fn=loss_fn, donate=donate)
+        more: Any = {"loss_fn": loss_fn, "rho": 0.4 * 0.5**k}
+        g = grad(loss_fn)(expected[0])
+        expected = halved.update(g, expected[1], expected[0], **more)
+    assert_close(found[0], expected[0], 1e-13)
+
+
 def test_sam_at_a_minimum_stays():
     opt, p = fo.sam(fo.sgd(lr=0.1)), torch.full((2,), 0.3)
     new, _ = opt.update(torch.zeros(2), opt.init(p), p, loss_fn=loss_fn)
