@@ -248,6 +248,18 @@ def test_master_weights_donated(make: Any):
     assert_donates(fo.master_weights(make()), params, gradients(params, 3))
 
 
+def test_a_generator_reaches_the_part_that_draws_from_it():
+    half = fo.master_weights(fo.sgd(lr=0.1), stochastic=True)
+    opt = fo.partition(
+        {"half": half, "other": fo.sgd(lr=0.1)}, {"a": "half", "b": "other"}
+    )
+    params = {"a": torch.ones(9, dtype=torch.bfloat16), "b": torch.ones(9)}
+    drawn = {"generator": torch.Generator().manual_seed(0)}
+    new, state = opt.update(params, opt.init(params), params, **drawn)
+    assert 1 < len({*new["a"].tolist()}) and assert_moved(new, params) is None
+    assert_same(opt.eval_params(state, new, **drawn)["b"], new["b"])
+
+
 # sam -----------------------------------------------------------------------------------
 
 

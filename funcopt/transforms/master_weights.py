@@ -61,7 +61,8 @@ def master_weights(opt: Optimizer, *, stochastic: bool = False) -> Optimizer:
     check_optimizer(opt, "master_weights")
     its = _MasterWeights(opt, stochastic)
     name = f"master_weights({opt.name})"
-    return Optimizer(its.init, its.update, name, opt.hyper, eval_params=its.eval_params)
+    hyper = {**opt.hyper, "generator": None} if stochastic else opt.hyper
+    return Optimizer(its.init, its.update, name, hyper, eval_params=its.eval_params)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +117,7 @@ class _MasterWeights:
         return donation.write_over((params, state), made) if donate else made
 
     def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
+        given.pop("generator", None)
         master = _stepped(state["master"], params)
         found = self.opt.eval_params(state["optimizer"], master, **given)
         return tree.map(lambda x, p: x.to(p.dtype), found, params)
