@@ -260,6 +260,22 @@ def test_a_generator_reaches_the_part_that_draws_from_it():
     assert_same(opt.eval_params(state, new, **drawn)["b"], new["b"])
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_makes_no_step_is_not_drawn_anew(donate: bool):
+    """Neither without a gradient nor in a call in which `accumulate` takes in one."""
+    opt = fo.master_weights(fo.accumulate(fo.sgd(lr=1e-3), 2), stochastic=True)
+    params = {"a": torch.ones(99, dtype=torch.bfloat16)}
+    state, generator = opt.init(params), torch.Generator().manual_seed(0)
+    moved = []
+    for k in range(6):
+        before = params["a"].clone()
+        grads = {"a": torch.ones_like(before) if k < 3 else None}
+        given = {"donate": donate, "generator": generator}
+        params, state = opt.update(grads, state, params, **given)
+        moved.append(not torch.equal(params["a"], before))
+    assert moved == [False, True, False, True, False, False]
+
+
 # sam -----------------------------------------------------------------------------------
 
 

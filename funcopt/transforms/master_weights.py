@@ -98,22 +98,22 @@ class _MasterWeights:
         if donate:
             donation.check_trees(grads, state, params)
 
-        def rounded(w: Tensor, p: Tensor) -> Tensor:
-            if w.dtype is p.dtype:
-                return w
-            return (
-                _at_random(w, generator)
-                if generator and self.stochastic
-                else w.to(p.dtype)
-            )
-
         old = _stepped(state["master"], params)
         wide = tree.map(lambda w, g: None if g is None else g.to(w.dtype), old, grads)
+        # What is drawn anew has to have moved, and the old one tells.
         new, inner = self.opt.update(
-            wide, state["optimizer"], old, donate=donate, **given
+            wide, state["optimizer"], old, donate=donate and not self.stochastic, **given
         )
+
+        def rounded(w: Tensor, was: Tensor, p: Tensor) -> Tensor:
+            if w.dtype is p.dtype:
+                return w
+            if not self.stochastic:
+                return w.to(p.dtype)
+            return p if w is was else _at_random(w, generator)
+
         master = tree.map(lambda p, w: w if p.dtype in _HALF else None, params, new)
-        made = tree.map(rounded, new, params), {"optimizer": inner, "master": master}
+        made = tree.map(rounded, new, old, params), {"optimizer": inner, "master": master}
         return donation.write_over((params, state), made) if donate else made
 
     def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
@@ -137,7 +137,7 @@ def _check_rounding(params: Tree) -> None:
             )
 
 
-def _at_random(w: Tensor, generator: torch.Generator) -> Tensor:
+def _at_random(w: Tensor, generator: torch.Generator | None) -> Tensor:
     """To bfloat16, up with the probability of the part that is cut off.
 
     bfloat16 is the upper half of float32's bits: noise below it carries over.
