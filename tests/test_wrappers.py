@@ -276,6 +276,25 @@ def test_what_makes_no_step_is_not_drawn_anew(donate: bool):
     assert moved == [False, True, False, True, False, False]
 
 
+@pytest.mark.parametrize("inner", [fo.sam(fo.sgd(lr=0.01)), fo.lbfgs(max_iter=2)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_of_masters_is_that_of_parameters(inner: Any, dtype: torch.dtype):
+    """In their dtype, as the data are: a matrix product takes no two."""
+    x, opt = (
+        torch.tensor([[1.0, 2.0], [3.0, -4.0]], dtype=dtype),
+        fo.master_weights(inner),
+    )
+    params = {"w": torch.ones(2, dtype=dtype), "b": torch.ones(1)}
+
+    def loss(p: Tree, _: Any = None) -> Tensor:
+        return (x @ p["w"]).square().sum().float() + p["b"].square().sum()
+
+    run = fo.unroll(opt, loss, params, steps=3)
+    assert run.losses[-1] < run.losses[0] and run.params["w"].dtype is dtype
+    slope = grad(lambda p: loss(fo.unroll(opt, loss, p, steps=1).params))(params)
+    assert slope["w"].isfinite().all() and slope["w"].dtype is dtype
+
+
 # sam -----------------------------------------------------------------------------------
 
 

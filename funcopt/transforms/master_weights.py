@@ -1,6 +1,8 @@
 """Half-precision parameters, stepped in float32."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,6 +102,9 @@ class _MasterWeights:
 
         old = _stepped(state["master"], params)
         wide = tree.map(lambda w, g: None if g is None else g.to(w.dtype), old, grads)
+        loss_fn = given.get("loss_fn")
+        if callable(loss_fn):
+            given["loss_fn"] = partial(_loss_of_masters, loss_fn, params)
         # What is drawn anew has to have moved, and the old one tells.
         new, inner = self.opt.update(
             wide, state["optimizer"], old, donate=donate and not self.stochastic, **given
@@ -126,6 +131,11 @@ class _MasterWeights:
 def _stepped(master: Tree, params: Tree) -> Tree:
     """The masters, and parameters that have none."""
     return tree.map(lambda p, w: p if w is None else w, params, master)
+
+
+def _loss_of_masters(loss_fn: Callable[[Tree], Any], params: Tree, master: Tree) -> Any:
+    """The loss is of parameters, in their dtypes: so are the data that it closes over."""
+    return loss_fn(tree.map(lambda w, p: w.to(p.dtype), master, params))
 
 
 def _check_rounding(params: Tree) -> None:
