@@ -353,6 +353,17 @@ def test_a_schedule_of_rho_goes_on_from_step_to_step(make: Any, donate: bool):
     assert_close(found[0], expected[0], 1e-13)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_sam_of_leaves_without_gradients_stays(recorded: bool):
+    """As in a partition whose other parts move: the loss is of nothing that does."""
+    opt = fo.partition({"a": fo.sgd(lr=0.1), "b": fo.sam(fo.sgd())}, {"a": "a", "b": "b"})
+    params = {"a": torch.ones(2).requires_grad_(recorded), "b": torch.ones(2)}
+    grads = {"a": params["a"], "b": None}
+    new, _ = opt.update(grads, opt.init(params), params, loss_fn=loss_fn)
+    assert new["b"] is params["b"] and new["a"].requires_grad == recorded
+    assert_close(new["a"], torch.full((2,), 0.9), 1e-6)
+
+
 def test_sam_at_a_minimum_stays():
     opt, p = fo.sam(fo.sgd(lr=0.1)), torch.full((2,), 0.3)
     new, _ = opt.update(torch.zeros(2), opt.init(p), p, loss_fn=loss_fn)
