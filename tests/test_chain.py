@@ -427,6 +427,21 @@ def test_what_moves_without_a_gradient_goes_through_the_stages_after_it(donate: 
     assert state["parameter_stages"]["step"].tolist() == [2, 2, 0]
 
 
+@pytest.mark.parametrize("around", [fo.master_weights, fo.as_torchopt])
+def test_what_is_made_anew_without_moving_is_no_step_of_the_stages(around: Any):
+    """Another tensor of the same value, where there was no gradient."""
+    opt = around(fo.sgd(lr=1.0))
+    opt = opt if isinstance(opt, fo.Optimizer) else fo.from_transform(opt)
+    opt = fo.chain(opt, fo.polyak())
+    params = {k: torch.zeros(1, dtype=torch.bfloat16) for k in "ab"}
+    state, g = opt.init(params), torch.ones(1, dtype=torch.bfloat16)
+    for grads in ({"a": g, "b": g}, {"a": g, "b": None}, {"a": g, "b": g}):
+        params, state = opt.update(grads, state, params)
+    assert state["parameter_stages"]["step"].tolist() == [3, 2]
+    averages = opt.eval_params(state, params)
+    assert [x.item() for x in averages.values()] == [-2.0, -1.5]
+
+
 def test_an_optimizer_that_asks_for_the_loss():
     """It is asked at the parameters; stages are for the gradients that are given."""
     params = {"w": torch.tensor([2.0, -1.0]).double()}

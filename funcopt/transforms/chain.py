@@ -7,10 +7,10 @@ from typing import Any
 from funcopt import tree
 from funcopt.checks import check_keys
 from funcopt.errors import HyperparameterTypeError
-from funcopt.execution import donation
+from funcopt.execution import concrete, donation
 from funcopt.optimizer import Optimizer, from_spec
 from funcopt.transforms.stage import GradientStage, ParameterStage, Stage, joined
-from funcopt.types import HyperValue, State, Tree
+from funcopt.types import HyperValue, State, Tensor, Tree
 
 
 def chain(*links: Stage | Optimizer) -> Optimizer:
@@ -178,4 +178,16 @@ def _where_given(values: Tree, given: Tree, params: Tree) -> Tree:
 
 def _stepped(grads: Tree, new: Tree, params: Tree) -> Tree:
     """``grads``, and what moved without one: `accumulate` goes by earlier ones, too."""
-    return tree.map(lambda p, x, g: g if x is p else x, params, new, grads)
+
+    def mark(p: Tensor, x: Tensor, g: Any) -> Any:
+        return x if g is None and _moved(x, p) else g
+
+    return tree.map(mark, params, new, grads)
+
+
+def _moved(x: Tensor, p: Tensor) -> bool:
+    """Whether it is another value; another tensor, where values cannot be read."""
+    if x is p:
+        return False
+    same = concrete.peek(x == p)  # a transform adds zeros, a master is rounded again
+    return same is None or not bool(same.all())
