@@ -438,6 +438,14 @@ def test_what_is_evaluated_goes_by_what_a_step_was_given(name: str):
     assert_same(found[2], found[0])
 
 
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_what_is_evaluated_is_of_its_own_state(name: str):
+    """An optimizer's that has an average; `freeze` has the state of what it freezes."""
+    opt, params = WRAPPERS[name](fo.asgd()), {"w": torch.ones(2)}
+    with pytest.raises(fo.StructureError, match="is another optimizer's"):
+        opt.eval_params(fo.adam().init(params), params)
+
+
 def test_asgd_is_evaluated_at_its_average():
     """torch.optim's ``ax``; before a first step, at the parameters."""
     opt, params = fo.asgd(lr=0.1, t0=2.0), {"w": torch.linspace(-1, 1, 5).double()}

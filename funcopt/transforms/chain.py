@@ -160,6 +160,7 @@ class _InTurn:
         return new, new_state
 
     def eval_params(self, state: State, params: Tree, **overrides: HyperValue) -> Tree:
+        check_keys(state, self.links, self.name)
         stages = self.links.get("parameter_stages")
         averages = stages and stages.spec and stages.spec.evaluated
         last = "parameter_stages" if averages else _MAIN

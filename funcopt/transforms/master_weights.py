@@ -122,6 +122,7 @@ class _MasterWeights:
         return donation.write_over((params, state), made) if donate else made
 
     def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
+        check_keys(state, ("optimizer", "master"), "master_weights")
         given.pop("generator", None)
         master = _stepped(state["master"], params)
         found = self.opt.eval_params(state["optimizer"], master, **given)

@@ -121,6 +121,7 @@ class _Sam:
         return donation.write_over((params, state), made) if donate else made
 
     def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
+        check_keys(state, ("optimizer", "step"), "sam")
         for name in ("rho", "loss_fn"):  # what is evaluated is not what was climbed to
             given.pop(name, None)
         return self.opt.eval_params(state["optimizer"], params, **given)
