@@ -80,7 +80,7 @@ class FlatFunction:
 def _derivative(
     value: Tensor, variables: Sequence[Tensor], *, record: bool
 ) -> list[Tensor]:
-    if not value.requires_grad:
+    if not value.requires_grad or not variables:  # of none, autograd takes no derivative
         return [torch.zeros_like(x) for x in variables]
     return list(
         torch.autograd.grad(

@@ -410,6 +410,38 @@ def test_a_leaf_without_a_gradient_stays(name: str):
     assert tree.leaves(new)[1] is not tree.leaves(params)[1]
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_moves_without_a_gradient_goes_through_the_stages_after_it(donate: bool):
+    """`accumulate` steps a leaf by earlier gradients, with none in the call itself."""
+    opt = fo.chain(
+        fo.accumulate(fo.sgd(lr=1.0), 2),
+        fo.project(fo.projections.box, low=-2.5, high=9.0),
+        fo.polyak(start=1.0),
+    )
+    params = {"a": torch.zeros(1), "b": torch.zeros(1), "c": torch.zeros(1)}
+    state, g = opt.init(params), torch.ones(1)
+    for grads in ({"a": g, "b": 3 * g, "c": None}, {"a": g, "b": None, "c": None}):
+        params, state = opt.update(grads, state, params, donate=donate)
+    assert [p.item() for p in params.values()] == [-1.0, -2.5, 0.0]
+    assert_same(opt.eval_params(state, params), params)
+    assert state["parameter_stages"]["step"].tolist() == [2, 2, 0]
+
+
+@pytest.mark.parametrize("around", [fo.master_weights, fo.as_torchopt])
+def test_what_is_made_anew_without_moving_is_no_step_of_the_stages(around: Any):
+    """Another tensor of the same value, where there was no gradient."""
+    opt = around(fo.sgd(lr=1.0))
+    opt = opt if isinstance(opt, fo.Optimizer) else fo.from_transform(opt)
+    opt = fo.chain(opt, fo.polyak())
+    params = {k: torch.zeros(1, dtype=torch.bfloat16) for k in "ab"}
+    state, g = opt.init(params), torch.ones(1, dtype=torch.bfloat16)
+    for grads in ({"a": g, "b": g}, {"a": g, "b": None}, {"a": g, "b": g}):
+        params, state = opt.update(grads, state, params)
+    assert state["parameter_stages"]["step"].tolist() == [3, 2]
+    averages = opt.eval_params(state, params)
+    assert [x.item() for x in averages.values()] == [-2.0, -1.5]
+
+
 def test_an_optimizer_that_asks_for_the_loss():
     """It is asked at the parameters; stages are for the gradients that are given."""
     params = {"w": torch.tensor([2.0, -1.0]).double()}

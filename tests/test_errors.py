@@ -1109,6 +1109,13 @@ COMPOSED = [
         ("a stage not made", lambda x: fo.chain(fo.normalize, SGD), "link 0", "calling"),  # pyright: ignore[reportArgumentType]
         ("project onto a word", lambda x: fo.project("box"), "'box'"),  # pyright: ignore[reportArgumentType]
         ("a cautious partition", lambda x: fo.cautious(HALVES), "one rule", "partition"),
+        (
+            "a cautious average",
+            lambda x: fo.cautious(fo.chain(SGD, fo.ema(0.9))),
+            "chain(sgd, ema) averages",
+            "fo.chain(fo.cautious(",
+        ),
+        ("a cautious asgd", lambda x: fo.cautious(fo.asgd()), "asgd averages"),
         ("lbfgs without a loss", lambda x: step(x, fo.lbfgs()), "loss_fn", "None"),
         ("a value for each leaf", lambda x: step(x, fo.lbfgs(), loss_fn=total,
          value=torch.ones(2)), "value", "(2,)"),

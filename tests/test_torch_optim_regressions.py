@@ -230,6 +230,27 @@ def test_groups_that_differ_in_formula_go_over_and_back():
         assert_like((own, ours.state_dict()), (params, running.state_dict()))
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_state_that_is_made_before_a_first_step_goes_over_and_back(library: Any):
+    """Adagrad's sums: torch begins all by the constructor's number, not a group's."""
+    params = [Parameter(torch.full((2,), k, dtype=torch.float64)) for k in (1.0, 2.0)]
+    groups: list[Any] = [{"params": params[:1]}, {"params": params[1:]}]
+    groups[1]["initial_accumulator_value"] = 9.0
+    running = library.Adagrad(groups, lr=0.1, initial_accumulator_value=0.5)
+    params[0].grad = torch.ones(2, dtype=torch.float64)
+    running.step()
+    opt, tree_of, state = fo.from_torch(running)
+    ours = torch_optim.Adagrad(copy.deepcopy(running.param_groups))
+    ours.load(*opt.update([[None], [torch.ones_like(params[1])]], state, tree_of))
+    own = [p for group in ours.param_groups for p in group["params"]]
+    params[0].grad, params[1].grad = None, torch.ones_like(params[1])
+    running.step()
+    assert_like((own, ours.state_dict()), (params, running.state_dict()))
+    ours.load(tree_of, state)  # before the second's first step
+    assert [*ours.state[own[1]]] == ["step", "sum"]
+    assert ours.state[own[1]]["sum"].tolist() == [0.5, 0.5]
+
+
 def test_groups_that_are_made_anew_are_read():
     """As wrappers do that share theirs with the optimizer inside."""
     made = pairs("AdamW", lr=0.1)

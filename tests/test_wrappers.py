@@ -248,6 +248,53 @@ def test_master_weights_donated(make: Any):
     assert_donates(fo.master_weights(make()), params, gradients(params, 3))
 
 
+def test_a_generator_reaches_the_part_that_draws_from_it():
+    half = fo.master_weights(fo.sgd(lr=0.1), stochastic=True)
+    opt = fo.partition(
+        {"half": half, "other": fo.sgd(lr=0.1)}, {"a": "half", "b": "other"}
+    )
+    params = {"a": torch.ones(9, dtype=torch.bfloat16), "b": torch.ones(9)}
+    drawn = {"generator": torch.Generator().manual_seed(0)}
+    new, state = opt.update(params, opt.init(params), params, **drawn)
+    assert 1 < len({*new["a"].tolist()}) and assert_moved(new, params) is None
+    assert_same(opt.eval_params(state, new, **drawn)["b"], new["b"])
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_makes_no_step_is_not_drawn_anew(donate: bool):
+    """Neither without a gradient nor in a call in which `accumulate` takes in one."""
+    opt = fo.master_weights(fo.accumulate(fo.sgd(lr=1e-3), 2), stochastic=True)
+    params = {"a": torch.ones(99, dtype=torch.bfloat16)}
+    state, generator = opt.init(params), torch.Generator().manual_seed(0)
+    moved = []
+    for k in range(6):
+        before = params["a"].clone()
+        grads = {"a": torch.ones_like(before) if k < 3 else None}
+        given = {"donate": donate, "generator": generator}
+        params, state = opt.update(grads, state, params, **given)
+        moved.append(not torch.equal(params["a"], before))
+    assert moved == [False, True, False, True, False, False]
+
+
+@pytest.mark.parametrize("inner", [fo.sam(fo.sgd(lr=0.01)), fo.lbfgs(max_iter=2)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_of_masters_is_that_of_parameters(inner: Any, dtype: torch.dtype):
+    """In their dtype, as the data are: a matrix product takes no two."""
+    x, opt = (
+        torch.tensor([[1.0, 2.0], [3.0, -4.0]], dtype=dtype),
+        fo.master_weights(inner),
+    )
+    params = {"w": torch.ones(2, dtype=dtype), "b": torch.ones(1)}
+
+    def loss(p: Tree, _: Any = None) -> Tensor:
+        return (x @ p["w"]).square().sum().float() + p["b"].square().sum()
+
+    run = fo.unroll(opt, loss, params, steps=3)
+    assert run.losses[-1] < run.losses[0] and run.params["w"].dtype is dtype
+    slope = grad(lambda p: loss(fo.unroll(opt, loss, p, steps=1).params))(params)
+    assert slope["w"].isfinite().all() and slope["w"].dtype is dtype
+
+
 # sam -----------------------------------------------------------------------------------
 
 
@@ -288,6 +335,33 @@ def test_sam_is_differentiable_and_batched():
     for k in range(2):
         expected = step(*(x[k] for x in many))
         assert_close([x[k] for x in vmap(step)(*many)], list(expected), 1e-14)
+
+
+@inner
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_schedule_of_rho_goes_on_from_step_to_step(make: Any, donate: bool):
+    opt, halved = fo.sam(make(), fo.schedules.exponential(0.4, gamma=0.5)), fo.sam(make())
+    params = mixed()
+    expected, found = (params, halved.init(params)), (params, opt.init(params))
+    found = tree.map(torch.clone, found)
+    for k in range(3):
+        g = grad(loss_fn)(found[0])
+        found = opt.update(g, found[1], found[0], loss_fn=loss_fn, donate=donate)
+        more: Any = {"loss_fn": loss_fn, "rho": 0.4 * 0.5**k}
+        g = grad(loss_fn)(expected[0])
+        expected = halved.update(g, expected[1], expected[0], **more)
+    assert_close(found[0], expected[0], 1e-13)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_sam_of_leaves_without_gradients_stays(recorded: bool):
+    """As in a partition whose other parts move: the loss is of nothing that does."""
+    opt = fo.partition({"a": fo.sgd(lr=0.1), "b": fo.sam(fo.sgd())}, {"a": "a", "b": "b"})
+    params = {"a": torch.ones(2).requires_grad_(recorded), "b": torch.ones(2)}
+    grads = {"a": params["a"], "b": None}
+    new, _ = opt.update(grads, opt.init(params), params, loss_fn=loss_fn)
+    assert new["b"] is params["b"] and new["a"].requires_grad == recorded
+    assert_close(new["a"], torch.full((2,), 0.9), 1e-6)
 
 
 def test_sam_at_a_minimum_stays():
@@ -362,6 +436,14 @@ def test_what_is_evaluated_goes_by_what_a_step_was_given(name: str):
             opt.eval_params(state, p, nesterov=0.5)
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_what_is_evaluated_is_of_its_own_state(name: str):
+    """An optimizer's that has an average; `freeze` has the state of what it freezes."""
+    opt, params = WRAPPERS[name](fo.asgd()), {"w": torch.ones(2)}
+    with pytest.raises(fo.StructureError, match="is another optimizer's"):
+        opt.eval_params(fo.adam().init(params), params)
 
 
 def test_asgd_is_evaluated_at_its_average():

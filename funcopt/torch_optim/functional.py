@@ -125,9 +125,9 @@ def write(
     layout: StateLayout,
     values: Mapping[str, Any],
 ) -> None:
-    """The step and slots of one leaf as ``state[p]``; nothing before the first step."""
+    """The step and slots of one leaf as ``state[p]``, if there is such an entry yet."""
     steps = int(values["step"])
-    if not steps or not (layout.counts or spec.slots):
+    if not (steps or layout.early) or not (layout.counts or spec.slots):
         states.pop(p, None)
         return
     entry = states[p] = {}
@@ -215,8 +215,8 @@ def _state(
     state: State = {"step": torch.tensor(steps, device="cpu")}
     for slot, first in spec.slots.items():
         column = []
-        for p, entry, step in zip(mine, found, steps):
-            value = entry.get(slot) if step else None
+        for p, entry in zip(mine, found):
+            value = entry.get(slot)
             if not callable(first):
                 column.append(first if value is None else float(value))
             elif p is None:

@@ -14,6 +14,7 @@ from funcopt.torch_optim.layout import StateLayout
 
 #: how torch.optim writes the state of what differs from most
 _LAYOUTS = {
+    "adagrad": StateLayout(early=True),
     "sgd": StateLayout(counts=""),
     "muon": StateLayout(counts=""),
     "sparse_adam": StateLayout(counts="int"),

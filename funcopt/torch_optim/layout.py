@@ -24,6 +24,7 @@ class StateLayout:
     counts: Literal["tensor", "int", ""] = "tensor"
     order: tuple[str, ...] = ()
     own: bool = False  #: whether torch.optim has no such class
+    early: bool = False  #: whether there is one before the first step
 
     def complete(
         self, state: dict[str, Any], p: Tensor, group: Mapping[str, Any], spec: Spec

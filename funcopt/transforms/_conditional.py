@@ -26,7 +26,9 @@ def choose(
     if concrete.readable(condition):
         return then() if bool(condition) else otherwise()
     return tree.map(
-        lambda x, y: torch.where(condition, x, y), (guarded or then)(), otherwise()
+        lambda x, y: x if x is y else torch.where(condition, x, y),
+        (guarded or then)(),
+        otherwise(),
     )
 
 

@@ -119,6 +119,7 @@ class _Accumulate:
         return new, new_state
 
     def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
+        check_keys(state, _KEPT, "accumulate")
         return self.opt.eval_params(state["optimizer"], params, **given)
 
 

@@ -38,7 +38,12 @@ def cautious(opt: Optimizer, *, maximize: bool = False) -> Optimizer:
         An Optimizer with the state and hyperparameters of ``opt``.
 
     Raises:
-        HyperparameterTypeError: ``opt`` is not made of one rule, or is `sparse_adam`.
+        HyperparameterTypeError: ``opt`` is not made of one rule, is `sparse_adam`, or
+            keeps an average.
+
+    Note:
+        What is to hold after a step, as `project`, stands outside:
+        ``chain(cautious(opt), project(...))``.
 
     Source:
         Liang, Chen, Liu, Liu, "Cautious optimizers: improving training with one line of
@@ -63,6 +68,12 @@ def cautious(opt: Optimizer, *, maximize: bool = False) -> Optimizer:
         raise HyperparameterTypeError(
             f"{opt.name} steps what a sparse gradient names, and cautious goes by all of "
             "a leaf; take fo.adam and dense gradients"
+        )
+    if opt.spec.evaluated is not None:
+        raise HyperparameterTypeError(
+            f"{opt.name} averages the steps that it makes, and cautious would change "
+            "them behind it; let it average what cautious has made: "
+            "fo.chain(fo.cautious(fo.adamw()), fo.ema(0.99))"
         )
     spec, sign = opt.spec, -1.0 if maximize else 1.0
     name = f"cautious({spec.name})"

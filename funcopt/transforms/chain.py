@@ -7,10 +7,10 @@ from typing import Any
 from funcopt import tree
 from funcopt.checks import check_keys
 from funcopt.errors import HyperparameterTypeError
-from funcopt.execution import donation
+from funcopt.execution import concrete, donation
 from funcopt.optimizer import Optimizer, from_spec
 from funcopt.transforms.stage import GradientStage, ParameterStage, Stage, joined
-from funcopt.types import HyperValue, State, Tree
+from funcopt.types import HyperValue, State, Tensor, Tree
 
 
 def chain(*links: Stage | Optimizer) -> Optimizer:
@@ -136,29 +136,31 @@ class _InTurn:
             donation.check_trees(grads, state, params, others=overrides)
         new_state: State = {}
 
-        def run(key: str, values: Tree) -> Tree:
-            """A link's step, of the leaves that have a gradient."""
-            given = {
-                k: v for k, v in overrides.items() if self.owner.get(k, _MAIN) == key
-            }
+        def run(key: str, values: Tree, given: Tree) -> Tree:
+            """A link's step, of the leaves that are ``given``."""
+            its = {k: v for k, v in overrides.items() if self.owner.get(k, _MAIN) == key}
             made, new_state[key] = self.links[key].update(
-                _where_given(values, grads, params),
+                _where_given(values, given, params),
                 state[key],
                 params,
                 execution=execution,
-                **given,
+                **its,
             )
             return made
 
-        new = run("gradient_stages", grads) if "gradient_stages" in self.links else grads
-        new = run(_MAIN, new)
-        new = run("parameter_stages", new) if "parameter_stages" in self.links else new
+        new = grads
+        if "gradient_stages" in self.links:
+            new = run("gradient_stages", new, grads)
+        new = run(_MAIN, new, grads)
+        if "parameter_stages" in self.links:
+            new = run("parameter_stages", new, _stepped(grads, new, params))
         new_state = {key: new_state[key] for key in self.links}
         if donate:
             return donation.write_over(params, new), donation.write_over(state, new_state)
         return new, new_state
 
     def eval_params(self, state: State, params: Tree, **overrides: HyperValue) -> Tree:
+        check_keys(state, self.links, self.name)
         stages = self.links.get("parameter_stages")
         averages = stages and stages.spec and stages.spec.evaluated
         last = "parameter_stages" if averages else _MAIN
@@ -166,10 +168,27 @@ class _InTurn:
         return self.links[last].eval_params(state[last], params, **given)
 
 
-def _where_given(values: Tree, grads: Tree, params: Tree) -> Tree:
-    """``values`` with ``None`` where there is no gradient: that leaf does not step."""
+def _where_given(values: Tree, given: Tree, params: Tree) -> Tree:
+    """``values`` with ``None`` where nothing is given: that leaf does not step."""
     leaves, structure = tree.flatten(values)
-    given = tree.flatten_like(tree.flatten(params)[1], grads, "grads")
+    marks = tree.flatten_like(tree.flatten(params)[1], given, "grads")
     return tree.unflatten(
-        structure, [x if g is not None else None for x, g in zip(leaves, given)]
+        structure, [x if g is not None else None for x, g in zip(leaves, marks)]
     )
+
+
+def _stepped(grads: Tree, new: Tree, params: Tree) -> Tree:
+    """``grads``, and what moved without one: `accumulate` goes by earlier ones, too."""
+
+    def mark(p: Tensor, x: Tensor, g: Any) -> Any:
+        return x if g is None and _moved(x, p) else g
+
+    return tree.map(mark, params, new, grads)
+
+
+def _moved(x: Tensor, p: Tensor) -> bool:
+    """Whether it is another value; another tensor, where values cannot be read."""
+    if x is p:
+        return False
+    same = concrete.peek(x == p)  # a transform adds zeros, a master is rounded again
+    return same is None or not bool(same.all())

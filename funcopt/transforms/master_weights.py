@@ -1,6 +1,8 @@
 """Half-precision parameters, stepped in float32."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +63,8 @@ def master_weights(opt: Optimizer, *, stochastic: bool = False) -> Optimizer:
     check_optimizer(opt, "master_weights")
     its = _MasterWeights(opt, stochastic)
     name = f"master_weights({opt.name})"
-    return Optimizer(its.init, its.update, name, opt.hyper, eval_params=its.eval_params)
+    hyper = {**opt.hyper, "generator": None} if stochastic else opt.hyper
+    return Optimizer(its.init, its.update, name, hyper, eval_params=its.eval_params)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,25 +100,30 @@ class _MasterWeights:
         if donate:
             donation.check_trees(grads, state, params)
 
-        def rounded(w: Tensor, p: Tensor) -> Tensor:
-            if w.dtype is p.dtype:
-                return w
-            return (
-                _at_random(w, generator)
-                if generator and self.stochastic
-                else w.to(p.dtype)
-            )
-
         old = _stepped(state["master"], params)
         wide = tree.map(lambda w, g: None if g is None else g.to(w.dtype), old, grads)
+        loss_fn = given.get("loss_fn")
+        if callable(loss_fn):
+            given["loss_fn"] = partial(_loss_of_masters, loss_fn, params)
+        # What is drawn anew has to have moved, and the old one tells.
         new, inner = self.opt.update(
-            wide, state["optimizer"], old, donate=donate, **given
+            wide, state["optimizer"], old, donate=donate and not self.stochastic, **given
         )
+
+        def rounded(w: Tensor, was: Tensor, p: Tensor) -> Tensor:
+            if w.dtype is p.dtype:
+                return w
+            if not self.stochastic:
+                return w.to(p.dtype)
+            return p if w is was else _at_random(w, generator)
+
         master = tree.map(lambda p, w: w if p.dtype in _HALF else None, params, new)
-        made = tree.map(rounded, new, params), {"optimizer": inner, "master": master}
+        made = tree.map(rounded, new, old, params), {"optimizer": inner, "master": master}
         return donation.write_over((params, state), made) if donate else made
 
     def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
+        check_keys(state, ("optimizer", "master"), "master_weights")
+        given.pop("generator", None)
         master = _stepped(state["master"], params)
         found = self.opt.eval_params(state["optimizer"], master, **given)
         return tree.map(lambda x, p: x.to(p.dtype), found, params)
@@ -124,6 +132,11 @@ class _MasterWeights:
 def _stepped(master: Tree, params: Tree) -> Tree:
     """The masters, and parameters that have none."""
     return tree.map(lambda p, w: p if w is None else w, params, master)
+
+
+def _loss_of_masters(loss_fn: Callable[[Tree], Any], params: Tree, master: Tree) -> Any:
+    """The loss is of parameters, in their dtypes: so are the data that it closes over."""
+    return loss_fn(tree.map(lambda w, p: w.to(p.dtype), master, params))
 
 
 def _check_rounding(params: Tree) -> None:
@@ -135,7 +148,7 @@ def _check_rounding(params: Tree) -> None:
             )
 
 
-def _at_random(w: Tensor, generator: torch.Generator) -> Tensor:
+def _at_random(w: Tensor, generator: torch.Generator | None) -> Tensor:
     """To bfloat16, up with the probability of the part that is cut off.
 
     bfloat16 is the upper half of float32's bits: noise below it carries over.

@@ -136,6 +136,7 @@ class _Partition:
         return tree.unflatten(structure, merged), new_state
 
     def eval_params(self, state: State, params: Tree, **overrides: HyperValue) -> Tree:
+        check_keys(state, self.optimizers, "partition")
         given = self._shares(overrides)
         leaves, structure = tree.flatten(params)
         merged = list(leaves)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from funcopt import tree
+from funcopt.checks import check_keys
 from funcopt.errors import HyperparameterTypeError
+from funcopt.execution import donation
 from funcopt.flat_function import FlatFunction
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, check_optimizer, from_spec
@@ -33,7 +35,8 @@ def sam(opt: Optimizer, rho: HyperValue = 0.05, *, adaptive: bool = False) -> Op
         adaptive: in proportion to each parameter.
 
     Returns:
-        An Optimizer with the state of ``opt``. Its ``update`` takes a keyword more:
+        An Optimizer; state ``optimizer``, that of ``opt``, and ``step``, by which a
+        `Schedule` of ``rho`` goes. Its ``update`` takes a keyword more:
         ``loss_fn(params) -> 0-d loss``, whose gradient it takes once more, at
         p + ε; ``grads`` are those at p.
 
@@ -65,7 +68,7 @@ def sam(opt: Optimizer, rho: HyperValue = 0.05, *, adaptive: bool = False) -> Op
     its = _Sam(opt, from_spec(Spec(rule, "sam", {}, {"rho": Hyper(rho)}, totals=totals)))
     hyper = {**opt.hyper, "rho": rho, "loss_fn": None}
     name = f"sam({opt.name})"
-    return Optimizer(opt.init, its.update, name, hyper, eval_params=its.eval_params)
+    return Optimizer(its.init, its.update, name, hyper, eval_params=its.eval_params)
 
 
 def _climbed(
@@ -86,12 +89,16 @@ class _Sam:
     opt: Optimizer
     climb: Optimizer  #: whose step is uphill, by a rule that knows the common norm
 
+    def init(self, params: Tree) -> State:
+        return {"optimizer": self.opt.init(params), **self.climb.init(params)}
+
     def update(
         self,
         grads: Tree,
         state: State,
         params: Tree,
         *,
+        donate: bool = False,
         loss_fn: Callable[[Tree], Tensor] | None = None,
         rho: HyperValue | None = None,
         **given: Any,
@@ -101,17 +108,23 @@ class _Sam:
                 "sam takes the gradient a second time: call update(grads, state, params, "
                 f"loss_fn=a function of params that gives the loss), not {loss_fn!r}"
             )
+        check_keys(state, ("optimizer", "step"), "sam")
         far = {} if rho is None else {"rho": rho}
-        above, _ = self.climb.update(grads, self.climb.init(params), params, **far)
+        above, climbed = self.climb.update(grads, {"step": state["step"]}, params, **far)
         steep = _gradient(loss_fn, above, grads)
         if "loss_fn" in self.opt.hyper:
             given["loss_fn"] = loss_fn
-        return self.opt.update(steep, state, params, **given)
+        new, inner = self.opt.update(
+            steep, state["optimizer"], params, donate=donate, **given
+        )
+        made = new, {"optimizer": inner, **climbed}
+        return donation.write_over((params, state), made) if donate else made
 
     def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
+        check_keys(state, ("optimizer", "step"), "sam")
         for name in ("rho", "loss_fn"):  # what is evaluated is not what was climbed to
             given.pop(name, None)
-        return self.opt.eval_params(state, params, **given)
+        return self.opt.eval_params(state["optimizer"], params, **given)
 
 
 def _gradient(loss_fn: Callable[[Tree], Tensor], params: Tree, like: Tree) -> Tree:

@@ -101,6 +101,7 @@ class _SkipNonfinite:
         return new, new_state
 
     def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
+        check_keys(state, ("optimizer", "skipped"), "skip_nonfinite")
         return self.opt.eval_params(state["optimizer"], params, **given)
 
 
