@@ -264,7 +264,7 @@ def test_a_stage_that_does_nothing_changes_nothing(case: Case):
     expected = steps(inner, params, 3, execution="reference")
     found, state = steps(opt, params, 3, execution="reference")
     assert_same(found, expected[0])
-    assert_same({k: v for k, v in state.items() if k != "ema"}, expected[1])
+    assert_same({k: v for k, v in state.items() if "ema" not in k}, expected[1])
 
 
 def test_a_chain_asks_of_leaves_what_its_optimizer_asks():
@@ -489,7 +489,8 @@ def test_a_name_that_is_taken_gets_its_owners_before_it():
     assert {k: v for k, v in opt.hyper.items() if k.startswith("add")} == own
     assert opt.hyper["weight_decay"] == 0.01
     twice = fo.chain(fo.adamw(lr=0.1), fo.ema(0.5), fo.ema(0.9))
-    assert list(twice.init(mixed()))[3:] == ["ema", "ema_ema"]
+    own = ["ema", "ema_weight", "ema_ema", "ema_ema_weight"]
+    assert list(twice.init(mixed()))[3:] == own
 
 
 def test_what_to_evaluate_with():
@@ -512,3 +513,18 @@ def test_before_the_first_step_a_schedule_is_asked_for_its_first_value():
     params = [torch.ones(2)]
     assert torch.equal(opt.eval_params(opt.init(params), params)[0], params[0])
     assert seen == [0]
+
+
+def test_an_average_by_a_decay_that_changes_weighs_what_it_holds():
+    decay = fo.schedules.linear(0.8, start_factor=0.5, total_iters=3)
+    opt, p = fo.chain(fo.sgd(lr=1.0), fo.ema(decay)), torch.tensor([3.0, -1.0])
+    state, held, weight = opt.init(p), torch.zeros(2), 0.0
+    for k in range(5):
+        p, state = opt.update(torch.full((2,), k % 2 - 0.5), state, p)
+        held = decay(k) * held + (1 - decay(k)) * p
+        weight = decay(k) * weight + 1 - decay(k)
+        torch.testing.assert_close(opt.eval_params(state, p), held / weight)
+    still = opt.init(p)
+    for _ in range(5):
+        _, still = opt.update(torch.zeros(2), still, p)
+    torch.testing.assert_close(opt.eval_params(still, p), p)

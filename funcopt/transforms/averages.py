@@ -19,9 +19,17 @@ def _ema(
     return new, average(ema, new, decay)
 
 
-def _debiased(p: Tensor, ema: Tensor, *, step: Any, decay: Number) -> Tensor:
-    weight = where(step > 0, 1 - decay**step, 1.0)
-    return where(step > 0, ema / weight, p)
+def _weighted_ema(
+    new: Tensor, old: Tensor, ema: Tensor, weight: Number, *, step: Any, decay: Number
+) -> tuple[Any, ...]:
+    return new, average(ema, new, decay), 1 - decay * (1 - weight)
+
+
+def _debiased(
+    p: Tensor, ema: Tensor, weight: Number, *, step: Any, decay: Number
+) -> Tensor:
+    some = weight > 0
+    return where(some, ema / where(some, weight, 1.0), p)
 
 
 def _average(p: Tensor, average: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -32,18 +40,19 @@ def ema(decay: HyperValue, *, debias: bool = True) -> ParameterStage:
     r"""Keep an exponential moving average of the parameters.
 
     .. math::
-        \text{ema}_t = \text{decay} \cdot \text{ema}_{t-1} + (1 - \text{decay}) \, p_t,
-        \qquad \hat p_t = \text{ema}_t / (1 - \text{decay}^t)
+        \text{ema}_t &= \text{decay} \cdot \text{ema}_{t-1} + (1 - \text{decay}) \, p_t \\
+        \text{weight}_t &= \text{decay} \cdot \text{weight}_{t-1} + 1 - \text{decay} \\
+        \hat p_t &= \text{ema}_t / \text{weight}_t
 
     Args:
-        decay: in [0, 1).
-        debias: start from nothing and divide by 1 - decayᵗ; else from the first
-            parameters.
+        decay: in [0, 1); one number for each leaf where it is debiased.
+        debias: start from nothing and divide by the weight of all iterates, of a decay
+            that stays 1 - decayᵗ; else start from the first parameters.
 
     Returns:
         A parameter stage for `chain`; state ``ema``, of each parameter's shape and
-        dtype. The parameters themselves are left as they are; ``eval_params`` gives the
-        average.
+        dtype, and if debiased ``ema_weight``, a number for each leaf. The parameters
+        themselves are left as they are; ``eval_params`` gives the average.
 
     Raises:
         HyperparameterError: a number out of its range.
@@ -61,15 +70,18 @@ def ema(decay: HyperValue, *, debias: bool = True) -> ParameterStage:
         >>> p, opt.eval_params(state, p)        # (1/4 · -1 + 1/2 · -2) / (3/4)
         (tensor([-2.]), tensor([-1.6667]))
     """
-    first, evaluated = (
-        (torch.zeros_like, _debiased) if debias else (torch.clone, _average)
-    )
+    slots: dict[str, Any] = {"ema": torch.clone}
+    if debias:
+        slots = {"ema": torch.zeros_like, "ema_weight": 0.0}
     return ParameterStage(
         Spec(
-            _ema, "ema", {"ema": first}, {"decay": Hyper(decay, below=1.0)},
-            evaluated=evaluated,
+            _weighted_ema if debias else _ema,
+            "ema",
+            slots,
+            {"decay": Hyper(decay, below=1.0, scalar=(0,) if debias else ())},
+            evaluated=_debiased if debias else _average,
         )
-    )  # fmt: skip
+    )
 
 
 def _polyak(
