@@ -405,8 +405,13 @@ def test_dropout_is_drawn_again_as_it_was(way: str, how: str):
         assert not torch.equal(found[0], found[1])
 
 
-@pytest.mark.parametrize("way", ["step", "sqrt", "mixed, sqrt"])
-def test_a_generator_of_its_own_is_found_out(way: str):
+@pytest.mark.parametrize("way", ["mixed", "step", "sqrt", "mixed, sqrt"])
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
+@pytest.mark.parametrize("outside", ["grad", "vmap(grad)"])
+def test_a_generator_of_its_own_is_found_out(
+    way: str, device: str, outside: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(mixed, "by_forward", lambda _: device == "accelerator")
     generator = torch.Generator().manual_seed(3)
 
     def loss(p: Tensor, x: Tensor) -> Tensor:
@@ -417,8 +422,11 @@ def test_a_generator_of_its_own_is_found_out(way: str):
         run = fo.unroll(fo.sgd(), loss, p, random(6, 3, seed=1), steps=4, **WAYS[way])
         return run.params.sum()
 
+    slope, p = grad(end), random(3, seed=2)
+    if outside == "vmap(grad)":
+        slope, p = vmap(slope, randomness="different"), torch.stack([p, 2 * p])
     with pytest.raises(fo.ExecutionError, match="generator of its own"):
-        grad(end)(random(3, seed=2))
+        slope(p)
 
 
 # What a loss closes over --------------------------------------------------------------

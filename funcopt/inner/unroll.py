@@ -104,7 +104,8 @@ def unroll(
             a gradient is asked of: pass it as ``meta`` or ``batch``. Give `detach` of
             it to say that this is meant.
         ExecutionError: on the way back, in "mixed" mode, when the loss's gradient has
-            no derivative; with ``remat``, when a step made again is not what it was.
+            no derivative; there and with ``remat``, when a step made again is not what
+            it was.
         Whatever ``opt.update`` raises.
 
     Source:
