@@ -68,7 +68,9 @@ class CallContext:
                 "fo.per_step(torch.stack([schedule(k) for k in range(steps)]))), or pass "
                 "fo.detach(...) of it"
             )
-        return [*results]
+        # Aliases: autograd writes the graph into the tensors that it is given, and an
+        # optimizer may hold those, to write into them again.
+        return [x.detach() for x in results]
 
     def back(
         self,
