@@ -64,8 +64,9 @@ HYPER = {"hyper": ETA["hyper"], "meta": ETA["meta"]}
 
 
 def problem(**more: Any) -> fo.meta.Problem:
-    given = {"batches": BATCHES, "outer_batch": VALID, "buffers": BUFFERS, **more}
-    return fo.meta.Problem(fo.sgd(momentum=0.5), inner, outer, STEPS, PARAMS, **given)
+    given = {"batches": BATCHES, "outer_batch": VALID, "buffers": BUFFERS}
+    plain = fo.meta.Problem(fo.sgd(momentum=0.5), inner, outer, STEPS, PARAMS, **given)
+    return replace(plain, **more)
 
 
 def at_seed(call: Callable[..., Any], *given: Any, **more: Any) -> Any:
@@ -73,7 +74,14 @@ def at_seed(call: Callable[..., Any], *given: Any, **more: Any) -> Any:
     return call(*given, **more)
 
 
-def by_hand(objective: str, leaves: list[Tensor], structure: Any) -> Tensor:
+def dropping(p: Any, batch: Any, meta: Any, *, buffers: Any) -> Tensor:
+    x, y = batch
+    return (((F.dropout(hidden(p, x), 0.4) - buffers["mean"]) @ p["out"] - y) ** 2).mean()
+
+
+def by_hand(
+    objective: str, leaves: list[Tensor], structure: Any, judge: Any = outer
+) -> Tensor:
     """The training written out, for autograd."""
     eta = tree.unflatten(structure, leaves)
     p, velocity = eta["init"], dict.fromkeys(PARAMS, 0.0)
@@ -87,8 +95,14 @@ def by_hand(objective: str, leaves: list[Tensor], structure: Any) -> Tensor:
         slopes = torch.autograd.grad(loss, list(p.values()), create_graph=True)
         velocity = {n: 0.5 * v + g for (n, v), g in zip(velocity.items(), slopes)}
         p = {n: x - eta["hyper"]["lr"] * velocity[n] for n, x in p.items()}
-        copies = tree.map(torch.clone, buffers)
-        values.append(outer(p, VALID, eta["meta"], buffers=copies))
+        copies, ahead = tree.map(torch.clone, buffers), torch.get_rng_state()
+        if judge is None:
+            batch = tree.map(lambda x, k=k: x[min(k + 1, STEPS - 1)], BATCHES)
+            values.append(inner(p, batch, eta["meta"], buffers=copies))
+            if k + 1 < STEPS:  # the next step's loss, and so its numbers
+                torch.set_rng_state(ahead)
+        else:
+            values.append(judge(p, VALID, eta["meta"], buffers=copies))
     total = torch.stack(values[-1:] if objective == "last" else values).sum()
     return total / STEPS if objective == "mean" else total
 
@@ -131,6 +145,20 @@ def test_exact_estimators_are_the_training_written_out(name: str, objective: Any
     close(found.value, value)
     close(found.grads, tree.unflatten(structure, slopes))
     assert found.carry["buffers"]["count"] == STEPS
+
+
+@pytest.mark.parametrize("judge", [dropping, None], ids=["drawing", "none"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_outer_losses_of_all_steps_draw_the_same_in_every_way(name: str, judge: Any):
+    leaves, structure = tree.flatten(ETA)
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    value = at_seed(by_hand, "mean", leaves, structure, judge)
+    after = torch.rand(3)
+    slopes = torch.autograd.grad(value, leaves)
+    found = at_seed(WHOLE[name], problem(objective="mean", outer_loss=judge), ETA)
+    assert torch.equal(torch.rand(3), after)
+    close(found.value, value)
+    close(found.grads, tree.unflatten(structure, slopes))
 
 
 @pytest.mark.slow

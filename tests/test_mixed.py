@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from row import Case
 from table import QUICK
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacfwd, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, vjp, vmap
 
 import funcopt as fo
 from funcopt import tree
@@ -405,8 +405,46 @@ def test_dropout_is_drawn_again_as_it_was(way: str, how: str):
         assert not torch.equal(found[0], found[1])
 
 
-@pytest.mark.parametrize("way", ["step", "sqrt", "mixed, sqrt"])
-def test_a_generator_of_its_own_is_found_out(way: str):
+@pytest.mark.parametrize("how", ["jacrev", "jacrev twice", "vmap(jacrev)", "pullback"])
+@pytest.mark.parametrize("way", EACH)
+def test_many_cotangents_see_the_same_numbers(way: str, how: str):
+    """vmap over them draws nothing, in whichever of its modes, as without `WAYS`."""
+    x, p = random(6, 3, seed=1), random(3, seed=2)
+
+    def cubic(p: Tensor, x: Tensor) -> Tensor:
+        return (F.dropout(x) @ p - 1).pow(3).mean()
+
+    def slopes(**way: Any) -> tuple[Tensor, Tensor]:
+        def end(p: Tensor) -> Tensor:
+            return fo.unroll(fo.adam(lr=0.1), cubic, p, x, steps=4, **way).params
+
+        torch.manual_seed(0)
+        if how == "jacrev":
+            found = jacrev(end)(p)
+        elif how == "jacrev twice":
+            found = jacrev(jacrev(end))(p)
+        elif how == "vmap(jacrev)":
+            tasks = torch.stack([p, 2 * p])
+            found = vmap(jacrev(end), randomness="different")(tasks)
+        else:
+            pull: Any = vjp(end, p)[1]
+            found = vmap(lambda bar: pull(bar)[0], randomness="different")(
+                torch.eye(3, dtype=p.dtype)
+            )
+        return found, torch.rand(3)
+
+    (found, after), (expected, expected_after) = slopes(**WAYS[way]), slopes()
+    assert distance(found, expected) < 1e-13
+    assert torch.equal(after, expected_after)
+
+
+@pytest.mark.parametrize("way", ["mixed", "step", "sqrt", "mixed, sqrt"])
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
+@pytest.mark.parametrize("outside", ["grad", "vmap(grad)"])
+def test_a_generator_of_its_own_is_found_out(
+    way: str, device: str, outside: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(mixed, "by_forward", lambda _: device == "accelerator")
     generator = torch.Generator().manual_seed(3)
 
     def loss(p: Tensor, x: Tensor) -> Tensor:
@@ -417,8 +455,11 @@ def test_a_generator_of_its_own_is_found_out(way: str):
         run = fo.unroll(fo.sgd(), loss, p, random(6, 3, seed=1), steps=4, **WAYS[way])
         return run.params.sum()
 
+    slope, p = grad(end), random(3, seed=2)
+    if outside == "vmap(grad)":
+        slope, p = vmap(slope, randomness="different"), torch.stack([p, 2 * p])
     with pytest.raises(fo.ExecutionError, match="generator of its own"):
-        grad(end)(random(3, seed=2))
+        slope(p)
 
 
 # What a loss closes over --------------------------------------------------------------

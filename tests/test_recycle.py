@@ -343,6 +343,25 @@ def test_new_ones_look_like_the_old(
     assert not {x.data_ptr() for x in made if x.numel()} & {x.data_ptr() for x in make()}
 
 
+@pytest.mark.parametrize("remat", ["step", "sqrt"])
+def test_a_loop_that_is_dropped_takes_its_graph_along(remat: Any):
+    """At once, though its steps are held by the optimizer, and that by its graph."""
+    gc.collect()
+    gc.disable()
+    try:
+        seen: list[Any] = []
+        for _ in range(4):
+            opt, p, batch = fo.adamw(), large(0).requires_grad_(), large(1)
+            seen += map(weakref.ref, (p, batch))
+            loss = lambda p, batch: ((p - batch) ** 2).sum()  # noqa: E731
+            run = fo.unroll(opt, loss, p, batch, steps=6, remat=remat)
+            assert run.params.grad_fn is not None
+        del opt, p, batch, run
+        assert not any(x() is not None for x in seen)
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("donate", [False, True])
 def test_an_optimizer_that_is_dropped_takes_its_buffers_along(donate: bool):
     """At once: a loop may make one for each task."""

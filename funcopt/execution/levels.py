@@ -64,6 +64,12 @@ def depth() -> int:
     return len(_functorch.get_interpreter_stack() or ())
 
 
+def vmaps() -> int:
+    """How many of the transforms that are running are a vmap."""
+    stack = _functorch.get_interpreter_stack() or ()
+    return sum(level.key() == _functorch.TransformType.Vmap for level in stack)
+
+
 def alive(x: Tensor) -> Tensor:
     """The tensor without the wrappers of levels that have been left.
 

@@ -34,6 +34,7 @@ class CallContext:
     def __init__(self) -> None:
         self.depth = levels.depth()
         self.following = torch.is_grad_enabled()
+        self.vmaps = 0  #: how many were running when it was made
 
     def run(
         self, function: Callable[[list[Tensor]], Sequence[Tensor]], values: Any
@@ -44,6 +45,7 @@ class CallContext:
             GradientLostError: it depends on something else that a gradient is asked of.
         """
         below = levels.depth()
+        self.vmaps = levels.vmaps()
         results: Sequence[Tensor] = []
         try:
             with torch.set_grad_enabled(self.following), ExitStack() as stack:
@@ -68,7 +70,9 @@ class CallContext:
                 "fo.per_step(torch.stack([schedule(k) for k in range(steps)]))), or pass "
                 "fo.detach(...) of it"
             )
-        return [*results]
+        # Aliases: autograd writes the graph into the tensors that it is given, and an
+        # optimizer may hold those, to write into them again.
+        return [x.detach() for x in results]
 
     def back(
         self,
@@ -86,6 +90,13 @@ class CallContext:
         given = [*saved, *cotangents]
         top = _functorch.peek_interpreter_stack()
         if (
+            top is not None
+            and top.key() == _functorch.TransformType.Vmap
+            and levels.vmaps() > self.vmaps
+            and not any(_is_batch_of(x, top.level()) for x in saved)
+        ):
+            return self._each(function, saved, cotangents)
+        if (
             top is None
             or top.key() != _functorch.TransformType.Grad
             or levels.depth() != self.depth
@@ -102,6 +113,31 @@ class CallContext:
             g if g is None else _OnceDifferentiable.apply(top.level(), g, *followed)
             for g in found
         ]
+
+    def _each(
+        self,
+        function: Callable[[list[Any], list[Any]], Sequence[Tensor | None]],
+        saved: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """`back` for a batch of cotangents alone, as of torch.func.jacrev.
+
+        What is made again is the same for all of them, and so are its random numbers,
+        whatever that vmap says of those.
+        """
+        from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+        from torch._functorch.vmap import restore_vmap, unwrap_batched, wrap_batched
+
+        inmost: Any = retrieve_current_functorch_interpreter()
+        level, size = inmost.level(), inmost.batch_size()
+        given, axes = unwrap_batched(tuple(cotangents), level)
+
+        def each(*bars: Tensor | None) -> tuple[Tensor | None, ...]:
+            return tuple(function([*saved], [*bars]))
+
+        with inmost.lower():
+            found, out = restore_vmap(each, axes, size, "same")(*given)
+        return [*wrap_batched(found, out, level)]
 
 
 class CustomVJP(torch.autograd.Function):
@@ -137,6 +173,11 @@ def _is_of(x: Tensor, level: int) -> bool:
         and _functorch.maybe_get_level(x) == level
         and _functorch.unwrap_if_dead(x) is x
     )
+
+
+def _is_batch_of(x: Tensor, level: int) -> bool:
+    """Whether this level of vmap batches the tensor."""
+    return _functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == level
 
 
 def distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from funcopt import derivatives
 from funcopt.derivatives import SmoothLeaves, Trees
 from funcopt.errors import ExecutionError
-from funcopt.execution import levels
+from funcopt.execution import concrete, levels
 from funcopt.inner.custom_vjp import CallContext, CustomVJP, distinct
 from funcopt.inner.loss import InnerLoss
-from funcopt.inner.rng_state import RngState
+from funcopt.inner.rng_state import RngState, check_alike
 from funcopt.types import Tensor, Tree
 
 #: what a gradient of the loss gives, by name
@@ -58,12 +58,16 @@ class _GradientCall:
         self.inputs = SmoothLeaves(given)
         self.names = self.inputs.names()
         self.rng: RngState | None = None
+        self.then: Tensor | None = None  #: the loss, to look at
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         rng = RngState(tensors)
         given = self._given(tensors)
         grads, (loss, aux, buffers) = self.loss.grad(**given)
         self.rng = rng if rng.has_advanced() else None
+        seen = loss.detach()
+        with levels.outside():  # kept, and so of no level
+            self.then = concrete.peek(seen)
         trees: Trees = dict(zip(_OUTPUTS, (grads, loss, aux, buffers)))
         self.outputs = SmoothLeaves(trees)
         values, others = self.outputs.split(trees)
@@ -79,8 +83,13 @@ class _GradientCall:
     ) -> list[Tensor | None]:
         values = list(saved[: len(self.names)])
         chosen = [i for i in range(len(values)) if wanted[i]]
+        again: list[Tensor] = []  # the loss, unless nothing is asked of the step
         with self.rng.restored() if self.rng else nullcontext():
-            found = self._pull(values, saved, chosen, cotangents)
+            found = self._pull(values, saved, chosen, cotangents, again)
+        with levels.outside():
+            now = concrete.peek(again[-1]) if again else None
+            if self.then is not None and now is not None:
+                check_alike(self.then[None], {0: now})
         spread = dict(zip(chosen, found))
         return [spread.get(i) for i in range(len(saved))]
 
@@ -90,11 +99,12 @@ class _GradientCall:
         saved: Sequence[Tensor],
         chosen: list[int],
         cotangents: Sequence[Tensor | None],
+        again: list[Tensor],
     ) -> list[Tensor | None]:
         if not by_forward(saved):
             with explained():
                 return derivatives.pull(
-                    lambda smooth: self._outputs(smooth, saved),
+                    lambda smooth: self._outputs(smooth, saved, again),
                     values,
                     cotangents,
                     chosen,
@@ -103,7 +113,7 @@ class _GradientCall:
         for name, cotangent in zip(self.output_names, cotangents):
             by_name[name].append(cotangent)
         return pull(
-            lambda smooth: self._results(smooth, saved),
+            lambda smooth: self._results(smooth, saved, again),
             values,
             [i for i, name in enumerate(self.names) if name == "params"],
             chosen,
@@ -115,16 +125,22 @@ class _GradientCall:
         count = len(self.names)
         return self.inputs.filled(tensors[:count], tensors[count:])
 
-    def _outputs(self, smooth: Sequence[Tensor], saved: Sequence[Tensor]) -> list[Tensor]:
+    def _outputs(
+        self, smooth: Sequence[Tensor], saved: Sequence[Tensor], again: list[Tensor]
+    ) -> list[Tensor]:
         """∇L, and the smooth leaves of loss, aux and buffers."""
         given = self._given([*smooth, *saved[len(smooth) :]])
         grads, rest = self.loss.grad(**given, own=True)
+        again.append(rest[0].detach())
         trees: Trees = dict(zip(_OUTPUTS, (grads, *rest)))
         return SmoothLeaves(trees).split(trees)[0]
 
-    def _results(self, smooth: Sequence[Tensor], saved: Sequence[Tensor]) -> list[Tensor]:
+    def _results(
+        self, smooth: Sequence[Tensor], saved: Sequence[Tensor], again: list[Tensor]
+    ) -> list[Tensor]:
         """The loss, and the smooth leaves of aux and buffers."""
         loss, aux, buffers = self.loss(**self._given([*smooth, *saved[len(smooth) :]]))
+        again.append(loss.detach())
         trees: Trees = {"loss": loss, "aux": aux, "buffers": buffers}
         return SmoothLeaves(trees).split(trees)[0]
 

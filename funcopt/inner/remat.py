@@ -5,7 +5,7 @@ segment. Backward it goes from the last segment to the first: it makes the segme
 states again, and takes the adjoint of the carry back through its steps one by one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -14,12 +14,10 @@ import torch
 
 from funcopt import derivatives, tree
 from funcopt.derivatives import SmoothLeaves, Trees
-from funcopt.errors import ExecutionError
-from funcopt.execution import concrete
 from funcopt.inner import mixed
 from funcopt.inner.custom_vjp import CallContext, CustomVJP, distinct
 from funcopt.inner.loop import CARRY, Loop, Record, Unrolled
-from funcopt.inner.rng_state import RngState
+from funcopt.inner.rng_state import RngState, check_alike
 from funcopt.types import Tensor, Tree
 
 Tensors = Sequence[Tensor]
@@ -132,7 +130,7 @@ class _LoopCall:
             if i:
                 of_state = kept_bars[(i - 1) * self.carried : i * self.carried]
                 ahead = derivatives.added(ahead, of_state)
-        self._check(losses, again)
+        check_alike(losses, again)
         for j in shared:
             if self._sliced[j]:
                 sums[j] = _stacked(entries[j][::-1], inputs[j])
@@ -223,27 +221,6 @@ class _LoopCall:
                 results, values, self.params, back, first[len(back) :], of_results
             )
         return derivatives.added(first[: len(back)], second)
-
-    def _check(self, losses: Tensor, again: Mapping[int, Tensor]) -> None:
-        """The steps made again must have the losses that they had forward.
-
-        Raises:
-            ExecutionError: they have others: the gradients would be of another loop.
-        """
-        if not again:
-            return
-        made = torch.stack([*again.values()])
-        then = losses.detach()  # by whole numbers: a DTensor takes no list of them
-        difference = (made - torch.stack([then[k] for k in again])).abs()
-        scale = torch.finfo(losses.dtype).eps ** 0.5 * losses.detach().abs().amax()
-        wrong = concrete.peek(difference > 10 * scale)
-        if wrong is not None and bool(wrong.any()):
-            raise ExecutionError(
-                "with remat, steps are made again on the way back, and a loss was not "
-                "what it had been: loss_fn draws from a generator of its own, or changes "
-                "something outside. torch's own generators are set back; hand other "
-                "random numbers in as batches="
-            )
 
 
 def _smooth(trees: Trees, names: Sequence[str]) -> list[Tensor]:

@@ -1,13 +1,14 @@
 """Random numbers that are drawn again as they were, where a function is run once more."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
-from funcopt.execution import levels
+from funcopt.errors import ExecutionError
+from funcopt.execution import concrete, levels
 from funcopt.types import Tensor
 
 
@@ -48,3 +49,25 @@ class RngState:
     def _set(self, states: Iterable[Tensor]) -> None:
         for (_, write), state in zip(self._generators, states):
             write(state)
+
+
+def check_alike(losses: Tensor, again: Mapping[int, Tensor]) -> None:
+    """The steps made again must have the losses that they had forward.
+
+    Raises:
+        ExecutionError: they have others: the gradients would be of another loop.
+    """
+    if not again:
+        return
+    made = torch.stack([*again.values()])
+    then = losses.detach()  # by whole numbers: a DTensor takes no list of them
+    difference = (made - torch.stack([then[k] for k in again])).abs()
+    scale = torch.finfo(losses.dtype).eps ** 0.5 * then.abs().amax()
+    wrong = concrete.peek(difference > 10 * scale)
+    if wrong is not None and bool(wrong.any()):
+        raise ExecutionError(
+            "with remat and grad_mode='mixed', steps are made again on the way back, and "
+            "a loss was not what it had been: loss_fn draws from a generator of its own, "
+            "or changes something outside. torch's own generators are set back; hand "
+            "other random numbers in as batches="
+        )

@@ -80,7 +80,7 @@ def unroll(
             n = √K. The answer is the same to the bit where the same executor makes the
             steps. The peak is 2√K states and one step's graph. Random
             numbers of torch's own generators are drawn again as they were; any
-            other source of them is found out, and raises.
+            other source of them is found out by the steps' losses, and raises.
         window: cut the graph after every ``window`` steps (truncation): gradients of
             ``params`` and ``state`` reach back to the last cut only. ``losses`` keep the
             graph of their own windows; for memory that does not grow, call `unroll` once
@@ -104,7 +104,8 @@ def unroll(
             a gradient is asked of: pass it as ``meta`` or ``batch``. Give `detach` of
             it to say that this is meant.
         ExecutionError: on the way back, in "mixed" mode, when the loss's gradient has
-            no derivative; with ``remat``, when a step made again is not what it was.
+            no derivative; there and with ``remat``, when a step made again is not what
+            it was.
         Whatever ``opt.update`` raises.
 
     Source:

@@ -10,6 +10,7 @@ from funcopt.meta.estimate import Estimate, check_eta, check_remembered
 from funcopt.meta.problem import (
     Carry,
     Problem,
+    drawing_ahead,
     go_on,
     outer_vjp,
     ready,
@@ -113,7 +114,8 @@ def forward(
 
             at, z = pushed(step, {**standing(at), "eta": eta}, {**z, "eta": every})
             if problem.objective != "last" or k + 1 == start + count:
-                value, slopes = outer_vjp(problem, eta, at, k + 1)
+                with drawing_ahead(problem, at, k + 1 == start + count):
+                    value, slopes = outer_vjp(problem, eta, at, k + 1)
                 values.append(value)
                 for name in ("params", "buffers"):
                     grads = grads + _contracted(slopes[name], z[name])

@@ -1,6 +1,7 @@
 """A bilevel problem as a value, and what of it each step takes."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal, TypeAlias, final
@@ -19,6 +20,7 @@ from funcopt.errors import (
 from funcopt.inner.loop import CARRY, is_absent
 from funcopt.inner.loss import InnerLoss
 from funcopt.inner.per_step import PerStep
+from funcopt.inner.rng_state import RngState
 from funcopt.inner.unroll import number_of_steps
 from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import LossFunction, State, Tensor, Tree
@@ -52,7 +54,7 @@ class Problem:
             ``eta["meta"]`` as a third argument where eta has one.
         outer_loss: what it is trained for: ``outer_loss(params, outer_batch)``, with
             ``eta["meta"]`` likewise. None: the inner loss, on the batch of the step that
-            follows (after the last step, on its own).
+            follows, and on the numbers that it draws (after the last step, on its own).
         steps: how many inner steps K ≥ 1 there are; windows are parts of them.
         params: where training starts; ``eta["init"]`` stands in its place.
         state: the optimizer's state to start with; by default ``opt.init(params)``.
@@ -214,6 +216,15 @@ def outer_value(problem: Problem, eta: Tree, carry: Trees, k: int) -> Tensor:
         loss_fn, batch = problem.inner_loss, batch_at(problem, k)
     loss = InnerLoss(loss_fn, name="outer_loss")
     return loss(carry["params"], batch, meta_of(eta), carry.get("buffers"))[0]
+
+
+def drawing_ahead(
+    problem: Problem, carry: Trees, last: bool
+) -> AbstractContextManager[Any]:
+    """The judge draws what the next step will, where that step's loss is the judge."""
+    if problem.outer_loss is not None or last:
+        return nullcontext()
+    return RngState(tree.leaves(carry["params"])).restored()
 
 
 def outer_vjp(

@@ -10,10 +10,12 @@ from funcopt import tree
 from funcopt.derivatives import Trees
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.inner.per_step import PerStep, per_step
+from funcopt.inner.rng_state import RngState
 from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.meta.problem import (
     Carry,
     Problem,
+    drawing_ahead,
     go_on,
     meta_of,
     outer_value,
@@ -35,9 +37,10 @@ def roll(
         return _judged(problem, eta, carry, count, **how)
     values: list[Tensor] = []
     inner: list[Tensor] = []
-    for _ in range(count):
+    for k in range(count):
         carry, loss = steps_on(problem, eta, carry, 1, **how)
-        values.append(outer_value(problem, eta, carry, carry["step"]))
+        with drawing_ahead(problem, carry, k + 1 == count):
+            values.append(outer_value(problem, eta, carry, carry["step"]))
         inner.append(loss)
     return _total(problem, values), carry, torch.cat(inner)
 
@@ -56,7 +59,8 @@ def _judged(
     """As `roll`, all steps in one `unroll`, which can then rematerialize them.
 
     The outer loss after a step is taken as the aux of the next step's inner loss, at the
-    same parameters. That of the first step is not used.
+    same parameters. That of the first step is not used: where it would draw random
+    numbers that step is made alone, which keeps a carry more.
     """
 
     def both(params: Tree, batch: Tree, given: Trees, **buffers: Tree) -> Any:
@@ -67,14 +71,26 @@ def _judged(
 
     if problem.outer_loss is None or count == 1:
         run = _run(problem, problem.inner_loss, eta, carry, count, meta_of(eta), **how)
-        values = run.losses
+        values, losses = run.losses[1:], run.losses
     else:
+        alone: list[Tensor] = []
+        if _draws(problem, eta, carry):
+            carry, loss = steps_on(problem, eta, carry, 1, **how)
+            alone, count = [loss], count - 1
         given = {"meta": meta_of(eta), "outer_batch": problem.outer_batch}
         run = _run(problem, both, eta, carry, count, given, has_aux=True, **how)
-        values = run.aux
+        values, losses = run.aux[1 - len(alone) :], torch.cat([*alone, run.losses])
     end = _end(carry, count, run)
     last = outer_value(problem, eta, end, end["step"])
-    return _total(problem, [*values[1:], last]), end, run.losses
+    return _total(problem, [*values, last]), end, losses
+
+
+def _draws(problem: Problem, eta: Tree, carry: Carry) -> bool:
+    """Whether the outer loss draws from torch's generators."""
+    rng = RngState(tree.leaves(carry["params"]))
+    with rng.restored(), torch.no_grad():
+        outer_value(problem, eta, carry, carry["step"])
+        return rng.has_advanced()
 
 
 def _total(problem: Problem, values: list[Tensor]) -> Tensor:
