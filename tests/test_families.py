@@ -23,6 +23,7 @@ UNRATED = fo.partition(
     fo.by_name({"body*": "b"}, default="a"),
 )
 NOT_LEARNED = {"cavia": "context"}
+ONES = torch.ones(2)
 
 Params = dict[str, Tensor]
 Points = tuple[Tensor, Tensor]
@@ -528,6 +529,33 @@ def test_what_is_not_finite_is_counted():
 
 
 BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
+    "a mask of the query alone": (
+        lambda: family("reptile").task_loss(
+            params(), ({"y": torch.ones(2), "m": None}, {"y": torch.ones(3), "m": ONES})
+        ),
+        fo.StructureError,
+        r"joins support and query .* 'm' is None in support and .2. in query; .*batches=",
+    ),
+    "data without rows": (
+        lambda: family("reptile").task_loss(params(), (torch.ones(()), torch.ones(()))),
+        fo.StructureError,
+        r"'<root>' is \[\] in support and \[\] in query",
+    ),
+    "rows of other lengths": (
+        lambda: family("reptile").task_loss(params(), (torch.ones(2, 2), ONES)),
+        fo.StructureError,
+        r"is \[2, 2\] in support and \[2\] in query",
+    ),
+    "a number for data": (
+        lambda: family("reptile").task_loss(params(), ({"n": 3}, {"n": ONES})),
+        fo.StructureError,
+        r"'n' is 3 in support and \[2\] in query",
+    ),
+    "data that the support has not": (
+        lambda: family("reptile").task_loss(params(), ({"y": ONES}, {"m": ONES})),
+        fo.StructureError,
+        "query must have the structure of support: missing 'y'; not in support 'm'",
+    ),
     "no step to have a rate": (
         lambda: family("lslr", steps=0),
         fo.HyperparameterError,
