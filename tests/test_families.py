@@ -24,6 +24,7 @@ UNRATED = fo.partition(
 )
 NOT_LEARNED = {"cavia": "context"}
 ONES = torch.ones(2)
+OF_TORCH: Any = torch.optim.SGD([ONES], lr=0.1)
 
 Params = dict[str, Tensor]
 Points = tuple[Tensor, Tensor]
@@ -589,6 +590,21 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
         lambda: family("metasgd", fo.sgd(lr=fo.Schedule(float))).init(params()),
         fo.HyperparameterError,
         "learned rate of 'body.bias' starts from a number, not .*Schedule",
+    ),
+    "rates of torch.optim": (
+        lambda: family("metasgd", OF_TORCH).init(params()),
+        fo.HyperparameterTypeError,
+        "a family that learns rates takes an Optimizer, not SGD",
+    ),
+    "rates of a module": (
+        lambda: family("lslr").init(torch.nn.Linear(1, 1)),
+        fo.LeafError,
+        r"params\['<root>'\] is Linear, not a tensor; a module's parameters are dict",
+    ),
+    "rates of whole numbers": (
+        lambda: family("metasgd").init({"n": torch.ones(2, dtype=torch.int64)}),
+        fo.LeafError,
+        r"params\['n'\] is torch.int64",
     ),
     "a rate that its part has not": (
         lambda: family("metasgd", UNRATED).init(params()),

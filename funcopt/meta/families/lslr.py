@@ -51,6 +51,7 @@ def lslr(
     Raises:
         HyperparameterError: ``steps`` below 1; by ``init``, an inner ``lr`` that is no
             number.
+        LeafError: by ``init``, for a leaf that is no floating-point tensor.
         StructureError: by ``task_loss``, for weights that are not [K].
         Whatever `maml` raises.
 
@@ -70,7 +71,7 @@ def lslr(
     check_count("steps", steps)
 
     def init(params: Tree) -> Tree:
-        rates = first_rates(inner.hyper.get("lr"), params)
+        rates = first_rates(inner, params)
         return {
             "params": params,
             "lr": tree.map(lambda p, r: filled(p, [steps], r), params, rates),
