@@ -529,6 +529,11 @@ def test_what_is_not_finite_is_counted():
     assert many["c"].tolist() == [2, 1]
 
 
+def longer() -> Any:
+    """θ of one step more."""
+    return family("lslr", steps=STEPS + 1).init(params())
+
+
 BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
     "a mask of the query alone": (
         lambda: family("reptile").task_loss(
@@ -568,6 +573,32 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
         ),
         fo.HyperparameterError,
         "steps must be a whole number ≥ 0, got 1.5",
+    ),
+    "rates of more steps, by weights": (
+        lambda: family("lslr").task_loss(longer(), one(tasks_of_test, 0), torch.ones(3)),
+        fo.StructureError,
+        r"theta\['lr'\] holds the rates of 4 steps, and this lslr learns those of 3",
+    ),
+    "rates of fewer steps, by weights": (
+        lambda: family("lslr", steps=5).task_loss(
+            longer(), one(tasks_of_test, 0), torch.ones(5)
+        ),
+        fo.StructureError,
+        "the rates of 4 steps, and this lslr learns those of 5",
+    ),
+    "rates of more steps, beyond training": (
+        lambda: fo.meta.adapt(
+            family("lslr"), longer(), one(tasks_of_test, 0)[0], steps=9
+        ),
+        fo.StructureError,
+        "the rates of 4 steps, and this lslr learns those of 3",
+    ),
+    "one rate for all steps": (
+        lambda: fo.meta.adapt(
+            family("lslr"), {"params": ONES, "lr": ONES.sum()}, ONES, steps=9
+        ),
+        fo.StructureError,
+        r"theta\['lr'\]\['<root>'\] must be a tensor with a leading axis",
     ),
     "a list of weights": (
         lambda: family("lslr").task_loss(theta_of("lslr"), one(tasks_of_test, 0), [1.0]),
