@@ -68,7 +68,9 @@ class CallContext:
                 "fo.per_step(torch.stack([schedule(k) for k in range(steps)]))), or pass "
                 "fo.detach(...) of it"
             )
-        return [*results]
+        # The graph is to hang on these alone: the optimizer keeps its own results, to
+        # write into them again, and would be held by the graph that they hold.
+        return [x.detach() for x in results]
 
     def back(
         self,
