@@ -70,14 +70,16 @@ def map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     )
 
 
-def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
-    """The leaves of ``tree``, which has to have ``structure``; ``what`` names it."""
+def flatten_like(
+    structure: Structure, tree: Tree, what: str, like: str = "params"
+) -> list[Any]:
+    """The leaves of the tree ``what``, which has to have the structure of ``like``."""
     try:
         return structure.flatten_up_to(tree)  # eight times faster than a fresh flatten
     except ValueError:
         raise StructureError(
-            f"{what} must have the structure of params: "
-            + difference(structure, flatten(tree)[1])
+            f"{what} must have the structure of {like}: "
+            + difference(structure, flatten(tree)[1], like)
         ) from None
 
 
@@ -206,8 +208,8 @@ def paths(structure: Structure) -> tuple[str, ...]:
     )
 
 
-def difference(expected: Structure, found: Structure) -> str:
-    """The paths that one structure has and the other lacks, in words."""
+def difference(expected: Structure, found: Structure, like: str = "params") -> str:
+    """The paths that one structure, that of ``like``, has and the other lacks."""
     wanted, given = paths(expected), paths(found)
     missing = [path for path in wanted if path not in set(given)]
     extra = [path for path in given if path not in set(wanted)]
@@ -217,7 +219,7 @@ def difference(expected: Structure, found: Structure) -> str:
     if missing:
         words.append(f"missing {some(missing)}")
     if extra:
-        words.append(f"not in params {some(extra)}")
+        words.append(f"not in {like} {some(extra)}")
     if any(path.startswith(f"{branch}.") for path in missing for branch in extra):
         words.append("a branch takes a value, or None, for each of its leaves")
     return "; ".join(words)

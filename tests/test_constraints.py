@@ -82,6 +82,22 @@ def test_a_simplex_there_and_back(exponents: list[float]):
     assert torch.allclose(simplex.inverse(simplex(x)), x, rtol=1e-13, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32,
+                                   torch.float64], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", ["exp", "one_minus_exp"])
+def test_the_largest_numbers_there_and_back(name: str, dtype: torch.dtype):
+    """All that a dtype has, to its own rounding, which the logarithm's error grows by."""
+    largest, unit = torch.finfo(dtype).max, torch.finfo(dtype).eps
+    y = torch.tensor([1.0, 0.9, 0.6, 0.3], dtype=torch.float64).mul(largest).to(dtype)
+    y = -y if name == "one_minus_exp" else y
+    x = ALL[name].inverse(y)
+    off = ALL[name](x).double() / y.double() - 1
+    assert (off.abs() <= unit * (1 + x.double().abs())).all()
+    beyond = torch.tensor([2.0, 1e4], dtype=dtype) * x[0]
+    slopes: Any = jvp(ALL[name], (beyond,), (torch.ones_like(beyond),))
+    assert slopes[0].isfinite().all() and not slopes[1].any()
+
+
 EXTREMES = (-1e300, -1e5, -745.0, -40.0, -1e-300, 0.0, 1e-300, 40.0, 708.0)
 
 
@@ -179,9 +195,13 @@ def test_estimators_give_the_gradient_of_what_is_free(name: str):
 REFUSED: list[tuple[Callable[[], Any], list[str]]] = [
     (lambda: fo.meta.exp().inverse(f64(0.1, -2.0)), ["exp", "-2"]),
     (lambda: fo.meta.exp().inverse(f64(nan)), ["exp", "nan"]),
+    (lambda: fo.meta.exp().inverse(f64(1.0, inf)), ["exp", ": inf"]),
+    (lambda: fo.meta.softplus().inverse(f64(inf)), ["softplus", ": inf"]),
     (lambda: fo.meta.softplus().inverse(f64(0.0)), ["softplus", ": 0"]),
     (lambda: fo.meta.sigmoid().inverse(f64(1.0)), ["sigmoid", ": 1"]),
     (lambda: fo.meta.one_minus_exp().inverse(f64(1.5)), ["one_minus_exp", "1.5"]),
+    (lambda: fo.meta.one_minus_exp().inverse(f64(-inf)), ["one_minus_exp", "-inf"]),
+    (lambda: fo.meta.simplex().inverse(f64(inf, 1.0)), ["simplex", "inf"]),
     (lambda: fo.meta.box(1.0, 2.0).inverse(f64(3.0)), ["box(1.0, 2.0)", ": 3"]),
     (lambda: fo.meta.simplex().inverse(f64(0.0, 1.0)), ["simplex", ": 0"]),
     (lambda: vmap(fo.meta.exp().inverse)(f64(1.0, -2.0)), ["exp", "-2"]),

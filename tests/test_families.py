@@ -23,6 +23,8 @@ UNRATED = fo.partition(
     fo.by_name({"body*": "b"}, default="a"),
 )
 NOT_LEARNED = {"cavia": "context"}
+ONES = torch.ones(2)
+OF_TORCH: Any = torch.optim.SGD([ONES], lr=0.1)
 
 Params = dict[str, Tensor]
 Points = tuple[Tensor, Tensor]
@@ -527,7 +529,39 @@ def test_what_is_not_finite_is_counted():
     assert many["c"].tolist() == [2, 1]
 
 
+def longer() -> Any:
+    """θ of one step more."""
+    return family("lslr", steps=STEPS + 1).init(params())
+
+
 BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
+    "a mask of the query alone": (
+        lambda: family("reptile").task_loss(
+            params(), ({"y": torch.ones(2), "m": None}, {"y": torch.ones(3), "m": ONES})
+        ),
+        fo.StructureError,
+        r"joins support and query .* 'm' is None in support and .2. in query; .*batches=",
+    ),
+    "data without rows": (
+        lambda: family("reptile").task_loss(params(), (torch.ones(()), torch.ones(()))),
+        fo.StructureError,
+        r"'<root>' is \[\] in support and \[\] in query",
+    ),
+    "rows of other lengths": (
+        lambda: family("reptile").task_loss(params(), (torch.ones(2, 2), ONES)),
+        fo.StructureError,
+        r"is \[2, 2\] in support and \[2\] in query",
+    ),
+    "a number for data": (
+        lambda: family("reptile").task_loss(params(), ({"n": 3}, {"n": ONES})),
+        fo.StructureError,
+        r"'n' is 3 in support and \[2\] in query",
+    ),
+    "data that the support has not": (
+        lambda: family("reptile").task_loss(params(), ({"y": ONES}, {"m": ONES})),
+        fo.StructureError,
+        "query must have the structure of support: missing 'y'; not in support 'm'",
+    ),
     "no step to have a rate": (
         lambda: family("lslr", steps=0),
         fo.HyperparameterError,
@@ -539,6 +573,32 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
         ),
         fo.HyperparameterError,
         "steps must be a whole number ≥ 0, got 1.5",
+    ),
+    "rates of more steps, by weights": (
+        lambda: family("lslr").task_loss(longer(), one(tasks_of_test, 0), torch.ones(3)),
+        fo.StructureError,
+        r"theta\['lr'\] holds the rates of 4 steps, and this lslr learns those of 3",
+    ),
+    "rates of fewer steps, by weights": (
+        lambda: family("lslr", steps=5).task_loss(
+            longer(), one(tasks_of_test, 0), torch.ones(5)
+        ),
+        fo.StructureError,
+        "the rates of 4 steps, and this lslr learns those of 5",
+    ),
+    "rates of more steps, beyond training": (
+        lambda: fo.meta.adapt(
+            family("lslr"), longer(), one(tasks_of_test, 0)[0], steps=9
+        ),
+        fo.StructureError,
+        "the rates of 4 steps, and this lslr learns those of 3",
+    ),
+    "one rate for all steps": (
+        lambda: fo.meta.adapt(
+            family("lslr"), {"params": ONES, "lr": ONES.sum()}, ONES, steps=9
+        ),
+        fo.StructureError,
+        r"theta\['lr'\]\['<root>'\] must be a tensor with a leading axis",
     ),
     "a list of weights": (
         lambda: family("lslr").task_loss(theta_of("lslr"), one(tasks_of_test, 0), [1.0]),
@@ -561,6 +621,21 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
         lambda: family("metasgd", fo.sgd(lr=fo.Schedule(float))).init(params()),
         fo.HyperparameterError,
         "learned rate of 'body.bias' starts from a number, not .*Schedule",
+    ),
+    "rates of torch.optim": (
+        lambda: family("metasgd", OF_TORCH).init(params()),
+        fo.HyperparameterTypeError,
+        "a family that learns rates takes an Optimizer, not SGD",
+    ),
+    "rates of a module": (
+        lambda: family("lslr").init(torch.nn.Linear(1, 1)),
+        fo.LeafError,
+        r"params\['<root>'\] is Linear, not a tensor; a module's parameters are dict",
+    ),
+    "rates of whole numbers": (
+        lambda: family("metasgd").init({"n": torch.ones(2, dtype=torch.int64)}),
+        fo.LeafError,
+        r"params\['n'\] is torch.int64",
     ),
     "a rate that its part has not": (
         lambda: family("metasgd", UNRATED).init(params()),

@@ -378,3 +378,26 @@ def test_an_optimizer_that_is_dropped_takes_its_buffers_along(donate: bool):
         assert not any(x() is not None for x in seen)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("options", [{"remat": 1}, {"remat": 9}, {}], ids=str)
+def test_no_graph_hangs_on_what_is_kept_to_be_written_into(options: Any, backward: bool):
+    """It would hold the optimizer that holds it: an unroll would never be freed."""
+    held: list[Any] = []
+
+    def run() -> None:
+        opt, scale = fo.adamw(), torch.ones(3)
+        params = {name: torch.zeros(3, requires_grad=True) for name in "abc"}
+        held.extend(map(weakref.ref, (opt, scale)))
+
+        def loss(p: Any, _: Any) -> torch.Tensor:
+            return torch.stack([(x - scale).square().sum() for x in p.values()]).sum()
+
+        end = fo.unroll(opt, loss, params, steps=3, **options).params
+        if backward:
+            assert torch.autograd.grad(end["a"].sum(), params["a"])[0].all()
+
+    run()
+    gc.collect()
+    assert not any(x() is not None for x in held)

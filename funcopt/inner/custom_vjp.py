@@ -70,8 +70,8 @@ class CallContext:
                 "fo.per_step(torch.stack([schedule(k) for k in range(steps)]))), or pass "
                 "fo.detach(...) of it"
             )
-        # Aliases: autograd writes the graph into the tensors that it is given, and an
-        # optimizer may hold those, to write into them again.
+        # The graph is to hang on these alone: the optimizer keeps its own results, to
+        # write into them again, and would be held by the graph that they hold.
         return [x.detach() for x in results]
 
     def back(

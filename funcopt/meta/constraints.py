@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import floor, log
+from math import log
 from typing import Any, final
 
 import torch
@@ -65,10 +65,10 @@ def exp() -> Constraint:
     .. math:: y = e^x, \qquad x = \log y
 
     Returns:
-        A constraint; where y would overflow (x ≥ 89 in float32) it is constant.
+        A constraint; where y would overflow (x > 88.7 in float32) it is constant.
 
     Raises:
-        HyperparameterError: by ``inverse``, for a number that is not positive.
+        HyperparameterError: by ``inverse``, for a number not positive, or infinite.
 
     Source:
         Bengio, "Gradient-based optimization of hyperparameters", 2000.
@@ -95,7 +95,7 @@ def softplus() -> Constraint:
         A constraint.
 
     Raises:
-        HyperparameterError: by ``inverse``, for a number that is not positive.
+        HyperparameterError: by ``inverse``, for a number not positive, or infinite.
 
     Source:
         Dugas, Bengio, Bélisle, Nadeau, Garcia, "Incorporating second-order functional
@@ -156,10 +156,10 @@ def one_minus_exp() -> Constraint:
     0.9, 0.99, 0.999. Above x = 0 there is y < 0: `sigmoid` keeps out of it.
 
     Returns:
-        A constraint; where y would overflow (x ≥ 89 in float32) it is constant.
+        A constraint; where y would overflow (x > 88.7 in float32) it is constant.
 
     Raises:
-        HyperparameterError: by ``inverse``, for a number that is not below 1.
+        HyperparameterError: by ``inverse``, for a number not below 1, or infinite.
 
     Source:
         Metz, Maheswaranathan, Sun, Freeman, Poole, Sohl-Dickstein, "Using a thousand
@@ -237,7 +237,7 @@ def simplex() -> Constraint:
 
     Raises:
         StructureError: a 0-d tensor, of which softmax makes 1.
-        HyperparameterError: by ``inverse``, for a number that is not positive.
+        HyperparameterError: by ``inverse``, for a number not positive, or infinite.
 
     Source:
         Bridle, "Probabilistic interpretation of feedforward classification network
@@ -277,12 +277,13 @@ def _of_tensors(
 
 def _below(x: Tensor) -> Tensor:
     """What has an exponential: derivatives are to be finite at any number."""
-    return x.clamp(max=floor(log(torch.finfo(x.dtype).max)))
+    kind = torch.finfo(x.dtype)
+    return x.clamp(max=log(kind.max) * (1 - kind.eps))  # to the last number, rounded
 
 
 def _inside(name: str, y: Tensor, allowed: Tensor) -> Tensor:
     """``y``; raises where a value that can be seen is not allowed."""
-    seen = concrete.peek(allowed)
+    seen = concrete.peek(allowed & y.isfinite())
     if seen is not None and not bool(seen.all()):
         worst = concrete.peek(y)
         given = "" if worst is None else f": {worst[~seen].flatten()[0].item():g}"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from funcopt import select, tree
+from funcopt.checks import check_params
 from funcopt.errors import (
     HyperparameterError,
     HyperparameterTypeError,
@@ -14,6 +15,7 @@ from funcopt.errors import (
 from funcopt.inner.loop import is_absent
 from funcopt.inner.loss import called
 from funcopt.inner.unroll import Unrolled
+from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import LossFunction, Tensor, Tree
 
 Adapt = Callable[..., Unrolled]
@@ -98,10 +100,12 @@ def squared_distance(one: Tree, other: Tree) -> Tensor:
     return torch.stack(tree.present(squares)).sum()
 
 
-def first_rates(lr: Any, params: Tree) -> Tree:
+def first_rates(inner: Optimizer, params: Tree) -> Tree:
     """A tree like params of the numbers that the learned rates start from."""
-    structure = tree.flatten(params)[1]
-    values = select.per_leaf(lr, structure, "lr")
+    check_optimizer(inner, "a family that learns rates")
+    leaves, structure = tree.flatten(params)
+    check_params(leaves, structure)
+    values = select.per_leaf(inner.hyper.get("lr"), structure, "lr")
     for path, value in zip(tree.paths(structure), values):
         if not isinstance(value, float | int) and not (
             isinstance(value, Tensor) and not value.ndim

@@ -51,7 +51,9 @@ def lslr(
     Raises:
         HyperparameterError: ``steps`` below 1; by ``init``, an inner ``lr`` that is no
             number.
-        StructureError: by ``task_loss``, for weights that are not [K].
+        LeafError: by ``init``, for a leaf that is no floating-point tensor.
+        StructureError: by ``task_loss``, for weights that are not [K]; for rates of
+            another number of steps.
         Whatever `maml` raises.
 
     Source:
@@ -70,15 +72,25 @@ def lslr(
     check_count("steps", steps)
 
     def init(params: Tree) -> Tree:
-        rates = first_rates(inner.hyper.get("lr"), params)
+        rates = first_rates(inner, params)
         return {
             "params": params,
             "lr": tree.map(lambda p, r: filled(p, [steps], r), params, rates),
         }
 
+    def of_its_steps(theta: Tree) -> tuple[Tree, Tree]:
+        params, rates = parts(theta)
+        found = tree.leading_axis(rates, "theta['lr']")
+        if found != steps:
+            raise StructureError(
+                f"theta['lr'] holds the rates of {found} steps, and this lslr learns "
+                f"those of {steps}: make it with steps={found}"
+            )
+        return params, rates
+
     def adapt(theta: Tree, support: Tree, steps: int = steps) -> Unrolled:
         check_count("steps", steps, least=0)
-        params, rates = parts(theta)
+        params, rates = of_its_steps(theta)
         rates = rates if steps == learned_steps else _prolonged(rates, steps)
         hyper = {"lr": per_step(rates)}
         return unroll(
@@ -95,7 +107,7 @@ def lslr(
             )
         support, query = pair(task)
         outs, on = [], dict(options)
-        (params, every), window = parts(theta), options.get("window")
+        (params, every), window = of_its_steps(theta), options.get("window")
         for k in range(steps):
             rates = {"lr": tree.map(itemgetter(k), every)}
             run = unroll(inner, loss_fn, params, support, steps=1, hyper=rates, **on)

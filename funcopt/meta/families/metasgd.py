@@ -36,6 +36,7 @@ def metasgd(
 
     Raises:
         HyperparameterError: by ``init``, when the inner ``lr`` is no number.
+        LeafError: by ``init``, for a leaf that is no floating-point tensor.
         Whatever `maml` raises.
 
     Source:
@@ -54,7 +55,7 @@ def metasgd(
     """
 
     def init(params: Tree) -> Tree:
-        rates = first_rates(inner.hyper.get("lr"), params)
+        rates = first_rates(inner, params)
         return {
             "params": params,
             "lr": tree.map(lambda p, r: filled(p, p.shape, r), params, rates),

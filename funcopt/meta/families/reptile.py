@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from funcopt import tree
+from funcopt.errors import StructureError
 from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.meta.families.family import Family, itself, judged, pair, squared_distance
 from funcopt.optimizer import Optimizer
-from funcopt.types import LossFunction, Tree
+from funcopt.types import LossFunction, Tensor, Tree
 
 
 def reptile(
@@ -44,6 +45,7 @@ def reptile(
         A `Family`, as of `maml`.
 
     Raises:
+        StructureError: by ``task_loss``, for a support and a query that cannot be joined.
         Whatever `maml` raises.
 
     Source:
@@ -66,8 +68,7 @@ def reptile(
         support, query = pair(task)
         start = tree.detach(theta)
         if batches is None:
-            joined = tree.map(lambda a, b: torch.cat([a, b]), support, query)
-            run = adapt(start, joined)
+            run = adapt(start, _joined(support, query))
         else:
             dealt = batches(task)
             run = unroll(inner, loss_fn, start, batches=dealt, steps=steps, **options)
@@ -78,3 +79,30 @@ def reptile(
         return loss, judged(loss_fn, run.params, query, run.buffers)[1]
 
     return Family(itself, adapt, task_loss, itself)
+
+
+def _joined(support: Tree, query: Tree) -> Tree:
+    """All the data of a task, along their first axes."""
+    ours, structure = tree.flatten(support)
+    theirs = tree.flatten_like(structure, query, "query", like="support")
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        if not _fit(a, b):
+            raise StructureError(
+                "reptile joins support and query along their first axes, but "
+                f"'{tree.paths(structure)[i]}' is {_form(a)} in support and {_form(b)} "
+                "in query; give batches=, a function from a task to its minibatches"
+            )
+    rows = [a if a is None else torch.cat([a, b]) for a, b in zip(ours, theirs)]
+    return tree.unflatten(structure, rows)
+
+
+def _fit(a: Any, b: Any) -> bool:
+    """Whether both are rows of one kind, or missing."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return a is b is None
+    return a.ndim == b.ndim > 0 and a.shape[1:] == b.shape[1:]
+
+
+def _form(leaf: Any) -> str:
+    """What it is, in words."""
+    return str([*leaf.shape]) if isinstance(leaf, Tensor) else repr(leaf)
