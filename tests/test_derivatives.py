@@ -9,7 +9,7 @@ from row import Case
 from table import ENDS, MIXES
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad
+from torch.func import grad, jvp, vmap
 from trees import assert_close, mixed, random_like, relative
 
 import funcopt as fo
@@ -134,6 +134,25 @@ def test_central_differences(case: Case):
         along = tree.map(lambda s, d: (s * d).sum(), slopes, direction)
         slope = torch.stack(tree.leaves(along)).sum()
         assert relative((ahead - behind) / (2 * h), slope) <= 1e-7
+
+
+@pytest.mark.parametrize("case", [c for c in ENDS if not c.row.elementwise], ids=str)
+def test_forward_mode_around_tasks_with_states_of_their_own(case: Case):
+    """The states have the tasks' axis and no tangent, which torch cannot ask them."""
+    opt = case.optimizer()
+    tasks = tree.map(lambda p: torch.stack([p, 0.9 * p]), case.small(seed=1))
+    grads, direction = random_like(tasks, seed=2), random_like(tasks, seed=3)
+    _, state = vmap(opt.update)(tasks, vmap(opt.init)(tasks), tasks)
+
+    def step(state: State, g: Tree, p: Tree) -> Tree:
+        return opt.update(g, state, p)
+
+    def along(state: State, g: Tree, p: Tree, d: Tree) -> Tree:
+        return jvp(lambda p: step(state, g, p)[0], (p,), (d,))[1]
+
+    expected = vmap(along)(state, grads, tasks, direction)
+    found = jvp(lambda p: vmap(step)(state, grads, p)[0], (tasks,), (direction,))[1]
+    assert_close(found, expected, max(1e-13, case.row.rounding))
 
 
 # Of a float64 pow against Python's; in float32 nothing of it is left.

@@ -121,6 +121,22 @@ def batched_in_a_tracked_tensor(probe: Probe) -> None:
     grad(outer)(torch.ones(3, 2))
 
 
+def each_row(rows: Tensor, probe: Probe) -> None:
+    vmap(lambda x: (probe(x), x)[1])(rows)
+
+
+def batched_in_a_dual_tensor(probe: Probe) -> None:
+    rows = torch.ones(3, 2)
+    with dual_level():
+        each_row(forward_ad.make_dual(rows, rows), probe)
+
+
+def batched_beside_a_tangent(probe: Probe) -> None:
+    """As the state is, where the parameters of all tasks have a tangent."""
+    rows = torch.ones(3, 2)
+    pushed(lambda x: (each_row(rows, probe), x)[1])(plain())
+
+
 def after(probe: Probe) -> None:
     """A transform that has ended leaves nothing behind, not even by an error."""
 
@@ -156,6 +172,9 @@ ROWS: dict[str, tuple[bool, bool, Context]] = {
     "vmap of grad": (True, True, through(lambda f: vmap(grad(f)), torch.ones(3, 2))),
     "grad of vmap": (True, True, batched_in_a_tracked_tensor),
     "vmap of jvp": (True, True, through(lambda f: vmap(pushed(f)), torch.ones(3, 2))),
+    "jvp of vmap": (True, True, through(lambda f: pushed(vmap(f)), torch.ones(3, 2))),
+    "vmap of a dual tensor": (True, True, batched_in_a_dual_tensor),
+    "vmap of no tangent, jvp": (True, False, batched_beside_a_tangent),
     "grad of grad": (
         True,
         True,

@@ -252,11 +252,21 @@ def of_inference(tensors: Iterable[Tensor]) -> bool:
 def is_tracked(tensor: Tensor) -> bool:
     """Whether this tensor carries a gradient or a tangent, at any transform level."""
     while True:
-        if tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor.requires_grad or _has_own_tangent(tensor):
             return True
         if not _functorch.is_functorch_wrapped_tensor(tensor):
             return False
         tensor = _functorch.get_unwrapped(tensor)
+
+
+def _has_own_tangent(tensor: Tensor) -> bool:
+    """Whether it carries a tangent itself; of a batch what is within it does.
+
+    torch has no batching rule to look for one.
+    """
+    if _functorch.is_batchedtensor(tensor):
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def is_transformed(tensor: Tensor) -> bool:
