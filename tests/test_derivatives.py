@@ -155,6 +155,37 @@ def test_forward_mode_around_tasks_with_states_of_their_own(case: Case):
     assert_close(found, expected, max(1e-13, case.row.rounding))
 
 
+def pushed(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: jvp(function, (x,), (torch.ones_like(x),))[1]
+
+
+@pytest.mark.parametrize("execution", [None, "reference"])
+@pytest.mark.parametrize("name", ["nadam", "madgrad", "lamb", "adafactor", "shampoo"])
+def test_forward_mode_from_a_float32_number(name: str, execution: str | None):
+    """Torch makes a float64 tangent of it and a Python number (pytorch#90065)."""
+    opt, start = getattr(fo, name)(lr=0.05), random_like(torch.zeros(2, 3), seed=1)
+
+    def trained(x: Tensor) -> Tensor:
+        def loss(p: Tree) -> Tensor:
+            return 0.5 * x * sum((q - x).square().sum() for q in p.values())
+
+        p = {"matrix": start.to(x.dtype), "number": 2.0 * x}
+        state = opt.init(p)
+        for _ in range(2):
+            p, state = opt.update(grad(loss)(p), state, p, execution=execution)
+        return p["matrix"].sum() + p["number"]
+
+    first, second = grad(trained), grad(grad(trained))
+    x = torch.tensor(0.7)
+    for found, expected in (
+        (pushed(trained), first),
+        (pushed(pushed(trained)), second),
+        (pushed(first), second),
+    ):
+        slope = expected(x.double())
+        assert slope.abs() > 0.01 and relative(found(x).double(), slope) <= 1e-3
+
+
 # Of a float64 pow against Python's; in float32 nothing of it is left.
 ROUNDING = {torch.float64: 1e-15, torch.float32: 0.0}
 

@@ -87,6 +87,8 @@ def with_alike_tangent(x: Tensor) -> Tensor:
     (https://github.com/pytorch/pytorch/issues/90065). A cast takes the tangent with it;
     to a wider dtype and back no number changes.
     """
+    if not in_forward_mode():
+        return x
     wide = torch.promote_types(x.dtype, torch.float64)
     return x if x.dtype is wide else x.to(wide).to(x.dtype)
 
