@@ -8,7 +8,7 @@ import torch
 from row import Case
 from table import ENDS, MIXES
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 from trees import assert_close, mixed, random_like, relative
 
@@ -152,6 +152,11 @@ def test_forward_mode_around_tasks_with_states_of_their_own(case: Case):
 
     expected = vmap(along)(state, grads, tasks, direction)
     found = jvp(lambda p: vmap(step)(state, grads, p)[0], (tasks,), (direction,))[1]
+    assert_close(found, expected, max(1e-13, case.row.rounding))
+    with forward_ad.dual_level():
+        dual = tree.map(forward_ad.make_dual, tasks, direction)
+        new, _ = vmap(step)(state, grads, dual)
+        found = tree.map(lambda p: forward_ad.unpack_dual(p).tangent, new)
     assert_close(found, expected, max(1e-13, case.row.rounding))
 
 
