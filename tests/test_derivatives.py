@@ -191,6 +191,22 @@ def test_forward_mode_from_a_float32_number(name: str, execution: str | None):
         assert slope.abs() > 0.01 and relative(found(x).double(), slope) <= 1e-3
 
 
+@pytest.mark.parametrize("name", ["asgd", "schedule_free_sgd", "schedule_free_adamw"])
+def test_a_tangent_around_grad_goes_through_numbers_of_the_state(name: str):
+    """Inside of grad torch does not show it, and the number was taken for a constant."""
+    opt, start = getattr(fo, name)(), random_like(torch.zeros(4).double(), seed=1)
+
+    def trained(lr: Tensor, p: Tensor) -> Tensor:
+        state = opt.init(p)
+        for _ in range(3):
+            p, state = opt.update(p.sin() + 0.2 * p, state, p, lr=lr)
+        return p.cos().sum()
+
+    lr = torch.tensor(0.1).double()
+    found = pushed(lambda lr: grad(trained, argnums=1)(lr, start))(lr)
+    assert_close(found, grad(lambda p: grad(trained)(lr, p))(start), 1e-12)
+
+
 # Of a float64 pow against Python's; in float32 nothing of it is left.
 ROUNDING = {torch.float64: 1e-15, torch.float32: 0.0}
 

@@ -114,6 +114,11 @@ def outer_level(probe: Probe) -> None:
     grad(outer)(plain())
 
 
+def outer_tangent(probe: Probe) -> None:
+    """What only an outer jvp follows."""
+    pushed(lambda y: grad(lambda x: (probe(y), (x * y).sum())[1])(plain()))(plain())
+
+
 def batched_in_a_tracked_tensor(probe: Probe) -> None:
     def outer(rows: Tensor) -> Tensor:
         return vmap(lambda x: (probe(x), x.sum())[1])(rows).sum()
@@ -181,6 +186,7 @@ ROWS: dict[str, tuple[bool, bool, Context]] = {
         through(lambda f: grad(lambda x: grad(f)(x).sum()), plain()),
     ),
     "an outer grad's tensor": (True, True, outer_level),
+    "an outer jvp's tensor": (True, True, outer_tangent),
     "functionalize": (True, False, through(functionalize, plain())),
     "dual tensor": (True, True, in_dual_level),
     "plain tensor, dual level": (True, False, beside_dual_level),
