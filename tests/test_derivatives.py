@@ -8,8 +8,8 @@ import torch
 from row import Case
 from table import ENDS, MIXES
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import grad, jvp, vmap
 from trees import assert_close, mixed, random_like, relative
 
 import funcopt as fo
@@ -134,6 +134,77 @@ def test_central_differences(case: Case):
         along = tree.map(lambda s, d: (s * d).sum(), slopes, direction)
         slope = torch.stack(tree.leaves(along)).sum()
         assert relative((ahead - behind) / (2 * h), slope) <= 1e-7
+
+
+@pytest.mark.parametrize("case", [c for c in ENDS if not c.row.elementwise], ids=str)
+def test_forward_mode_around_tasks_with_states_of_their_own(case: Case):
+    """The states have the tasks' axis and no tangent, which torch cannot ask them."""
+    opt = case.optimizer()
+    tasks = tree.map(lambda p: torch.stack([p, 0.9 * p]), case.small(seed=1))
+    grads, direction = random_like(tasks, seed=2), random_like(tasks, seed=3)
+    _, state = vmap(opt.update)(tasks, vmap(opt.init)(tasks), tasks)
+
+    def step(state: State, g: Tree, p: Tree) -> Tree:
+        return opt.update(g, state, p)
+
+    def along(state: State, g: Tree, p: Tree, d: Tree) -> Tree:
+        return jvp(lambda p: step(state, g, p)[0], (p,), (d,))[1]
+
+    expected = vmap(along)(state, grads, tasks, direction)
+    found = jvp(lambda p: vmap(step)(state, grads, p)[0], (tasks,), (direction,))[1]
+    assert_close(found, expected, max(1e-13, case.row.rounding))
+    with forward_ad.dual_level():
+        dual = tree.map(forward_ad.make_dual, tasks, direction)
+        new, _ = vmap(step)(state, grads, dual)
+        found = tree.map(lambda p: forward_ad.unpack_dual(p).tangent, new)
+    assert_close(found, expected, max(1e-13, case.row.rounding))
+
+
+def pushed(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: jvp(function, (x,), (torch.ones_like(x),))[1]
+
+
+@pytest.mark.parametrize("execution", [None, "reference"])
+@pytest.mark.parametrize("name", ["nadam", "madgrad", "lamb", "adafactor", "shampoo"])
+def test_forward_mode_from_a_float32_number(name: str, execution: str | None):
+    """Torch makes a float64 tangent of it and a Python number (pytorch#90065)."""
+    opt, start = getattr(fo, name)(lr=0.05), random_like(torch.zeros(2, 3), seed=1)
+
+    def trained(x: Tensor) -> Tensor:
+        def loss(p: Tree) -> Tensor:
+            return 0.5 * x * sum((q - x).square().sum() for q in p.values())
+
+        p = {"matrix": start.to(x.dtype), "number": 2.0 * x}
+        state = opt.init(p)
+        for _ in range(2):
+            p, state = opt.update(grad(loss)(p), state, p, execution=execution)
+        return p["matrix"].sum() + p["number"]
+
+    first, second = grad(trained), grad(grad(trained))
+    x = torch.tensor(0.7)
+    for found, expected in (
+        (pushed(trained), first),
+        (pushed(pushed(trained)), second),
+        (pushed(first), second),
+    ):
+        slope = expected(x.double())
+        assert slope.abs() > 0.01 and relative(found(x).double(), slope) <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["asgd", "schedule_free_sgd", "schedule_free_adamw"])
+def test_a_tangent_around_grad_goes_through_numbers_of_the_state(name: str):
+    """Inside of grad torch does not show it, and the number was taken for a constant."""
+    opt, start = getattr(fo, name)(), random_like(torch.zeros(4).double(), seed=1)
+
+    def trained(lr: Tensor, p: Tensor) -> Tensor:
+        state = opt.init(p)
+        for _ in range(3):
+            p, state = opt.update(p.sin() + 0.2 * p, state, p, lr=lr)
+        return p.cos().sum()
+
+    lr = torch.tensor(0.1).double()
+    found = pushed(lambda lr: grad(trained, argnums=1)(lr, start))(lr)
+    assert_close(found, grad(lambda p: grad(trained)(lr, p))(start), 1e-12)
 
 
 # Of a float64 pow against Python's; in float32 nothing of it is left.

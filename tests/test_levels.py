@@ -114,11 +114,32 @@ def outer_level(probe: Probe) -> None:
     grad(outer)(plain())
 
 
+def outer_tangent(probe: Probe) -> None:
+    """What only an outer jvp follows."""
+    pushed(lambda y: grad(lambda x: (probe(y), (x * y).sum())[1])(plain()))(plain())
+
+
 def batched_in_a_tracked_tensor(probe: Probe) -> None:
     def outer(rows: Tensor) -> Tensor:
         return vmap(lambda x: (probe(x), x.sum())[1])(rows).sum()
 
     grad(outer)(torch.ones(3, 2))
+
+
+def each_row(rows: Tensor, probe: Probe) -> None:
+    vmap(lambda x: (probe(x), x)[1])(rows)
+
+
+def batched_in_a_dual_tensor(probe: Probe) -> None:
+    rows = torch.ones(3, 2)
+    with dual_level():
+        each_row(forward_ad.make_dual(rows, rows), probe)
+
+
+def batched_beside_a_tangent(probe: Probe) -> None:
+    """As the state is, where the parameters of all tasks have a tangent."""
+    rows = torch.ones(3, 2)
+    pushed(lambda x: (each_row(rows, probe), x)[1])(plain())
 
 
 def after(probe: Probe) -> None:
@@ -156,12 +177,16 @@ ROWS: dict[str, tuple[bool, bool, Context]] = {
     "vmap of grad": (True, True, through(lambda f: vmap(grad(f)), torch.ones(3, 2))),
     "grad of vmap": (True, True, batched_in_a_tracked_tensor),
     "vmap of jvp": (True, True, through(lambda f: vmap(pushed(f)), torch.ones(3, 2))),
+    "jvp of vmap": (True, True, through(lambda f: pushed(vmap(f)), torch.ones(3, 2))),
+    "vmap of a dual tensor": (True, True, batched_in_a_dual_tensor),
+    "vmap of no tangent, jvp": (True, False, batched_beside_a_tangent),
     "grad of grad": (
         True,
         True,
         through(lambda f: grad(lambda x: grad(f)(x).sum()), plain()),
     ),
     "an outer grad's tensor": (True, True, outer_level),
+    "an outer jvp's tensor": (True, True, outer_tangent),
     "functionalize": (True, False, through(functionalize, plain())),
     "dual tensor": (True, True, in_dual_level),
     "plain tensor, dual level": (True, False, beside_dual_level),

@@ -93,6 +93,8 @@ def with_alike_tangent(x: Tensor) -> Tensor:
     (https://github.com/pytorch/pytorch/issues/90065). A cast takes the tangent with it;
     to a wider dtype and back no number changes.
     """
+    if not in_forward_mode():
+        return x
     wide = torch.promote_types(x.dtype, torch.float64)
     return x if x.dtype is wide else x.to(wide).to(x.dtype)
 
@@ -258,11 +260,31 @@ def of_inference(tensors: Iterable[Tensor]) -> bool:
 def is_tracked(tensor: Tensor) -> bool:
     """Whether this tensor carries a gradient or a tangent, at any transform level."""
     while True:
-        if tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor.requires_grad or _has_own_tangent(tensor):
             return True
         if not _functorch.is_functorch_wrapped_tensor(tensor):
             return False
         tensor = _functorch.get_unwrapped(tensor)
+
+
+def _has_own_tangent(tensor: Tensor) -> bool:
+    """Whether it carries a tangent itself; of a batch what is within it does.
+
+    torch has no batching rule to look for one. And inside of `grad` it does not show that
+    of a jvp around it: there each tensor of that level counts as having one.
+    """
+    if _functorch.is_batchedtensor(tensor):
+        return False
+    if _functorch.is_gradtrackingtensor(tensor):
+        *around, _ = _functorch.get_interpreter_stack() or (None,)
+        level = _functorch.maybe_get_level(tensor)
+        if any(x.level() == level for x in around if _is_jvp(x)):
+            return True
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _is_jvp(level: Any) -> bool:
+    return level.key() == _functorch.TransformType.Jvp
 
 
 def is_transformed(tensor: Tensor) -> bool:

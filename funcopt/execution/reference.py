@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from funcopt.execution import donation
+from funcopt.execution import donation, levels
 from funcopt.execution.executor import Column
 from funcopt.execution.leaves import Leaves
 from funcopt.types import Tensor
@@ -17,9 +17,10 @@ def step(leaves: Leaves) -> list[Column]:
     """The columns ``p, *slots``, or of sums: what the rule makes of each leaf."""
     rule, given = leaves.rule, donation.is_given()
     function, inputs = rule.function, (True, True, *(not s for s in rule.scalar))
+    dual = levels.in_forward_mode()
     rows = [
         _apart(function(g, p, *state, step=t, **values), (g, p, *state), given)
-        if p.ndim and p.dtype not in _HALF
+        if p.ndim and p.dtype not in _HALF and not dual
         else _promoted(
             function, inputs, rule.outputs, (g, p, *state), {"step": t, **values}
         )
@@ -69,14 +70,15 @@ def _promoted(
     given: Sequence[Any],
     hyper: dict[str, Any],
 ) -> tuple[Any, ...]:
-    """The rule on a half or 0-d leaf.
+    """The rule on a half or 0-d leaf, or in forward mode.
 
     eps = 1e-8 is zero in float16, and 0 / 0 would follow: a half leaf is worked on in
     float32, as kernels do in their registers. A 0-d leaf would take part in type
-    promotion as the float64 hyperparameters do: it is worked on as shape (1,).
+    promotion as the float64 hyperparameters do: it is worked on as shape (1,). So may
+    the tangent of any leaf.
     """
     wide = [
-        x.to(computed(x.dtype)).reshape(x.shape or (1,)) if stream else x
+        _formed(x, computed(x.dtype), x.shape or (1,)) if stream else x
         for x, stream in zip(given, inputs)
     ]
     made = _apart(function(*wide, **hyper), wide)
@@ -84,6 +86,10 @@ def _promoted(
         return tuple(made)  # sums
     # A slot has the form that it had; so has a parameter.
     return tuple(
-        x.to(old.dtype).reshape(old.shape) if stream else x
+        _formed(x, old.dtype, old.shape) if stream else x
         for x, old, stream in zip(made, given[1:], outputs)
     )
+
+
+def _formed(x: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    return levels.with_alike_tangent(x.to(dtype).reshape(shape))

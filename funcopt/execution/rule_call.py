@@ -67,9 +67,8 @@ class RuleCall:
         if not isinstance(value, Tensor):
             value = _float64(value, device)
         tasks = self.signature.tasks
-        if tasks and not value.ndim:
-            return value.expand(tasks).clone()  # forward mode writes into it
-        return value
+        # Forward mode writes into it, and two outputs may be one: prodigy's d and d_max.
+        return value.expand(tasks).clone() if tasks else value
 
     def plain(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The outputs by torch's own operations, which any transform follows."""

@@ -50,8 +50,7 @@ class InnerLoss:
         given = chain.from_iterable(flat.inputs[:-1])  # buffers have no derivative
         with exact_norms() if levels.norms_inexact(given) else nullcontext():
             grads, out = flat.grad(*flat.inputs, own=own)
-        if levels.in_forward_mode():
-            grads = [*map(levels.with_alike_tangent, grads)]
+        grads = [*map(levels.with_alike_tangent, grads)]
         return flat.like_first(grads), flat.rebuild(out)
 
 
