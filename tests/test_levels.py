@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcopt.execution import concrete, levels
 from funcopt.execution.concrete import readable, scalars_of
-from funcopt.execution.levels import differentiating, is_tracked
+from funcopt.execution.levels import differentiating, is_tracked, may_be_tracked
 
 Probe = Callable[..., Any]  #: asked of the tensors that the update would see
 Context = Callable[[Probe], None]  #: sets up one situation and calls the probe in it
@@ -186,7 +186,7 @@ ROWS: dict[str, tuple[bool, bool, Context]] = {
         through(lambda f: grad(lambda x: grad(f)(x).sum()), plain()),
     ),
     "an outer grad's tensor": (True, True, outer_level),
-    "an outer jvp's tensor": (True, True, outer_tangent),
+    "an outer jvp's tensor": (True, False, outer_tangent),
     "functionalize": (True, False, through(functionalize, plain())),
     "dual tensor": (True, True, in_dual_level),
     "plain tensor, dual level": (True, False, beside_dual_level),
@@ -227,6 +227,17 @@ def test_is_tracked(row: str):
         return any(is_tracked(t) for t in tensors if isinstance(t, Tensor))
 
     assert set(seen(context, any_tracked)) == {expected}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_may_be_tracked(row: str):
+    """More than `is_tracked` where torch hides a tangent, and nowhere else."""
+    _, expected, context = ROWS[row]
+
+    def probe(tensors: tuple[Any, ...]) -> bool:
+        return any(may_be_tracked(t) for t in tensors if isinstance(t, Tensor))
+
+    assert set(seen(context, probe)) == {expected or row == "an outer jvp's tensor"}
 
 
 def test_requires_grad_alone_would_not_do():

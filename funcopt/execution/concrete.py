@@ -33,7 +33,7 @@ def scalars_of(vector: Tensor) -> list[Any]:
     float64 tensors. With Python's the bias corrections are doubles, exactly as in
     torch.optim, and cost no op per leaf.
     """
-    if torch.compiler.is_compiling() or levels.is_tracked(vector):
+    if torch.compiler.is_compiling() or levels.may_be_tracked(vector):
         return list(vector.to(torch.float64).unbind())
     if readable(vector):
         return vector.tolist()

@@ -56,7 +56,7 @@ def step(
         raise ExecutionError(f"{leaves.rule.name}'s tasks cannot be run together")
     if donate:
         donation.check(leaves.grads, [leaves.params, *leaves.state], leaves.scalars())
-    readable = all(concrete.readable(x) and not levels.is_tracked(x) for x in vectors)
+    readable = all(concrete.readable(x) and not levels.may_be_tracked(x) for x in vectors)
     free = readable and name is None and executor_choice.is_free()
     if len(groups) == 1 and len(groups[0].which) == len(leaves.params):
         path = _path(leaves, groups[0]) if free else None

@@ -270,21 +270,27 @@ def is_tracked(tensor: Tensor) -> bool:
 def _has_own_tangent(tensor: Tensor) -> bool:
     """Whether it carries a tangent itself; of a batch what is within it does.
 
-    torch has no batching rule to look for one. And inside of `grad` it does not show that
-    of a jvp around it: there each tensor of that level counts as having one.
+    torch has no batching rule to look for one.
     """
     if _functorch.is_batchedtensor(tensor):
         return False
-    if _functorch.is_gradtrackingtensor(tensor):
-        *around, _ = _functorch.get_interpreter_stack() or (None,)
-        level = _functorch.maybe_get_level(tensor)
-        if any(x.level() == level for x in around if _is_jvp(x)):
-            return True
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _is_jvp(level: Any) -> bool:
-    return level.key() == _functorch.TransformType.Jvp
+def may_be_tracked(tensor: Tensor) -> bool:
+    """`is_tracked`, or of the level of a jvp around `grad`.
+
+    There torch does not show tangents: no number may be read, and nothing be refused.
+    """
+    *around, _ = _functorch.get_interpreter_stack() or (None,)
+    jvps = {x.level() for x in around if x.key() == _functorch.TransformType.Jvp}
+    within = tensor
+    while jvps and _functorch.is_functorch_wrapped_tensor(within):
+        if _functorch.is_gradtrackingtensor(within):
+            if _functorch.maybe_get_level(within) in jvps:
+                return True
+        within = _functorch.get_unwrapped(within)
+    return is_tracked(tensor)
 
 
 def is_transformed(tensor: Tensor) -> bool:

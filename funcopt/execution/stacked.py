@@ -107,7 +107,13 @@ def _together(leaves: Leaves, apart: bool) -> Sequence[Column]:
             for column, scalar in zip(leaves.slots, rule.scalar)
         ]
         columns = reference.step(Leaves(rule, [g], [p], slots, steps, hyper))
-        return tuple(torch.as_tensor(x) for (x,) in columns)  # vmap returns no numbers
+        # vmap returns no numbers
+        return tuple(
+            x
+            if isinstance(x, Tensor)
+            else torch.scalar_tensor(x, dtype=torch.float64, device="cpu")
+            for (x,) in columns
+        )
 
     stacks = [*map(_stack, streams)]
     if rule.stacks:

@@ -153,7 +153,11 @@ def _per_task(tasks: TaskAxis, row: Mapping[str, Any]) -> dict[str, Any] | None:
     for name, x in row.items():
         value, axis = tasks.off(x) if isinstance(x, Tensor) else (x, None)
         if axis is not None:
-            if value.ndim > 1 or levels.is_tracked(value) or not concrete.readable(value):
+            if (
+                value.ndim > 1
+                or levels.may_be_tracked(value)
+                or not concrete.readable(value)
+            ):
                 return None
             value = PerTask(value)
         found[name] = value
@@ -162,7 +166,7 @@ def _per_task(tasks: TaskAxis, row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _shared(vector: Tensor, axis: int | None) -> Tensor | None:
     """The vector of every task, if it is the same and can be read."""
-    if levels.is_tracked(vector) or not concrete.readable(vector):
+    if levels.may_be_tracked(vector) or not concrete.readable(vector):
         return None
     if axis is None:
         return vector
