@@ -9,6 +9,7 @@ from funcopt import tree
 from funcopt.errors import (
     GradientLostError,
     HyperparameterError,
+    HyperparameterTypeError,
     LeafError,
     StructureError,
 )
@@ -24,6 +25,12 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise HyperparameterError(
             f"{name} must be a whole number ≥ {least}, got {value!r}"
         )
+
+
+def check_function(name: str, value: Any) -> None:
+    """``value`` must be something that can be called."""
+    if not callable(value):
+        raise HyperparameterTypeError(f"{name} is a function, not {type(value).__name__}")
 
 
 def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:

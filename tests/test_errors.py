@@ -403,6 +403,18 @@ CASES = [
         TypeError,
         ("bare callable", lambda x: fo.sgd(lr=lambda t: 0.1), "lr", "fo.Schedule"),
         (
+            "a loss that is no function",
+            lambda x: fo.unroll(SGD, 1.5, x.params, steps=1),  # pyright: ignore[reportArgumentType]
+            "loss_fn",
+            "float",
+        ),
+        (
+            "a family for its loss",
+            lambda x: fo.meta.value_and_grad(fo.meta.maml(total, SGD, steps=1)),  # pyright: ignore[reportArgumentType]
+            "family.task_loss",
+            "Family",
+        ),
+        (
             "parameters for a rate",
             lambda x: fo.sgd(nn.Identity()),
             "opt.init",

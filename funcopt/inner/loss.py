@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from funcopt import tree
+from funcopt.checks import check_function
 from funcopt.errors import LeafError, StructureError
 from funcopt.execution import levels
 from funcopt.flat_function import FlatFunction
@@ -27,6 +28,7 @@ class InnerLoss:
     def __init__(
         self, loss_fn: LossFunction, has_aux: bool = False, name: str = "loss_fn"
     ) -> None:
+        check_function(name, loss_fn)
         self.loss_fn = loss_fn
         self.has_aux = has_aux
         self.name = name

@@ -96,7 +96,8 @@ def unroll(
             other or from ``steps``, a loss that is not 0-d.
         HyperparameterError: ``steps``, ``window``, ``grad_mode`` or ``remat`` out of
             range.
-        HyperparameterTypeError: a ``hyper`` that is no mapping.
+        HyperparameterTypeError: a ``loss_fn`` that is no function, a ``hyper`` that is no
+            mapping.
         LeafError: a buffer that is no tensor.
         GradientLostError: in "first_order" mode, when the loss follows a gradient to
             ``meta``, to ``batch`` or to a closed-over tensor: it would be lost without a

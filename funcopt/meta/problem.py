@@ -9,11 +9,10 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 
 from funcopt import tree
-from funcopt.checks import check_count
+from funcopt.checks import check_count, check_function
 from funcopt.derivatives import Trees, vjp
 from funcopt.errors import (
     HyperparameterError,
-    HyperparameterTypeError,
     MetaParameterError,
     StructureError,
 )
@@ -109,8 +108,8 @@ class Problem:
         check_count("steps", self.steps)
         for name in ("inner_loss", "outer_loss", "constrain"):
             function = getattr(self, name)
-            if not callable(function) and (name == "inner_loss" or function is not None):
-                raise HyperparameterTypeError(f"{name} is a function, not {function!r}")
+            if name == "inner_loss" or function is not None:
+                check_function(name, function)
         if self.objective not in ("last", "mean", "sum"):
             raise HyperparameterError(
                 f"objective is 'last', 'mean' or 'sum', not {self.objective!r}"

@@ -221,7 +221,7 @@ def reptile_gradient(
         carry: None, or a carry at the end: it begins at the start.
 
     Returns:
-        An `Estimate`; diagnostics: none.
+        An `Estimate`; diagnostics: ``losses`` [K], the inner losses before each update.
 
     Raises:
         MetaParameterError: eta of other keys; a carry that is not at the end.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from funcopt import tree
-from funcopt.checks import check_count, check_floats, check_no_graph
+from funcopt.checks import check_count, check_floats, check_function, check_no_graph
 from funcopt.errors import ExecutionError, HyperparameterError, StructureError
 from funcopt.execution import levels
 from funcopt.flat_function import FlatFunction
@@ -89,8 +89,8 @@ def value_and_grad(
         ExecutionError: by ``f``, under vmap, where ``task_loss`` calls ``torch.cond``.
         GradientLostError: by ``f``, with ``compile`` or ``process_group``, where a
             derivative of its result would be asked for.
-        HyperparameterTypeError: by ``f``, for a ``process_group`` that is none, or that
-            this process is not in.
+        HyperparameterTypeError: a ``task_loss`` that is no function; by ``f``, for a
+            ``process_group`` that is none, or that this process is not in.
         RemoteTaskError: by ``f``, with ``process_group``: another rank has failed (its
             number and message are told), or has not answered within the group's timeout.
 
@@ -108,6 +108,7 @@ def value_and_grad(
         >>> fo.meta.value_and_grad(task_loss)(torch.zeros(1), targets)
         (tensor(1.2500), tensor([-1.]))
     """
+    check_function("task_loss (of a family: family.task_loss)", task_loss)
     if tasks not in ("vmap", "loop", "auto"):
         raise HyperparameterError(f"tasks is 'vmap', 'loop' or 'auto', not {tasks!r}")
     if randomness not in ("error", "different", "same"):
