@@ -43,7 +43,8 @@ def master_weights(opt: Optimizer, *, stochastic: bool = False) -> Optimizer:
 
     Note:
         The derivative of rounding is taken as 1. Parameters that are changed elsewhere
-        go back to their masters with the next step.
+        go back to their masters with the next step; so the stages of a chain stand
+        within: ``master_weights(chain(opt, lookahead()))``.
 
     Source:
         Micikevicius and others, "Mixed precision training", 2018, section 3.1; Gupta,
