@@ -14,12 +14,19 @@ from torch.utils import dlpack
 import funcopt as fo
 from funcopt import tree
 from funcopt.execution import executor
+from funcopt.execution.call_signature import CallSignature
 from funcopt.execution.executor import Maker
 from funcopt.execution.native import objects
 from funcopt.execution.recycle import Recycler
+from funcopt.execution.rule import Rule
+from funcopt.stepping.per_leaf import Hypers
 
 SIZE = 100_000  # floats: more bytes than the allocator keeps at hand
 SMALL = 40
+
+
+def clipped(lr: Any) -> fo.Optimizer:
+    return fo.chain(fo.clip_by_global_norm(1.0), fo.adam(lr=lr), fo.ema(0.9))
 
 
 def large(seed: int, size: int = SIZE) -> Tensor:
@@ -401,3 +408,45 @@ def test_no_graph_hangs_on_what_is_kept_to_be_written_into(options: Any, backwar
     run()
     gc.collect()
     assert not any(x() is not None for x in held)
+
+
+def alive() -> int:
+    """How many tensors there are, and objects of this library's that may hold some."""
+    kinds = (Tensor, Recycler, Rule, CallSignature, Hypers)
+    return sum(issubclass(type(x), kinds) for x in gc.get_objects())
+
+
+@pytest.mark.parametrize("tasks", ["loop", "vmap"])
+@pytest.mark.parametrize("options", [{}, {"remat": 1}, {"grad_mode": "mixed"}], ids=str)
+@pytest.mark.parametrize(
+    "make", [fo.adamw, fo.lamb, clipped], ids=["adamw", "lamb", "chain"]
+)
+def test_an_optimizer_made_in_the_loss_is_gone_with_it(
+    make: Any, options: Any, tasks: Any
+):
+    """At once, with its buffers and the rate that is learned: it is made at each call."""
+
+    def loss(p: Any, target: Any) -> Tensor:
+        return torch.stack([(x - target).square().sum() for x in p.values()]).sum()
+
+    def task_loss(theta: Any, target: Tensor) -> Tensor:
+        rate = theta["log"].exp()
+        learned = {"hyper": {"lr": rate}} if "remat" in options else {}
+        opt = make(lr=0.1 if learned else rate)
+        how = {**learned, **options}
+        return loss(fo.unroll(opt, loss, theta["init"], target, steps=3, **how).params, 0)
+
+    init = {"w": large(0, SMALL), "b": large(1, SMALL)}
+    theta = {"init": init, "log": torch.tensor(-2.0)}
+    meta_step = fo.meta.value_and_grad(task_loss, tasks=tasks)
+    for _ in range(2):
+        meta_step(theta, large(2, 4))
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for _ in range(3):
+            assert meta_step(theta, large(2, 4))[1]["log"] != 0
+        assert alive() == before
+    finally:
+        gc.enable()

@@ -65,7 +65,7 @@ class CallSignature:
             what="second_vjp" if self.of else "vjp",
             given=tuple((*row, *more) for row in self.given),
             wanted=tuple(asked),
-            of=self,
+            of=self._alone,
         )
 
     def jvp(self) -> "CallSignature":
@@ -74,7 +74,7 @@ class CallSignature:
 
     def _jvp(self, what: str) -> "CallSignature":
         given = tuple(row + self.moving_scalars(row) for row in self.given)
-        return self._new(what=what, given=given, wanted=self.moving, of=self)
+        return self._new(what=what, given=given, wanted=self.moving, of=self._alone)
 
     def moving_scalars(self, row: Sequence[T]) -> tuple[T, ...]:
         """Of a row of scalars, those that may have a tangent."""
@@ -85,6 +85,11 @@ class CallSignature:
         """The same on leaves whose leading axis is the task."""
         of = self.of and self.of.with_tasks(tasks)
         return self._once(("tasks", tasks), lambda _: self._new(tasks=tasks, of=of))
+
+    @property
+    def _alone(self) -> "CallSignature":
+        """One that holds none of those that follow from it, and so not what holds it."""
+        return self._new()
 
     def _new(self, **changes: Any) -> "CallSignature":
         return replace(self, _derived={}, **changes)

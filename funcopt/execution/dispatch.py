@@ -1,6 +1,7 @@
 """Run a step: each group of leaves by what was chosen for it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -203,8 +204,11 @@ def _signature(leaves: Leaves, group: LeafGroup) -> CallSignature:
     if signature is None:
         if len(rule.signatures) >= _MOST_SIGNATURES:
             rule.signatures.clear()
+        # One that holds no signatures: a rule that held itself would keep the buffers of
+        # its results until the garbage is looked through.
+        own = replace(rule, signatures={})
         signature = rule.signatures[key] = CallSignature(
-            rule, group.kinds, engine, stored, tuple(which), given
+            own, group.kinds, engine, stored, tuple(which), given
         )
     return signature
 

@@ -1,7 +1,7 @@
 """Hyperparameters as data: their value for each leaf."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Real
 from operator import is_
 from typing import Any, TypeAlias, TypeGuard
@@ -37,7 +37,10 @@ class Hypers:
                 self.arguments |= hyper.arguments(name, hyper.value)
         # Trees of plain numbers give the same values at every call on one structure.
         self._constant = {k for k, v in self.arguments.items() if _is_constant(v)}
-        self._constants = lru_cache(maxsize=32)(self._spread_constants)
+        # Not a method: the cache would hold this, which may hold a rate with its graph.
+        constants = {k: v for k, v in self.arguments.items() if k in self._constant}
+        self._spread = partial(_spread, constants)
+        self._constants = lru_cache(maxsize=32)(self._spread)
         #: the last structure and its rows: to hash a structure takes long
         self._last: tuple[Any, Any] = None, None
         #: those that are not plain numbers
@@ -89,7 +92,7 @@ class Hypers:
         """The rule's keyword arguments for each leaf, whose updates are ``steps``."""
         compiling = torch.compiler.is_compiling()
         if compiling:
-            rows = self._spread_constants(structure)
+            rows = self._spread(structure)
         else:
             last, rows = self._last
             if structure is not last:
@@ -144,15 +147,16 @@ class Hypers:
                 shared[name] = _scalar(value, name)
         return shared
 
-    def _spread_constants(self, structure: tree.Structure) -> list[dict[str, Any]]:
-        names = [name for name in self.arguments if name in self._constant]
-        columns = [
-            [float(v) for v in select.per_leaf(self.arguments[n], structure, n)]
-            for n in names
-        ]
-        if not columns:
-            return [{}] * structure.num_leaves
-        return _interned([dict(zip(names, values)) for values in zip(*columns)])
+
+def _spread(constants: HyperMapping, structure: tree.Structure) -> list[dict[str, Any]]:
+    """The arguments that are plain numbers, for each leaf."""
+    columns = [
+        [float(v) for v in select.per_leaf(value, structure, name)]
+        for name, value in constants.items()
+    ]
+    if not columns:
+        return [{}] * structure.num_leaves
+    return _interned([dict(zip(constants, values)) for values in zip(*columns)])
 
 
 def _interned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
