@@ -68,9 +68,10 @@ class Hyper:
         """
         if isinstance(value, Tensor) or isinstance(value, float) and self._allows(value):
             return value
-        in_tree = isinstance(value, (Mapping, list, tuple))
         for atom in tree.leaves(value):
-            if isinstance(atom, (Tensor, Schedule)) or (atom is None and in_tree):
+            if isinstance(atom, (Tensor, Schedule)) or (
+                atom is None and value is not None
+            ):
                 continue
             if isinstance(atom, Real) and not isinstance(atom, bool):
                 if not self._allows(float(atom)):

@@ -155,9 +155,8 @@ def _spread(
 
 
 def _children(value: Any) -> Mapping[Any, Any] | None:
-    if isinstance(value, Mapping):
-        return value
-    return dict(enumerate(value)) if isinstance(value, list | tuple) else None
+    """What a container holds, by its keys there; None of anything else."""
+    return value if isinstance(value, Mapping) else tree.children(value)
 
 
 def _named(at: str, keys: list[Any]) -> str:

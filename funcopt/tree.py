@@ -58,6 +58,16 @@ def register(
     optree.register_pytree_node(kind, parts, rebuild, namespace=NAMESPACE)
 
 
+def children(value: Any) -> dict[Any, Any] | None:
+    """What the container ``value`` holds, by its keys there; None of a leaf."""
+    if optree.tree_is_leaf(value, none_is_leaf=True, namespace=NAMESPACE):
+        return None
+    found, _, keys, _ = optree.tree_flatten_one_level(
+        value, none_is_leaf=True, namespace=NAMESPACE
+    )
+    return dict(zip(keys, found))
+
+
 def map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """``function`` on each leaf of ``tree`` and the like leaves of ``others``.
 

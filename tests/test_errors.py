@@ -342,6 +342,35 @@ CASES = [
             "partition",
         ),
         (
+            "pair of a group as a list",
+            lambda x: fo.from_param_groups(
+                two_groups(betas=[0.5, 0.6]), betas=[0.9, 0.99]
+            ),
+            "'betas'",
+            "[[0.9, 0.99], [0.5, 0.6]]",
+            "tuple",
+        ),
+        (
+            "list that all groups share",
+            lambda x: fo.from_param_groups(two_groups(lr=0.1), lr=0.1, betas=[0.9, 0.99]),
+            "'betas'",
+            "tuple",
+        ),
+        (
+            "number beside a pair",
+            lambda x: fo.from_param_groups(two_groups(betas=0.5), betas=(0.9, 0.99)),
+            "'betas'",
+            "[(0.9, 0.99), 0.5]",
+        ),
+        (
+            "pair beside three",
+            lambda x: fo.from_param_groups(
+                two_groups(betas=(0.5,) * 3), betas=(0.9, 0.99)
+            ),
+            "'betas'",
+            "(0.5, 0.5, 0.5)",
+        ),
+        (
             "name given twice in a group",
             lambda x: fo.from_param_groups(
                 [{"params": [("a", torch.ones(1)), ("a", torch.ones(2))]}]

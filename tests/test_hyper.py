@@ -1,20 +1,22 @@
 """Hyperparameters: every form a value may take, for every leaf, at every call."""
 
 import math
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from optree.dataclasses import dataclass as optree_dataclass
 from row import Case
 from table import QUICK
 from torch import Tensor
 from torch.func import grad, vmap
 
 import funcopt as fo
-from funcopt import tree
+from funcopt import traced_tree, tree
 from funcopt.hyper import Hyper
 
 DEEP = {
@@ -127,6 +129,50 @@ def test_every_form_of_a_value(form: str, call: bool):
     ):
         assert found.dtype == p.dtype and found.shape == p.shape
         assert torch.equal(found, torch.as_tensor(number).float().expand(p.shape))
+
+
+@optree_dataclass(namespace=traced_tree.NAMESPACE)
+class Net:
+    body: Any
+    head: Any
+
+
+class Both(NamedTuple):
+    body: Any
+    head: Any
+
+
+#: what makes a container of two parts
+CONTAINERS: dict[str, Callable[[Any, Any], Any]] = {
+    "named tuple": Both,
+    "deque": lambda body, head: deque([body, head]),
+    "ordered": lambda body, head: OrderedDict(head=head, body=body),
+    "dataclass": Net,
+}
+
+
+@pytest.mark.parametrize("call", [False, True], ids=["factory", "update"])
+@pytest.mark.parametrize("number", [float, f64], ids=["floats", "tensors"])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_tree_of_values_in_any_container(container: str, number: Any, call: bool):
+    """It may be a prefix, or whole, in whatever container the parameters are."""
+    both, (a, b, c) = CONTAINERS[container], map(number, (0.25, 0.5, 0.125))
+    params = [both({"x": torch.ones(2), "y": torch.ones(3)}, torch.ones(1))]
+    for body, expected in ((a, (a, a)), ({"x": a, "y": c}, (a, c))):
+        value = [both(body, b)]
+        given: dict[str, Any] = {"lr": value} if call else {}
+        opt = fo.sgd() if call else fo.sgd(lr=value)
+        new, _ = opt.update(params, opt.init(params), params, **given)
+        rates = [both(dict(zip("xy", expected)), b)]
+        assert_same(new, tree.map(lambda p, rate: p - rate, params, rates))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_misfit_in_any_container_is_named(container: str):
+    value = CONTAINERS[container](0.5, 0.5)
+    opt, params = fo.sgd(lr={"net": value}), {"net": [torch.ones(1)] * 3}
+    with pytest.raises(fo.StructureError, match="lr.*'net'.*'net.2'"):
+        opt.update(params, opt.init(params), params)
 
 
 def decay_rates() -> list[str]:

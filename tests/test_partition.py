@@ -308,6 +308,13 @@ def test_a_group_may_be_given_as_an_iterator_and_is_not_changed():
     assert len(params[0]) == 2 and group == kept
 
 
+def test_a_flag_that_is_a_word_is_compared_as_one():
+    words = ["".join(["spec", "tral"]) for _ in range(2)]
+    assert words[0] is not words[1]
+    groups = [{"params": torch.ones(1), "norm": word} for word in words]
+    assert fo.from_param_groups(groups)[1] == {"norm": "spectral"}
+
+
 def test_no_groups_and_empty_groups():
     assert fo.from_param_groups([]) == ([], {})
     assert fo.from_param_groups([{"params": []}], lr=0.1) == ([[]], {"lr": 0.1})

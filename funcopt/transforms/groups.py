@@ -30,8 +30,9 @@ def from_param_groups(
 
     Raises:
         HyperparameterError: a group without "params"; a parameter or a name given twice;
-            a hyperparameter that some groups lack and no default gives; a flag that
-            differs between groups (use `partition`).
+            a hyperparameter that some groups lack and no default gives; a list of values
+            where a tuple is meant, or tuples in which the groups differ in length; a
+            flag that differs between groups (use `partition`).
         LeafError: a group that is no dict, a parameter that is no tensor.
 
     Source:
@@ -117,15 +118,23 @@ def _transpose(name: str, values: list[Any]) -> HyperValue:
     if any(
         value is None or isinstance(value, bool | str | torch.dtype) for value in values
     ):
-        if any(value is not values[0] for value in values):
+        first = values[0]
+        if not all(x is first or isinstance(x, str) and x == first for x in values):
             raise HyperparameterError(
                 f"the flag '{name}' differs between groups ({values}); it chooses the "
                 "formula: use fo.partition with one optimizer for each"
             )
         return values[0]
-    if all(isinstance(value, tuple) for value in values):
-        return tuple(list(column) for column in zip(*values))
-    return values
+    lengths = {len(x) if isinstance(x, tuple) else None for x in values}
+    if len(lengths) > 1 or any(isinstance(x, list) for x in values):
+        raise HyperparameterError(
+            f"'{name}' of the groups is {values}: give each the same number of values, "
+            "several as a tuple, (0.9, 0.999), and not as a list; one for each parameter "
+            "of a group as a dict by their names"
+        )
+    if lengths == {None}:
+        return values
+    return tuple(list(column) for column in zip(*values))
 
 
 def _is_number(value: Any) -> bool:
