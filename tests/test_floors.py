@@ -34,6 +34,7 @@ FLOORS = {
     "funcopt.schedules": 2.4,
     "funcopt.schedules.*": 2.2,
     "funcopt.hyper": 3,
+    "funcopt.execution.autocast": 1,
     "funcopt.execution.program": 1,
     "funcopt.execution.trace": 1.1,
     "funcopt.execution.shapeless": 1.2,

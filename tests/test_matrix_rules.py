@@ -460,3 +460,21 @@ def test_soap_takes_a_rate_for_each_number():
         return new - p
 
     assert_close(moved(rates.abs()), rates.abs() * moved(1.0), 1e-13)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "shampoo", "soap", "muon"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_within_autocast_is_the_step_outside(name: str, dtype: torch.dtype):
+    opt = getattr(fo, name)(lr=0.05)
+    torch.manual_seed(0)
+    p, grads = torch.randn(4, 3), torch.randn(3, 4, 3)
+
+    def stepped() -> torch.Tensor:
+        params, state = p, opt.init(p)
+        for g in grads:
+            params, state = opt.update(g, state, params)
+        return params.clone()
+
+    wanted = stepped()
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(stepped(), wanted)

@@ -17,7 +17,7 @@ from funcopt.checks import (
     check_real,
     check_state,
 )
-from funcopt.execution import batched, concrete, dispatch, executor_choice
+from funcopt.execution import autocast, batched, concrete, dispatch, executor_choice
 from funcopt.execution.fast_path import FastPath
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
@@ -130,6 +130,9 @@ class Stepper:
                 done = self.cache.step(grads, state, params, values, donate)
             if done is not None:
                 return self._result(*done, params, state, donate)
+        if autocast.is_on():  # chooses dtypes for a loss: a step is made in its leaves'
+            with autocast.choosing(autocast.OFF):
+                return self.step(grads, state, params, values, donate, execution)
         p, structure = tree.flatten(params)
         g = tree.flatten_like(structure, grads, "grads")
         check_state(state, ("step", *self.slots), self.vectors, structure, self.rule.name)

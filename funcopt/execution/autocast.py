@@ -1,0 +1,36 @@
+"""torch.autocast: what it chooses here, and how to run as it is elsewhere."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+_accelerator = torch.accelerator.current_accelerator()
+_KINDS = ("cpu", *([_accelerator.type] if _accelerator else ()))
+
+#: for each kind of device the dtype of matrix products, None where it is off
+Chosen = Mapping[str, torch.dtype | None]
+
+OFF: Chosen = dict.fromkeys(_KINDS)
+
+#: whether it is on for some kind of device
+is_on = torch._C._is_any_autocast_enabled
+
+
+def chosen() -> Chosen:
+    """What is chosen here."""
+    return {
+        kind: torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        for kind in _KINDS
+    }
+
+
+@contextmanager
+def choosing(wanted: Chosen) -> Iterator[None]:
+    """Run as where these were `chosen`."""
+    with ExitStack() as stack:
+        for kind, dtype in chosen().items():
+            if dtype is not wanted[kind]:
+                on = wanted[kind] is not None
+                stack.enter_context(torch.autocast(kind, wanted[kind], enabled=on))
+        yield
