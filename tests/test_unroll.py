@@ -996,3 +996,27 @@ def test_remat_is_equal_to_the_bit_also_of_leaves_used_often(name: str):
     for other in found[1:]:
         for a, b in zip(found[0], other):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["adam", "lamb"])
+@pytest.mark.parametrize(
+    "how",
+    [{"remat": "step"}, {"remat": "sqrt"}, {"grad_mode": "mixed"}],
+    ids=str,
+)
+def test_what_is_made_again_is_made_as_autocast_chose(name: str, how: dict[str, Any]):
+    """On the way back, which torch recommends to go outside of the block."""
+    torch.manual_seed(0)
+    x, y, w = torch.randn(16, 6), torch.randn(16, 2), torch.randn(6, 2)
+
+    def loss(p: Tensor, _: Any) -> Tensor:
+        return ((x @ p).tanh().float() - y).square().mean()
+
+    def meta_gradient(**how: Any) -> Tensor:
+        p = w.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            opt = getattr(fo, name)(lr=0.05)
+            out = loss(fo.unroll(opt, loss, p, steps=4, **how).params, None)
+        return torch.autograd.grad(out, p)[0]
+
+    assert torch.equal(meta_gradient(**how), meta_gradient())

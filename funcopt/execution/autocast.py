@@ -1,7 +1,7 @@
 """torch.autocast: what it chooses here, and how to run as it is elsewhere."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -19,15 +19,21 @@ is_on = torch._C._is_any_autocast_enabled
 
 def chosen() -> Chosen:
     """What is chosen here."""
+    if not is_on():
+        return OFF
     return {
         kind: torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         for kind in _KINDS
     }
 
 
-@contextmanager
-def choosing(wanted: Chosen) -> Iterator[None]:
+def choosing(wanted: Chosen) -> AbstractContextManager[None]:
     """Run as where these were `chosen`."""
+    return _other(wanted) if is_on() or wanted is not OFF else nullcontext()
+
+
+@contextmanager
+def _other(wanted: Chosen) -> Iterator[None]:
     with ExitStack() as stack:
         for kind, dtype in chosen().items():
             if dtype is not wanted[kind]:

@@ -10,7 +10,7 @@ import torch
 from funcopt import tree
 from funcopt.checks import check_function
 from funcopt.errors import LeafError, StructureError
-from funcopt.execution import levels
+from funcopt.execution import autocast, levels
 from funcopt.flat_function import FlatFunction
 from funcopt.func import ConstantStatistics, exact_norms
 from funcopt.types import LossFunction, Tensor, Tree
@@ -22,7 +22,9 @@ ARGUMENTS = ("params", "batch", "meta", "buffers")
 class InnerLoss:
     """``loss_fn`` as a function of all that it depends on.
 
-    ``meta`` and ``buffers`` reach ``loss_fn`` where they are not None.
+    ``meta`` and ``buffers`` reach ``loss_fn`` where they are not None. It is evaluated
+    as torch.autocast chooses where this is made: on the way back, too, which is taken
+    outside of that block.
     """
 
     def __init__(
@@ -32,12 +34,14 @@ class InnerLoss:
         self.loss_fn = loss_fn
         self.has_aux = has_aux
         self.name = name
+        self._autocast = autocast.chosen()
 
     def __call__(
         self, params: Tree, batch: Tree, meta: Tree, buffers: Tree
     ) -> tuple[Tensor, Tree, Tree]:
         """The loss, aux, and the buffers after."""
-        out, buffers = called(self.loss_fn, params, batch, meta, buffers)
+        with autocast.choosing(self._autocast):
+            out, buffers = called(self.loss_fn, params, batch, meta, buffers)
         return *loss_and_aux(out, self.has_aux, self.name), buffers
 
     def grad(
@@ -50,7 +54,8 @@ class InnerLoss:
         # All of them: whether one is followed decides how the gradient is made.
         flat = FlatFunction(self, params, batch, meta, buffers)
         given = chain.from_iterable(flat.inputs[:-1])  # buffers have no derivative
-        with exact_norms() if levels.norms_inexact(given) else nullcontext():
+        exact = exact_norms() if levels.norms_inexact(given) else nullcontext()
+        with exact, autocast.choosing(self._autocast):
             grads, out = flat.grad(*flat.inputs, own=own)
         grads = [*map(levels.with_alike_tangent, grads)]
         return flat.like_first(grads), flat.rebuild(out)
