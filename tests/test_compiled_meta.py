@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -256,6 +257,51 @@ def test_what_writes_into_a_copy_is_given_one_of_each_task(traced: Any):
     )
     written = node.args[0].meta["val"]
     assert written.shape == (5, 4) and 0 not in written.stride()
+
+
+def many_ways(p: Any, batch: Any) -> Tensor:
+    """A loss of operations that gather, scatter, sort and normalize the same numbers."""
+    h = torch.tanh(batch["x"] @ p["body"]["w"] + p["body"]["b"] + p["context"])
+    i, zeros = batch["i"], torch.zeros(4, 2, dtype=h.dtype)
+    terms = [
+        (h @ p["head"]["w"] + p["head"]["b"] - batch["y"]).square().mean(),
+        F.cross_entropy(h, i),
+        F.embedding(i, p["body"]["w"].mT).square().mean(),
+        h.gather(1, i[:, None]).square().sum(),
+        zeros[:, 0].index_add(0, i, h.sum(1)).square().sum(),
+        zeros.scatter_reduce(0, i[:, None].expand(-1, 2), h[:, :2], "sum").cos().sum(),
+        h.sort(1).values[:, 0].sum(),
+        h.cumsum(0).square().mean() + h.max(1).values.sum(),
+        p["head"]["w"][i].square().sum() + h[:, i].sin().mean(),
+        zeros[:, 0].index_put((i,), h[:, 0], accumulate=True).square().sum(),
+        F.pad(h[None, None], (1, 1, 1, 1), "reflect").square().mean(),
+        torch.roll(h, 1, 0).mul(h).sum(),
+        F.layer_norm(h, (4,), p["body"]["b"], p["context"]).square().mean(),
+        torch.logsumexp(h, 1).sum(),
+    ]
+    return torch.stack(terms).sum()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+def test_kernels_of_many_operations_on_the_same_numbers():
+    """Inductor fuses wrongly where it is told to keep more than it would by itself."""
+    body = {"w": f64(3, 4, seed=1), "b": f64(4, seed=2)}
+    head = {"w": f64(4, 2, seed=4), "b": f64(2, seed=5)}
+    start = {"body": body, "context": 0.1 * f64(4, seed=3), "head": head}
+    numbers = torch.Generator().manual_seed(10)
+    support, query = (
+        {
+            "x": f64(5, 3, 3, seed=seed),
+            "y": f64(5, 3, 2, seed=seed + 1),
+            "i": torch.randint(0, 4, (5, 3), generator=numbers),
+        }
+        for seed in (10, 12)
+    )
+    task_loss = fo.meta.maml(many_ways, fo.sgd(lr=0.05), steps=1).task_loss
+    wanted = fo.meta.value_and_grad(task_loss)(start, (support, query))
+    found = fo.meta.value_and_grad(task_loss, compile=True)(start, (support, query))
+    assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -65,12 +65,9 @@ def _memory(node: torch.fx.Node) -> Any:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else node
 
 
-# What is used twice is kept rather than computed twice, and the ends of loops are
-# scalar: a third less to compile for Adam's inner loop, which runs no slower.
-_ON_CPU = {
-    "realize_reads_threshold": 1,
-    "realize_opcount_threshold": 10,
-    "cpp.enable_loop_tail_vec": False,
-}
+# The ends of loops are scalar: less to compile, which runs no slower. What is kept rather
+# than computed twice is Inductor's to choose: told to keep all of it, it compiles faster,
+# and has fused wrongly, without a word.
+_ON_CPU = {"cpp.enable_loop_tail_vec": False}
 _ON_CUDA = {"triton.cudagraphs": True}  # as mode="reduce-overhead"; not run on a GPU yet
 _EVERYWHERE = {"post_grad_custom_pre_pass": _Once()}
