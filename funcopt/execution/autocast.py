@@ -13,8 +13,10 @@ Chosen = Mapping[str, torch.dtype | None]
 
 OFF: Chosen = dict.fromkeys(_KINDS)
 
-#: whether it is on for some kind of device
-is_on = torch._C._is_any_autocast_enabled
+
+def is_on() -> bool:
+    """Whether it is, for some kind of device."""
+    return any(map(torch.is_autocast_enabled, _KINDS))
 
 
 def chosen() -> Chosen:
