@@ -43,7 +43,7 @@ FLOORS = {
     "funcopt.execution.concrete": 1.05,
     "funcopt.execution.layout": 1,
     "funcopt.execution.donation": 1.1,
-    "funcopt.execution.guarded_cache": 1,
+    "funcopt.execution.guarded_cache": 1.3,
     "funcopt.execution.scalars": 1.1,
     "funcopt.execution.executor": 1.1,
     "funcopt.execution.recycle": 1.3,

@@ -108,7 +108,7 @@ class StepCache:
         structure: tree.Structure,
         live: list[int] | None,
         there: list[bool],
-        tensors: Sequence[Tensor],
+        tensors: list[Tensor],
         paths: list[FastPath],
         were_complex: Sequence[bool],
     ) -> None:

@@ -12,25 +12,30 @@ static int32_t (*data_ptr)(void *tensor, void **found);
 static int32_t (*get_dtype)(void *tensor, int32_t *found);
 static int32_t (*get_device)(void *tensor, int32_t *found);
 static int32_t (*get_device_index)(void *tensor, int32_t *found);
+static int32_t (*get_dim)(void *tensor, int64_t *found);
+static int32_t (*get_sizes)(void *tensor, const int64_t **found);
+static int32_t (*get_strides)(void *tensor, const int64_t **found);
 static bool (*is_inference)(const void *tensor);
 static void (*bump_version)(const void *tensor);
 static bool (*requires_grad)(const void *impl);  // what an at::Tensor is a pointer to
 static PyTypeObject *class, *parameter;
 static Py_ssize_t behind;
-static Py_ssize_t storage;  // where in what a tensor is in C++ lies the pointer to its memory
+// Where in what a tensor is in C++ lie the pointer to its memory, and its dispatch keys.
+static Py_ssize_t storage, keys;
 
 static PyObject *bind(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    void **functions[] = {
+        (void **)&data_ptr, (void **)&get_dtype, (void **)&get_device,
+        (void **)&get_device_index, (void **)&get_dim, (void **)&get_sizes,
+        (void **)&get_strides, (void **)&is_inference, (void **)&bump_version,
+        (void **)&requires_grad,
+    };
     class = (PyTypeObject *)Py_NewRef(args[0]);
     parameter = (PyTypeObject *)Py_NewRef(args[1]);
     behind = PyLong_AsSsize_t(args[2]);
     storage = PyLong_AsSsize_t(args[3]);
-    data_ptr = (int32_t (*)(void *, void **))PyLong_AsVoidPtr(args[4]);
-    get_dtype = (int32_t (*)(void *, int32_t *))PyLong_AsVoidPtr(args[5]);
-    get_device = (int32_t (*)(void *, int32_t *))PyLong_AsVoidPtr(args[6]);
-    get_device_index = (int32_t (*)(void *, int32_t *))PyLong_AsVoidPtr(args[7]);
-    is_inference = (bool (*)(const void *))PyLong_AsVoidPtr(args[8]);
-    bump_version = (void (*)(const void *))PyLong_AsVoidPtr(args[9]);
-    requires_grad = (bool (*)(const void *))PyLong_AsVoidPtr(args[10]);
+    keys = PyLong_AsSsize_t(args[4]);
+    for (int i = 0; i < 10; i++) *functions[i] = PyLong_AsVoidPtr(args[5 + i]);
     if (PyErr_Occurred()) return NULL;
     Py_RETURN_NONE;
 }
@@ -162,6 +167,71 @@ static PyObject *look(PyObject *self, PyObject *const *args, Py_ssize_t count) {
                          PyBool_FromLong(asked));
 }
 
+// What tensors are like, and their axes: sizes and strides.
+typedef struct {
+    uint64_t keys;  // of its dispatch: whether it is lazy, a wrapper, one of inference mode
+    int64_t axes;
+    int32_t dtype, device, index;
+    bool is_parameter, requires_grad;
+} Looks;
+
+// Of one of these two classes, strided. 0 if it has no looks.
+static int look_at(PyObject *x, Looks *found) {
+    if (Py_TYPE(x) != class && Py_TYPE(x) != parameter) return 0;
+    void *tensor = (char *)x + behind;
+    const char *impl = *(const char **)tensor;
+    memset(found, 0, sizeof *found);
+    memcpy(&found->keys, impl + keys, sizeof found->keys);
+    found->is_parameter = Py_TYPE(x) == parameter;
+    found->requires_grad = requires_grad(impl);
+    return !get_dtype(tensor, &found->dtype) && !get_device(tensor, &found->device) &&
+           !get_device_index(tensor, &found->index) && !get_dim(tensor, &found->axes);
+}
+
+// likeness(tensors): what `like` compares strided tensors with; None of what it cannot.
+static PyObject *likeness(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Py_ssize_t size = PyList_GET_SIZE(args[0]), total = 0;
+    Looks of;
+    for (Py_ssize_t i = 0; i < size; i++) {
+        if (!look_at(PyList_GET_ITEM(args[0], i), &of)) Py_RETURN_NONE;
+        total += sizeof of + 2 * of.axes * sizeof(int64_t);
+    }
+    PyObject *made = PyBytes_FromStringAndSize(NULL, total);
+    char *next = made ? PyBytes_AS_STRING(made) : NULL;
+    for (Py_ssize_t i = 0; made && i < size; i++) {
+        PyObject *x = PyList_GET_ITEM(args[0], i);
+        const int64_t *sizes, *strides;
+        void *tensor = (char *)x + behind;
+        look_at(x, &of);
+        if (get_sizes(tensor, &sizes) || get_strides(tensor, &strides)) {
+            Py_DECREF(made);
+            Py_RETURN_NONE;
+        }
+        next = (char *)memcpy(next, &of, sizeof of) + sizeof of;
+        next = (char *)memcpy(next, sizes, of.axes * sizeof *sizes) + of.axes * 8;
+        next = (char *)memcpy(next, strides, of.axes * sizeof *strides) + of.axes * 8;
+    }
+    return made;
+}
+
+// like(tensors, likeness): whether each is like its own of those, as many.
+static PyObject *like(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    const char *next = PyBytes_AS_STRING(args[1]), *end = next + PyBytes_GET_SIZE(args[1]);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[0]); i++) {
+        PyObject *x = PyList_GET_ITEM(args[0], i);
+        Looks of;
+        if (next == end || !look_at(x, &of) || memcmp(next, &of, sizeof of)) Py_RETURN_FALSE;
+        next += sizeof of;
+        void *tensor = (char *)x + behind;
+        const int64_t *sizes, *strides, bytes = of.axes * sizeof *sizes;
+        if (get_sizes(tensor, &sizes) || memcmp(next, sizes, bytes)) Py_RETURN_FALSE;
+        if (get_strides(tensor, &strides) || memcmp(next + bytes, strides, bytes))
+            Py_RETURN_FALSE;
+        next += 2 * bytes;
+    }
+    return PyBool_FromLong(next == end);
+}
+
 // written(list, begin, end): one more in the version counters of these tensors. One made in
 // inference mode has none, and to count there would throw an exception of C++'s.
 static PyObject *written(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -274,6 +344,8 @@ static PyMethodDef methods[] = {
     {"addresses", (PyCFunction)(void *)addresses, METH_FASTCALL, NULL},
     {"apart", (PyCFunction)(void *)apart, METH_FASTCALL, NULL},
     {"look", (PyCFunction)(void *)look, METH_FASTCALL, NULL},
+    {"likeness", (PyCFunction)(void *)likeness, METH_FASTCALL, NULL},
+    {"like", (PyCFunction)(void *)like, METH_FASTCALL, NULL},
     {"written", (PyCFunction)(void *)written, METH_FASTCALL, NULL},
     {"snapshot", (PyCFunction)(void *)snapshot, METH_FASTCALL, NULL},
     {"unheld", (PyCFunction)(void *)unheld, METH_FASTCALL, NULL},

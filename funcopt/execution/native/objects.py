@@ -37,6 +37,9 @@ _FUNCTIONS = (
     "aoti_torch_get_dtype",
     "aoti_torch_get_device_type",
     "aoti_torch_get_device_index",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
     "_ZN2at6native12is_inferenceERKNS_6TensorE",  # at::native::is_inference
     "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE",  # impl::bump_version
     "_ZNK3c1010TensorImpl13requires_gradEv",  # c10::TensorImpl::requires_grad
@@ -76,6 +79,20 @@ class Objects(Protocol):
         Whether they are tensors alone, of no other subclass than Parameter; whether
         these are then of one dtype and device; whether a tensor requires grad.
         """
+        ...
+
+    @property
+    def likeness(self) -> Callable[[list[Tensor]], bytes | None]:
+        """What strided tensors are like; None where that is unknown.
+
+        The class (Tensor or Parameter), shape, strides, dtype, device, requires_grad and
+        dispatch keys of each.
+        """
+        ...
+
+    @property
+    def like(self) -> Callable[[list[Any], bytes], bool]:
+        """Whether there are as many tensors as in a likeness, each like its own."""
         ...
 
     @property
@@ -134,7 +151,9 @@ def _in_c() -> Objects:
     for x in tensors:
         if _pointer.from_address(id(x) + behind).value != x._cdata:
             raise BuildError("this torch keeps its tensors elsewhere")
-    storage = _storage(tensors)
+    memory = _offset(tensors, lambda x: x.untyped_storage()._cdata)
+    several = [*tensors, tensor.to("meta"), torch.inference_mode()(tensor.clone)()]
+    keys = _offset(several, lambda x: torch._C._dispatch_keys(x).raw_repr())
     folder = Path(torch.__file__).parent / "lib"
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     torch_cpu = ctypes.CDLL(str(folder / name))
@@ -149,7 +168,7 @@ def _in_c() -> Objects:
         make = ctypes.PyDLL("", handle=built.loaded._handle).make
         make.restype = ctypes.py_object
         objects: Any = make()
-        objects.bind(Tensor, Parameter, behind, storage, *functions)
+        objects.bind(Tensor, Parameter, behind, memory, keys, *functions)
         if objects.addresses(tensors) != InPython().addresses(tensors):
             raise BuildError("C finds tensors elsewhere than torch")
         for some in ([tensor, tensor[1:]], tensors, [tensor, tensor.double()]):
@@ -160,19 +179,21 @@ def _in_c() -> Objects:
             raise BuildError("C counts versions elsewhere than torch")
         if not _sees_holders(objects):
             raise BuildError("C does not see who holds a tensor")
+        if not _sees_likeness(objects):
+            raise BuildError("C does not see what a tensor is like")
         built.keep()
     finally:
         built.discard()
     return objects
 
 
-def _storage(tensors: Sequence[Tensor]) -> int:
-    """Where in what a tensor is in C++ lies the pointer to its memory."""
-    for at in range(8, 64, 8):
-        pointers = [_pointer.from_address(x._cdata + at).value for x in tensors]
-        if pointers == [x.untyped_storage()._cdata for x in tensors]:
+def _offset(tensors: Sequence[Tensor], of: Callable[[Tensor], int]) -> int:
+    """Where in what a tensor is in C++ lies this number of it."""
+    for at in range(8, 176, 8):
+        found = [ctypes.c_uint64.from_address(x._cdata + at).value for x in tensors]
+        if found == [*map(of, tensors)]:
             return at
-    raise BuildError("this torch keeps the memory of tensors elsewhere")
+    raise BuildError("this torch keeps elsewhere what its tensors are")
 
 
 def _sees_holders(objects: Objects) -> bool:
@@ -202,6 +223,30 @@ _HOLDERS: tuple[Callable[[Tensor], Any], ...] = (
 )
 
 
+def _sees_likeness(objects: Objects) -> bool:
+    """Whether `like` says so of another new tensor, and of none that is unlike it."""
+    one, other = (torch.ones(2, 3, device="cpu") for _ in range(2))
+    likeness = objects.likeness([one])
+    others = [other, *(change(other) for change in _CHANGES)]
+    return likeness is not None and all(
+        objects.like([x], likeness) is (x is other) for x in others
+    )
+
+
+#: after which a tensor is no more like it was
+_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x[:1],
+    lambda x: x.t(),
+    lambda x: x[None],
+    lambda x: x.view(3, 2),
+    lambda x: x.double(),
+    lambda x: x.to("meta"),
+    lambda x: x.detach().requires_grad_(),
+    lambda x: Parameter(x, requires_grad=False),
+    lambda x: torch.inference_mode()(x.clone)(),
+)
+
+
 class InPython:
     """As `Objects` says."""
 
@@ -223,6 +268,12 @@ class InPython:
         plain = {*map(type, found)} <= {Tensor, Parameter}
         alike = plain and len({(x.dtype, x.device) for x in tensors}) <= 1
         return plain, alike, any(x.requires_grad for x in tensors)
+
+    def likeness(self, tensors: list[Tensor]) -> bytes | None:
+        return None
+
+    def like(self, tensors: list[Any], likeness: bytes) -> bool:
+        return False
 
     def written(self, tensors: list[Tensor], begin: int, end: int) -> None:
         torch.autograd.graph.increment_version(tensors[begin:end])
