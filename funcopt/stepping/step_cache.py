@@ -160,13 +160,13 @@ class StepCache:
         always = values is self._always
         settled = ways.settled[donate] if always else None
         if settled is not None:
-            steps = tensors.pop()
+            found, steps = objects.load(), tensors.pop()
             counts, columns = steps.tolist(), None
             first = counts[0]
             if counts.count(first) == entry.count:
                 columns = settled(tensors, first + 1)
             if columns is not None:
-                new = steps.add_(entry.one) if donate else steps + entry.one
+                new = found.counted(steps) if donate else steps + entry.one
                 return entry.structure, columns, new
             tensors.append(steps)
         some, count = len(tensors) - 1 - sum(self._scalar.values()), entry.count

@@ -247,6 +247,23 @@ static PyObject *written(PyObject *self, PyObject *const *args, Py_ssize_t count
     Py_RETURN_NONE;
 }
 
+enum { CPU = 0, INT64 = 4 };  // as torch numbers devices and dtypes
+
+// counted(steps): with one more in each entry, a vector of int64 on the CPU; and in its
+// version. Another tensor counts by itself.
+static PyObject *counted(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Looks of;
+    void *tensor = (char *)args[0] + behind, *numbers;
+    const int64_t *size, *stride;
+    if (!look_at(args[0], &of) || of.dtype != INT64 || of.device != CPU || of.axes != 1 ||
+        get_sizes(tensor, &size) || get_strides(tensor, &stride) ||
+        !address(args[0], &numbers))
+        return PyErr_Occurred() ? NULL : PyObject_CallMethod(args[0], "add_", "i", 1);
+    for (int64_t i = 0; i < *size; i++) ((int64_t *)numbers)[i * *stride]++;
+    if (!is_inference(tensor)) bump_version(tensor);
+    return Py_NewRef(args[0]);
+}
+
 // What a tensor is in C++, but for its first pointer: who holds it, its shape, dtype and so
 // on, and whether autograd knows it; and of its memory who holds it, where and how large it
 // is. After that the two differ between versions of torch, or tell of nothing.
@@ -347,6 +364,7 @@ static PyMethodDef methods[] = {
     {"likeness", (PyCFunction)(void *)likeness, METH_FASTCALL, NULL},
     {"like", (PyCFunction)(void *)like, METH_FASTCALL, NULL},
     {"written", (PyCFunction)(void *)written, METH_FASTCALL, NULL},
+    {"counted", (PyCFunction)(void *)counted, METH_FASTCALL, NULL},
     {"snapshot", (PyCFunction)(void *)snapshot, METH_FASTCALL, NULL},
     {"unheld", (PyCFunction)(void *)unheld, METH_FASTCALL, NULL},
     {"same", (PyCFunction)(void *)same, METH_FASTCALL, NULL},

@@ -101,6 +101,11 @@ class Objects(Protocol):
         ...
 
     @property
+    def counted(self) -> Callable[[Tensor], Tensor]:
+        """The same vector, with one more in each entry."""
+        ...
+
+    @property
     def snapshot(self) -> Callable[[list[Tensor]], bytes | None]:
         """What tensors that a list alone holds are like; None where that is unknown.
 
@@ -277,6 +282,9 @@ class InPython:
 
     def written(self, tensors: list[Tensor], begin: int, end: int) -> None:
         torch.autograd.graph.increment_version(tensors[begin:end])
+
+    def counted(self, steps: Tensor) -> Tensor:
+        return steps.add_(1)
 
     def snapshot(self, tensors: list[Tensor]) -> bytes | None:
         return None
