@@ -236,14 +236,15 @@ def test_counted_is_one_more_and_one_version_later():
     with torch.inference_mode():
         inferred = torch.arange(3)
     for found in both():
-        for steps in (every[:5].clone(), every[1::4].clone(), every[:0].clone()):
+        some = [x.clone() for x in (every[:5], every[1::4], every[:0])]
+        for steps in (*some, *(x.float() for x in some), torch.tensor([2.0**24, 1.5])):
             expected, version = steps + 1, steps._version
             assert found.counted(steps) is steps and torch.equal(steps, expected)
             assert steps._version == version + 1
         strided = every.clone()
         assert found.counted(strided[1::4]).tolist() == [2, 6, 10]
         assert strided.tolist() == [0, 2, 2, 3, 4, 6, 6, 7, 8, 10, 10, 11]
-        for other in (torch.ones(2), torch.ones(2, 2).long(), torch.tensor(3)):
+        for other in (torch.ones(2).half(), torch.ones(2, 2).long(), torch.tensor(3)):
             expected = other + 1
             assert torch.equal(found.counted(other), expected)
         assert found.counted(torch.arange(3, device="meta")).is_meta

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from funcopt.execution.native import objects
 from funcopt.types import Tensor
 
 
@@ -31,7 +32,11 @@ class Entries:
             places.append(state[key].storage_offset() - vector.storage_offset())
         #: with the places of the entries, None for all in their order
         self._vectors = [(x, _places(x, places)) for x, places in found.values()]
-        self._ones = [_ones(vector, places) for vector, places in self._vectors]
+        #: what counts the entries with such places among others
+        self._ones = [
+            None if places is None else torch.zeros_like(vector).index_fill_(0, places, 1)
+            for vector, places in self._vectors
+        ]
 
     def read(self) -> list[Any]:
         """The numbers, in the order of the states."""
@@ -53,7 +58,7 @@ class Entries:
     def count(self) -> None:
         """Add one to each."""
         for (vector, _), one in zip(self._vectors, self._ones):
-            vector.add_(one)
+            objects.load().counted(vector) if one is None else vector.add_(one)
 
 
 def _is_entry(number: Tensor) -> bool:
@@ -65,10 +70,3 @@ def _places(vector: Tensor, places: list[int]) -> Tensor | None:
     if places == [*range(len(vector))]:
         return None
     return torch.tensor(places, device=vector.device)
-
-
-def _ones(vector: Tensor, places: Tensor | None) -> Tensor:
-    """A tensor: torch would make one of a number at each addition."""
-    if places is None:
-        return torch.ones((), dtype=vector.dtype, device="cpu")
-    return torch.zeros_like(vector).index_fill_(0, places, 1)

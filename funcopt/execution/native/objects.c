@@ -247,19 +247,21 @@ static PyObject *written(PyObject *self, PyObject *const *args, Py_ssize_t count
     Py_RETURN_NONE;
 }
 
-enum { CPU = 0, INT64 = 4 };  // as torch numbers devices and dtypes
+enum { CPU = 0, INT64 = 4, FLOAT32 = 6 };  // as torch numbers devices and dtypes
 
-// counted(steps): with one more in each entry, a vector of int64 on the CPU; and in its
-// version. Another tensor counts by itself.
+// counted(steps): with one more in each entry of a vector on the CPU, and in its version.
+// Another tensor counts by itself.
 static PyObject *counted(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Looks of;
     void *tensor = (char *)args[0] + behind, *numbers;
     const int64_t *size, *stride;
-    if (!look_at(args[0], &of) || of.dtype != INT64 || of.device != CPU || of.axes != 1 ||
-        get_sizes(tensor, &size) || get_strides(tensor, &stride) ||
+    if (!look_at(args[0], &of) || (of.dtype != INT64 && of.dtype != FLOAT32) ||
+        of.device != CPU || of.axes != 1 || get_sizes(tensor, &size) || get_strides(tensor, &stride) ||
         !address(args[0], &numbers))
         return PyErr_Occurred() ? NULL : PyObject_CallMethod(args[0], "add_", "i", 1);
-    for (int64_t i = 0; i < *size; i++) ((int64_t *)numbers)[i * *stride]++;
+    for (int64_t i = 0; i < *size; i++)
+        if (of.dtype == INT64) ((int64_t *)numbers)[i * *stride]++;
+        else ((float *)numbers)[i * *stride]++;
     if (!is_inference(tensor)) bump_version(tensor);
     return Py_NewRef(args[0]);
 }
