@@ -33,18 +33,20 @@ class GuardedCache(Generic[T]):
 
     def __init__(self, memory: bool = False) -> None:
         self._memory = memory
-        #: how many tensors, what compares them, grad mode if it matters, what is known
-        self._all: tuple[tuple[int, Callable[..., bool], bool | None, T], ...] = ()
+        #: how many tensors, what compares them, grad mode if it matters, inference mode
+        #: (guards take its tensors, outside of it, for any others within), what is known
+        self._all: tuple[tuple[int, Callable[..., bool], bool | None, bool, T], ...] = ()
 
     def get(self, tensors: Sequence[Any]) -> T | None:
         """What is known for tensors like these, with the modes in force as they were.
 
         Grad mode matters where one of them requires grad.
         """
-        for count, check, grad, found in self._all:
+        for count, check, grad, inference, found in self._all:
             if (
                 count == len(tensors)
                 and check(*tensors)
+                and inference is torch.is_inference_mode_enabled()
                 and (grad is None or grad is torch.is_grad_enabled())
                 and (forward_ad._current_level < 0 or self._memory)
             ):
@@ -63,7 +65,9 @@ class GuardedCache(Generic[T]):
         )
         asks = any(x.requires_grad for x in tensors)
         grad = torch.is_grad_enabled() if asks else None
-        self._all = ((len(tensors), guards.check, grad, found), *self._all)[:_MOST]
+        inference = torch.is_inference_mode_enabled()
+        new = len(tensors), guards.check, grad, inference, found
+        self._all = (new, *self._all)[:_MOST]
 
 
 def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
