@@ -57,7 +57,7 @@ def step(
         raise ExecutionError(f"{leaves.rule.name}'s tasks cannot be run together")
     written = [leaves.params, *leaves.state, vectors]
     if donate:
-        donation.check(leaves.grads, written, leaves.scalars())
+        donation.check(leaves.grads, written, leaves.hyper_values)
     readable = all(concrete.readable(x) and not levels.may_be_tracked(x) for x in vectors)
     free = readable and name is None and executor_choice.is_free()
     free = free and donation.permitted(chain(*written))  # a path does not look again
