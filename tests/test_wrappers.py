@@ -486,3 +486,26 @@ def test_hyperparameters_pass_through(name: str):
     new, _ = opt.update(g, opt.init(params), params, lr=0.0, **more)
     assert_same(new, params)
     assert "lr" in opt.hyper
+
+
+# where nothing can be read --------------------------------------------------------------
+
+WRAPPED: dict[str, Callable[[fo.Optimizer], fo.Optimizer]] = {
+    "accumulate": lambda opt: fo.accumulate(opt, 2),
+    "skip_nonfinite": fo.skip_nonfinite,
+    "master_weights": fo.master_weights,
+}
+
+
+@inner
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED.keys())
+def test_on_a_device_that_is_not_the_steps(wrap: Any, make: Any):
+    """Steps are counted on the CPU, and the condition is where the parameters are."""
+    opt = wrap(make())
+    params = tree.map(lambda p: p.to("meta"), mixed(torch.float32))
+    state = opt.init(params)
+    looks = [(x.shape, x.dtype) for x in tree.present(state)]
+    for _ in range(3):
+        params, state = opt.update(params, state, params)
+    assert all(p.is_meta for p in tree.leaves(params))
+    assert [(x.shape, x.dtype) for x in tree.present(state)] == looks
