@@ -509,3 +509,12 @@ def test_on_a_device_that_is_not_the_steps(wrap: Any, make: Any):
         params, state = opt.update(params, state, params)
     assert all(p.is_meta for p in tree.leaves(params))
     assert [(x.shape, x.dtype) for x in tree.present(state)] == looks
+
+
+@inner
+def test_donated_where_there_is_no_memory(make: Any):
+    opt, params = make(), tree.map(lambda p: p.to("meta"), mixed(torch.float32))
+    state = opt.init(params)
+    for _ in range(2):
+        found = opt.update(params, state, params, donate=True)[0]
+        assert all(a is b for a, b in zip(tree.leaves(found), tree.leaves(params)))
