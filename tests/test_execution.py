@@ -690,6 +690,54 @@ def parted() -> Any:
     return fo.partition({"x": fo.sgd(), "y": fo.adamw()}, {"a": "x", "b": "y"})
 
 
+DONATED_BY: dict[str, Callable[[], fo.Optimizer]] = {
+    "sgd": fo.sgd,
+    "adamw": fo.adamw,
+    "nadam": fo.nadam,
+    "adafactor": fo.adafactor,
+    "dog": fo.dog,
+    "lbfgs": fo.lbfgs,
+    "sam": lambda: fo.sam(fo.sgd()),
+    "clipped": clipped,
+    "parted": parted,
+    "lookahead": lambda: fo.chain(fo.adamw(), fo.lookahead(2)),
+}
+
+
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["parameters", "state", "steps"])
+@pytest.mark.parametrize("name", DONATED_BY)
+def test_what_torch_would_not_write_is_refused_before_anything_is(name: str, where: int):
+    """Tensors of inference mode, and an expanded step; after steps that were alike."""
+    opt, grads = DONATED_BY[name](), {"a": torch.rand(2, 3), "b": torch.rand(3)}
+    more: Any = {"loss_fn": lambda p: (p["a"] * p["b"]).square().sum()}
+    more = more if name in ("lbfgs", "sam") else {}
+
+    def made(inference: Sequence[bool]) -> list[Any]:
+        both = [{"a": torch.ones(2, 3), "b": torch.ones(3)}]
+        both.append(opt.init(*both))
+        for i, each in enumerate(inference):
+            with torch.inference_mode(each):
+                both[i] = tree.map(torch.clone, both[i])
+        return both
+
+    refused = [[True, False], [False, True], [False, False]][where]
+    for inside in (False, True):
+        with torch.inference_mode(inside):
+            opt.update(grads, *made(refused)[::-1], **more)
+            opt.update(grads, *made([inside, inside])[::-1], donate=True, **more)
+            opt.update(grads, *made([False, False])[::-1], donate=True, **more)
+    given = made(refused)
+    if where == 2:
+        given[1] = tree.map(
+            lambda x: x[:1].expand(2) if x.dtype is torch.int64 and x.ndim else x,
+            given[1],
+        )
+    before = tree.map(torch.clone, given)
+    with pytest.raises(fo.ExecutionError, match=r"clone\(\)"):
+        opt.update(grads, *given[::-1], donate=True, **more)
+    assert_bits(given, before)
+
+
 #: params of which the rate is a part, and that rate
 RATES_DONATED: dict[str, Callable[[], tuple[dict[str, Tensor], Any]]] = {
     "a number of leaves of two dtypes": lambda: (

@@ -12,6 +12,7 @@ from table import ELEMENTWISE, ELEMENTWISE_ENDS, rule_of
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from torch.overrides import TorchFunctionMode
 
 import funcopt as fo
 from funcopt.bits import INTEGERS
@@ -435,6 +436,25 @@ def pushed(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda x: jvp(function, (x,), (x,))
 
 
+class Doubling(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **kwargs or {})
+        return out + out if isinstance(out, Tensor) and out.is_floating_point() else out
+
+
+@contextmanager
+def looked_on() -> Iterator[None]:
+    """By all that may look on; and it still does afterwards."""
+    x, seen = torch.ones(3, requires_grad=True), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(seen.append, lambda _: 2 * x)
+    with torch.autograd.set_detect_anomaly(True, check_nan=True), hooks:
+        yield
+        assert torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()
+        assert not seen and x.square().sum().requires_grad and len(seen) == 1
+
+
 SITUATIONS: dict[str, Callable[[Any], None]] = {
     "vmap": inside(vmap, torch.ones(2, 3)),
     "grad": inside(grad, torch.ones(3)),
@@ -450,6 +470,8 @@ SITUATIONS: dict[str, Callable[[Any], None]] = {
     "saved tensors hooks": within(
         lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     ),
+    "hooks that change what is saved, and a search for NaN": within(looked_on),
+    "a mode that changes what functions give": within(Doubling),
 }
 
 

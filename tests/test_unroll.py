@@ -403,6 +403,14 @@ def test_inference_mode_trains_as_no_grad_does(how: Any):
     assert_close((run(lr), grad(run)(lr)), wanted)  # of what was made there
 
 
+@pytest.mark.parametrize("how", [{}, {"remat": "step"}, {"grad_mode": "mixed"}], ids=str)
+def test_of_shapes_alone(how: Any):
+    p = torch.empty(3, device="meta", requires_grad=True)
+    run = fo.unroll(fo.adam(), squared_distance, p, p.detach(), steps=3, **how)
+    (slope,) = torch.autograd.grad(run.params.sum() + run.losses.sum(), p)
+    assert slope.is_meta and slope.shape == p.shape
+
+
 def test_a_run_may_leave_every_transform():
     """torch.func takes no None: neither from vmap, nor as aux."""
     starts, targets = random(4, 3, seed=1), random(3, seed=2)

@@ -1,12 +1,14 @@
 """Optimizers that make steps of another one: when, on what, and in which precision."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 from trees import assert_close, assert_moved, assert_same, mixed, random_like, small
 
 import funcopt as fo
@@ -39,17 +41,19 @@ def stacked(trees: list[Tree]) -> tuple[list[Tensor], Callable[..., Tree]]:
 
 
 def assert_donates(opt: fo.Optimizer, params: Tree, grads: list[Tree], **given: Any):
-    """The same steps by tensors that stay the same."""
-    expected = params, opt.init(params)
-    own = tree.map(torch.clone, params)
-    donated = own, opt.init(own)
-    before = tree.without_none(donated)[0]
-    for g in grads:
-        expected = opt.update(g, expected[1], expected[0], **given)
-        donated = opt.update(g, donated[1], donated[0], donate=True, **given)
-    assert_close(tree.without_none(donated)[0], tree.without_none(expected)[0], 1e-6)
-    after = tree.without_none(donated)[0]
-    assert all(a is b for a, b in zip(before, after, strict=True))
+    """The same steps by tensors that stay the same; also in a mode, which reads none."""
+    for within in (nullcontext, BaseTorchDispatchMode):
+        expected = params, opt.init(params)
+        own = tree.map(torch.clone, params)
+        donated = own, opt.init(own)
+        before = tree.without_none(donated)[0]
+        for g in grads:
+            expected = opt.update(g, expected[1], expected[0], **given)
+            with within():
+                donated = opt.update(g, donated[1], donated[0], donate=True, **given)
+        assert_close(tree.without_none(donated)[0], tree.without_none(expected)[0], 1e-6)
+        after = tree.without_none(donated)[0]
+        assert all(a is b for a, b in zip(before, after, strict=True))
 
 
 # accumulate ----------------------------------------------------------------------------
@@ -482,3 +486,35 @@ def test_hyperparameters_pass_through(name: str):
     new, _ = opt.update(g, opt.init(params), params, lr=0.0, **more)
     assert_same(new, params)
     assert "lr" in opt.hyper
+
+
+# where nothing can be read --------------------------------------------------------------
+
+WRAPPED: dict[str, Callable[[fo.Optimizer], fo.Optimizer]] = {
+    "accumulate": lambda opt: fo.accumulate(opt, 2),
+    "skip_nonfinite": fo.skip_nonfinite,
+    "master_weights": fo.master_weights,
+}
+
+
+@inner
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED.keys())
+def test_on_a_device_that_is_not_the_steps(wrap: Any, make: Any):
+    """Steps are counted on the CPU, and the condition is where the parameters are."""
+    opt = wrap(make())
+    params = tree.map(lambda p: p.to("meta"), mixed(torch.float32))
+    state = opt.init(params)
+    looks = [(x.shape, x.dtype) for x in tree.present(state)]
+    for _ in range(3):
+        params, state = opt.update(params, state, params)
+    assert all(p.is_meta for p in tree.leaves(params))
+    assert [(x.shape, x.dtype) for x in tree.present(state)] == looks
+
+
+@inner
+def test_donated_where_there_is_no_memory(make: Any):
+    opt, params = make(), tree.map(lambda p: p.to("meta"), mixed(torch.float32))
+    state = opt.init(params)
+    for _ in range(2):
+        found = opt.update(params, state, params, donate=True)[0]
+        assert all(a is b for a, b in zip(tree.leaves(found), tree.leaves(params)))

@@ -55,10 +55,12 @@ def step(
     choices = [group.choice for group in groups]
     if tasks and any(c.transformed or c.name not in ENGINES for c in choices):
         raise ExecutionError(f"{leaves.rule.name}'s tasks cannot be run together")
+    written = [leaves.params, *leaves.state, vectors]
     if donate:
-        donation.check(leaves.grads, [leaves.params, *leaves.state], leaves.scalars())
+        donation.check(leaves.grads, written, leaves.hyper_values)
     readable = all(concrete.readable(x) and not levels.may_be_tracked(x) for x in vectors)
     free = readable and name is None and executor_choice.is_free()
+    free = free and donation.permitted(chain(*written))  # a path does not look again
     if len(groups) == 1 and len(groups[0].which) == len(leaves.params):
         path = _path(leaves, groups[0]) if free else None
         return _run(leaves, groups[0], donate), path

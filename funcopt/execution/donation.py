@@ -1,6 +1,6 @@
 """``donate=True``: what a step may write over, and writing where no kernel does it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -66,13 +66,19 @@ def check(
     ``others`` are what else the step is a function of, and may share among themselves.
 
     Raises:
-        ExecutionError: a derivative may be asked for, or tensors share memory.
+        ExecutionError: a derivative may be asked for, tensors share memory, or torch
+            forbids to write to one here.
     """
     written = [x for column in columns for x in column]
     if levels.differentiating([*grads, *written, *others]):
         raise ExecutionError(
             "donate=True would write over what a derivative still needs: call update "
             "under torch.no_grad(), outside of torch.func transforms, or without donate"
+        )
+    if not permitted(written):
+        raise ExecutionError(
+            "donate=True: a parameter or its state was made in inference mode, and must "
+            "not be written to outside of it: clone() it here, or step in that mode, too"
         )
     if layout.overlap([grads, *columns]) or layout.folded(columns):
         raise ExecutionError(
@@ -83,6 +89,13 @@ def check(
         raise ExecutionError(
             "donate=True: a hyperparameter is in memory that is written over; clone() it"
         )
+
+
+def permitted(tensors: Iterable[Tensor]) -> bool:
+    """Whether torch lets these be written to here: of inference mode only within it."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return True
+    return not any(map(Tensor.is_inference, tensors))
 
 
 def check_trees(grads: Tree, *donated: Tree, others: Tree = ()) -> None:

@@ -37,18 +37,20 @@ class GuardedCache(Generic[T]):
 
     def __init__(self, memory: bool = False) -> None:
         self._memory = memory
-        #: how many tensors, what compares others, grad mode if it matters, what is known
-        self._all: tuple[tuple[int, Alike, bool | None, T], ...] = ()
+        #: how many tensors, what compares others, grad mode if it matters, inference mode
+        #: (guards take its tensors, outside of it, for any others within), what is known
+        self._all: tuple[tuple[int, Alike, bool | None, bool, T], ...] = ()
 
     def get(self, tensors: list[Any]) -> T | None:
         """What is known for tensors like these, with the modes in force as they were.
 
         Grad mode matters where one of them requires grad.
         """
-        for count, alike, grad, found in self._all:
+        for count, alike, grad, inference, found in self._all:
             if (
                 count == len(tensors)
                 and alike(tensors)
+                and inference is torch.is_inference_mode_enabled()
                 and (grad is None or grad is torch.is_grad_enabled())
                 and (forward_ad._current_level < 0 or self._memory)
             ):
@@ -61,7 +63,9 @@ class GuardedCache(Generic[T]):
             return
         asks = any(x.requires_grad for x in tensors)
         grad = torch.is_grad_enabled() if asks else None
-        self._all = ((len(tensors), _like(tensors), grad, found), *self._all)[:_MOST]
+        inference = torch.is_inference_mode_enabled()
+        new = len(tensors), _like(tensors), grad, inference, found
+        self._all = (new, *self._all)[:_MOST]
 
 
 def _like(tensors: list[Tensor]) -> Alike:

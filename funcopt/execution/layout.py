@@ -112,7 +112,9 @@ def _folds(x: Tensor) -> bool:
 
 
 def extent(x: Tensor) -> int:
-    """The bytes from the first element to behind the last."""
+    """The bytes from the first element to behind the last; none on the meta device."""
+    if x.is_meta:
+        return 0
     if x.is_contiguous() or not x.numel():
         return x.nbytes
     reach = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))

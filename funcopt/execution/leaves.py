@@ -38,9 +38,14 @@ class Leaves:
         return dict(zip(map(id, self.hyper), self.hyper))
 
     @property
+    def hyper_values(self) -> list[Any]:
+        """What is in the hyperparameter dicts."""
+        return [*chain.from_iterable(v.values() for v in self.distinct_hyper.values())]
+
+    @property
     def tasks(self) -> int:
         """How many tasks the leading axis holds, if a scalar is each one's own; or 0."""
-        values = chain.from_iterable(v.values() for v in self.distinct_hyper.values())
+        values = self.hyper_values
         return next((len(x.values) for x in values if isinstance(x, PerTask)), 0)
 
     def streams(self, kinds: Kinds) -> list[Column]:
@@ -77,8 +82,7 @@ class Leaves:
 
     def scalars(self) -> list[Any]:
         """What is not a tensor for each leaf: numbers, and hyperparameters."""
-        hyper = [values.values() for values in self.distinct_hyper.values()]
-        return [*chain(*self.numbers, *hyper)]
+        return [*chain(*self.numbers), *self.hyper_values]
 
     def tensors(self) -> list[Any]:
         """All that may be differentiated, numbers among it."""

@@ -1,12 +1,14 @@
 """Levels of differentiation: which transforms are open, and what follows a tensor."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch._C._functorch as _functorch  # pyright: ignore[reportMissingImports]
+from torch._C import _autograd
 from torch.autograd import forward_ad
+from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from funcopt.types import Tensor
@@ -27,9 +29,21 @@ def outside() -> Iterator[None]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """`outside`, and no mode looks on: for what is made once, whoever asks first."""
-    with outside(), _disable_current_modes():
-        yield
+    """`outside`, and nobody looks on: for what is made once, whoever asks first.
+
+    No mode of dispatch or of functions, no hook of saved tensors, no anomaly detection.
+    """
+    anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    hooks = _autograd._saved_tensors_hooks_set_tracing(True)
+    with outside(), _disable_current_modes(), ExitStack() as modes:
+        for _ in range(torch._C._len_torch_function_stack()):
+            modes.enter_context(_pop_mode_temporarily())
+        try:
+            torch.set_anomaly_enabled(False)
+            yield
+        finally:
+            torch.set_anomaly_enabled(*anomaly)
+            _autograd._saved_tensors_hooks_set_tracing(hooks)
 
 
 def beneath(

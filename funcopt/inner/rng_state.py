@@ -19,7 +19,7 @@ class RngState:
         devices = {x.device for x in tensors if isinstance(x, Tensor)}
         #: what reads the state of each, and what sets it
         self._generators: list[Any] = [(torch.get_rng_state, torch.set_rng_state)]
-        for device in devices - {torch.device("cpu")}:
+        for device in devices - {torch.device("cpu"), torch.device("meta")}:
             module = torch.get_device_module(device)
             if hasattr(module, "get_rng_state"):
                 read = partial(module.get_rng_state, device)

@@ -99,6 +99,7 @@ def step(
     values = [g if i is None else g.values() for g, i in zip(grads, at)]
     if donate:
         columns = [[x for x in c if x is not None] for c in (params, *slots.values())]
+        columns.append([x for name, x in state.items() if name not in slots])
         others = [x for row in hyper for x in row.values()]
         donation.check([g for g in values if g is not None], columns, others)
 

@@ -25,11 +25,16 @@ def choose(
     """
     if concrete.readable(condition):
         return then() if bool(condition) else otherwise()
-    return tree.map(
-        lambda x, y: x if x is y else torch.where(condition, x, y),
-        (guarded or then)(),
-        otherwise(),
-    )
+
+    def chosen(x: Tensor, y: Tensor) -> Tensor:
+        if x is y:
+            return x
+        # What is kept on the CPU, as steps are, goes to the condition: to bring that to
+        # the CPU would be to wait for it.
+        x, y = (z.to(condition.device) if z.is_cpu else z for z in (x, y))
+        return torch.where(condition, x, y)
+
+    return tree.map(chosen, (guarded or then)(), otherwise())
 
 
 def counter(params: Tree) -> Tensor:

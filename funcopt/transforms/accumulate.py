@@ -100,7 +100,7 @@ class _Accumulate:
         mean, counts = self.mean_of.update(wide, {"step": state["given"]}, state["mean"])
         calls = state["calls"] + 1
 
-        def step() -> tuple[Tree, Sequence[Tree]]:
+        def step(donate: bool) -> tuple[Tree, Sequence[Tree]]:
             ready = _ready(mean, counts["step"], grads, params)
             new, inner = self.opt.update(
                 ready, state["optimizer"], params, donate=donate, **given
@@ -110,8 +110,9 @@ class _Accumulate:
 
         new, kept = choose(
             calls >= self.k,
-            step,
+            lambda: step(donate),
             lambda: (params, (state["optimizer"], mean, counts["step"], calls)),
+            lambda: step(False),  # what is not chosen must not have been written
         )
         new_state: State = dict(zip(_KEPT, kept))
         if donate:

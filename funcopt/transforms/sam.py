@@ -112,6 +112,8 @@ class _Sam:
         far = {} if rho is None else {"rho": rho}
         above, climbed = self.climb.update(grads, {"step": state["step"]}, params, **far)
         steep = _gradient(loss_fn, above, grads)
+        if donate:
+            donation.check_trees(steep, state, params)
         if "loss_fn" in self.opt.hyper:
             given["loss_fn"] = loss_fn
         new, inner = self.opt.update(
