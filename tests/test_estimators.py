@@ -845,3 +845,23 @@ def test_in_inference_mode(name: str):
     with torch.inference_mode():
         found = call()
     assert torch.allclose(found["hyper"]["lr"], expected["hyper"]["lr"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_within_autocast_only_the_losses_are_in_half(name: str):
+    """The same as outside, where the losses alone are."""
+
+    def half(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.autocast("cpu", torch.bfloat16)(loss)
+
+    kind = next(kind for kind in ("meta", "rates", "init") if kind in SEES[name])
+    opt, eta = ETAS[kind]
+    data = {"params": PARAMS, "batch": TRAIN, "outer_batch": VALID}
+    data, eta = tree.map(Tensor.float, data), tree.map(Tensor.float, eta)
+    given = problem(opt, **data)
+    outside = replace(given, inner_loss=half(fit), outer_loss=half(score))
+    expected = CALLS[name](outside, eta)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = CALLS[name](given, eta)
+    for x, y in zip(tree.leaves(found.grads), tree.leaves(expected.grads)):
+        assert y.abs().max() > 1e-4 and torch.allclose(x, y, rtol=1e-5)

@@ -4,6 +4,7 @@ import torch
 
 from funcopt import tree
 from funcopt.derivatives import Function, Trees, jvp
+from funcopt.execution import autocast
 from funcopt.flat_function import FlatFunction
 from funcopt.list_vmap import list_vmap
 from funcopt.meta.estimate import Estimate, check_eta, check_remembered
@@ -144,10 +145,11 @@ def _block(rows: Tensor, like: Tensor) -> Tensor:
 def _contracted(slopes: Tree, tangents: Tree) -> Tensor:
     """How a value moves along each tangent."""
     parts = zip(tree.present(slopes), tree.present(tangents))
-    return sum(
-        (_rows(z) @ complex_leaves.parts(g).flatten() for g, z in parts),
-        start=torch.zeros((), device="cpu"),
-    )
+    with autocast.choosing(autocast.OFF):  # which is about the losses
+        return sum(
+            (_rows(z) @ complex_leaves.parts(g).flatten() for g, z in parts),
+            start=torch.zeros((), device="cpu"),
+        )
 
 
 def _rows(tangents: Tensor) -> Tensor:
