@@ -796,6 +796,32 @@ def test_forward_of_a_number_times_a_float32_meta_parameter(name: str, expanded:
     assert not any(x.requires_grad or x.dtype is torch.float64 for x in carried)
 
 
+SUMMING = {
+    "truncated": {"window": 1000},
+    "weight_update_implicit": {"iterations": 1000},
+} | dict.fromkeys(("reverse", "mixed", "forward", "first_order"), {})
+
+
+@pytest.mark.parametrize("objective", ["last", "mean"])
+@pytest.mark.parametrize("name", SUMMING)
+def test_a_rate_in_half_precision_is_judged_by_all_its_steps(name: str, objective: Any):
+    """Of as many equal numbers bfloat16 would add up 256."""
+
+    def downhill(p: Tensor, batch: Any) -> Tensor:
+        return p.sum()
+
+    start = torch.zeros(1, dtype=torch.float64)
+    given = fo.meta.Problem(
+        fo.sgd(), downhill, downhill, 1000, start, objective=objective
+    )
+    eta = {"hyper": {"lr": torch.tensor(2.0**-10, dtype=torch.bfloat16)}}
+    found = getattr(fo.meta, name)(given, eta, **SUMMING[name]).grads["hyper"]["lr"]
+    whole = name == "weight_update_implicit" or objective == "last"
+    assert (
+        found.dtype is torch.bfloat16 and abs(found / (1000 if whole else 500) + 1) < 0.01
+    )
+
+
 # Memory --------------------------------------------------------------------------------
 
 
