@@ -796,6 +796,23 @@ def test_forward_of_a_number_times_a_float32_meta_parameter(name: str, expanded:
     assert not any(x.requires_grad or x.dtype is torch.float64 for x in carried)
 
 
+@pytest.mark.parametrize(
+    "eta", [{"init": {"w": torch.zeros(0, 2)}}, {"meta": {"w": torch.ones(2)}}], ids=str
+)
+def test_forward_of_no_numbers_or_no_parameters(eta: Any):
+    def loss(p: Any, batch: Any, meta: Any = None) -> Tensor:
+        return torch.stack(
+            [x.sum() ** 2 for x in tree.leaves((p, meta)) if x is not None]
+        )[0]
+
+    given = fo.meta.Problem(fo.sgd(lr=0.1), loss, loss, 2, params={})
+    found, expected = fo.meta.forward(given, eta), fo.meta.reverse(given, eta)
+    assert tree.leaves(tree.map(torch.equal, found.grads, expected.grads)) == [True]
+    assert found.diagnostics["tangent_norms"].shape == (
+        sum(map(Tensor.numel, tree.leaves(eta))),
+    )
+
+
 SUMMING = {
     "truncated": {"window": 1000},
     "weight_update_implicit": {"iterations": 1000},

@@ -124,16 +124,21 @@ def forward(
         total = torch.stack(values).sum()
         if problem.objective == "mean":
             total, grads = total / count, grads / count
-        norms = torch.stack([_rows(x).square().sum(1) for x in tree.present(z["params"])])
+        squares = (_rows(x).square().sum(1) for x in tree.present(z["params"]))
+        norms = sum(squares, start=torch.zeros_like(grads)).sqrt()
     z = {**z, "eta": every}  # by which a later window knows whose tangents these are
     end = tree.detach({**at, "step": start + count, "tangents": z})
-    return Estimate(total, _like(eta, grads), {"tangent_norms": norms.sum(0).sqrt()}, end)
+    return Estimate(total, _like(eta, grads), {"tangent_norms": norms}, end)
 
 
 def _basis(eta: Tree) -> Tree:
-    """A tangent of eta for each of its numbers: one there, zero elsewhere."""
+    """A tangent of eta for each of its numbers: one there, zero elsewhere.
+
+    One of nothing where there are none, for a vmap has to be of something.
+    """
     found = tree.present(eta)
-    rows = torch.eye(sum(x.numel() for x in found)).split([x.numel() for x in found], 1)
+    sizes = [x.numel() for x in found]
+    rows = torch.eye(max(sum(sizes), 1), sum(sizes)).split(sizes, 1)
     blocks = iter(zip(rows, found))
     return tree.map(lambda _: _block(*next(blocks)), eta)
 
