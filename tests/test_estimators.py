@@ -839,6 +839,26 @@ def test_a_rate_in_half_precision_is_judged_by_all_its_steps(name: str, objectiv
     )
 
 
+@pytest.mark.parametrize("objective", ["last", "sum"])
+@pytest.mark.parametrize("remat", [None, "sqrt"])
+@pytest.mark.parametrize("name", ["reverse", "mixed"])
+def test_a_weight_in_half_precision_is_judged_by_all_its_steps(
+    name: str, remat: Any, objective: Any
+):
+    def weighed(p: Tensor, batch: Any, meta: Tensor) -> Tensor:
+        return meta * p.sum()
+
+    start = torch.zeros(1, dtype=torch.float64)
+    given = fo.meta.Problem(
+        fo.sgd(lr=2.0**-10), weighed, lambda p, *_: p.sum(), 600, start,
+        objective=objective,
+    )  # fmt: skip
+    eta = {"meta": torch.ones((), dtype=torch.bfloat16)}
+    found = getattr(fo.meta, name)(given, eta, remat=remat).grads["meta"]
+    whole = 600 if objective == "last" else 600 * 601 / 2
+    assert found.dtype is torch.bfloat16 and abs(found / whole * 2**10 + 1) < 0.01
+
+
 # Memory --------------------------------------------------------------------------------
 
 
