@@ -16,7 +16,7 @@ from funcopt.errors import (
     LeafError,
     StructureError,
 )
-from funcopt.execution import concrete, donation
+from funcopt.execution import autocast, concrete, donation
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
 from funcopt.select import ByName
@@ -113,16 +113,17 @@ class _Flat:
             )
         loss = _Loss(loss_fn, structure, g, p, x)
         values = self._values(overrides, state["step"], x, loss.alone)
-        found, kept = self.rule(
-            loss.slope,
-            loss(x) if value is None else value,
-            one_vector.joined(g, p, like),
-            x,
-            old,
-            one_vector.moving(g, p, like),
-            donate=donate,
-            **values,
-        )
+        with autocast.aside():  # which is about the loss
+            found, kept = self.rule(
+                loss.slope,
+                loss(x) if value is None else value,
+                one_vector.joined(g, p, like),
+                x,
+                old,
+                one_vector.moving(g, p, like),
+                donate=donate,
+                **values,
+            )
         stepped = [int(grad is not None) for grad in g]
         step = state["step"] + torch.tensor(stepped, device=state["step"].device)
         new = tree.unflatten(structure, loss.leaves(found))
@@ -165,7 +166,10 @@ def _slots_of(
 
 
 class _Loss:
-    """The loss as a function of the vector of all parameters."""
+    """The loss as a function of the vector of all parameters.
+
+    It is evaluated as torch.autocast chooses where this is made.
+    """
 
     def __init__(
         self,
@@ -179,6 +183,7 @@ class _Loss:
         self.structure = structure
         self.grads = grads
         self.params = params
+        self._autocast = autocast.chosen()
         self._live = [i for i, g in enumerate(grads) if g is not None]
         self.alone = alone(x) and not torch.is_inference_mode_enabled()
         self._pieces = one_vector.splitter(params, x.dtype, self.alone)
@@ -191,7 +196,11 @@ class _Loss:
         return [p if g is None else leaf for leaf, p, g in rows]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.loss_fn(tree.unflatten(self.structure, self.leaves(x)))
+        return self._of(self.leaves(x))
+
+    def _of(self, leaves: list[Any]) -> Tensor:
+        with autocast.choosing(self._autocast):
+            return self.loss_fn(tree.unflatten(self.structure, leaves))
 
     def slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The loss's gradient, and its value."""
@@ -201,7 +210,7 @@ class _Loss:
         leaves, slopes = self.leaves(x), [*self.grads]
         asked = [leaves[i].requires_grad_() for i in self._live]
         with torch.enable_grad():
-            value = self.loss_fn(tree.unflatten(self.structure, leaves))
+            value = self._of(leaves)
         if value.ndim or not (asked and value.requires_grad):
             return self._transformed(x)  # which has the words for it
         found = torch.autograd.grad(value, asked, allow_unused=True)  # None is 0, too

@@ -217,6 +217,24 @@ def test_autocast_is_part_of_what_is_compiled(traced: Any):
     assert len(traced) == 2
 
 
+def test_what_autocast_is_off_for_stays_so_in_a_graph(traced: Any):
+    """The products of a step, which is made in its leaves' own dtype."""
+    opt = fo.soap(lr=0.1, eps=0.1)
+
+    def task_loss(t: Tensor, x: Tensor) -> Tensor:
+        return fo.unroll(
+            opt, lambda p, _: (p - x).square().sum(), t, steps=2
+        ).params.sum()
+
+    eager, meta = (
+        fo.meta.value_and_grad(task_loss, tasks="vmap", compile=compile)
+        for compile in (False, True)
+    )
+    given = f64(3, 2, seed=1).float(), f64(2, 3, 2, seed=2).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(meta(*given), eager(*given), rtol=1e-5, atol=0)
+
+
 def test_kernels_are_given_numbers_as_they_are_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -796,6 +796,69 @@ def test_forward_of_a_number_times_a_float32_meta_parameter(name: str, expanded:
     assert not any(x.requires_grad or x.dtype is torch.float64 for x in carried)
 
 
+@pytest.mark.parametrize(
+    "eta", [{"init": {"w": torch.zeros(0, 2)}}, {"meta": {"w": torch.ones(2)}}], ids=str
+)
+def test_forward_of_no_numbers_or_no_parameters(eta: Any):
+    def loss(p: Any, batch: Any, meta: Any = None) -> Tensor:
+        return torch.stack(
+            [x.sum() ** 2 for x in tree.leaves((p, meta)) if x is not None]
+        )[0]
+
+    given = fo.meta.Problem(fo.sgd(lr=0.1), loss, loss, 2, params={})
+    found, expected = fo.meta.forward(given, eta), fo.meta.reverse(given, eta)
+    assert tree.leaves(tree.map(torch.equal, found.grads, expected.grads)) == [True]
+    assert found.diagnostics["tangent_norms"].shape == (
+        sum(map(Tensor.numel, tree.leaves(eta))),
+    )
+
+
+SUMMING = {
+    "truncated": {"window": 1000},
+    "weight_update_implicit": {"iterations": 1000},
+} | dict.fromkeys(("reverse", "mixed", "forward", "first_order"), {})
+
+
+@pytest.mark.parametrize("objective", ["last", "mean"])
+@pytest.mark.parametrize("name", SUMMING)
+def test_a_rate_in_half_precision_is_judged_by_all_its_steps(name: str, objective: Any):
+    """Of as many equal numbers bfloat16 would add up 256."""
+
+    def downhill(p: Tensor, batch: Any) -> Tensor:
+        return p.sum()
+
+    start = torch.zeros(1, dtype=torch.float64)
+    given = fo.meta.Problem(
+        fo.sgd(), downhill, downhill, 1000, start, objective=objective
+    )
+    eta = {"hyper": {"lr": torch.tensor(2.0**-10, dtype=torch.bfloat16)}}
+    found = getattr(fo.meta, name)(given, eta, **SUMMING[name]).grads["hyper"]["lr"]
+    whole = name == "weight_update_implicit" or objective == "last"
+    assert (
+        found.dtype is torch.bfloat16 and abs(found / (1000 if whole else 500) + 1) < 0.01
+    )
+
+
+@pytest.mark.parametrize("objective", ["last", "sum"])
+@pytest.mark.parametrize("remat", [None, "sqrt"])
+@pytest.mark.parametrize("name", ["reverse", "mixed"])
+def test_a_weight_in_half_precision_is_judged_by_all_its_steps(
+    name: str, remat: Any, objective: Any
+):
+    def weighed(p: Tensor, batch: Any, meta: Tensor) -> Tensor:
+        return meta * p.sum()
+
+    start = torch.zeros(1, dtype=torch.float64)
+    given = fo.meta.Problem(
+        fo.sgd(lr=2.0**-10), weighed, lambda p, *_: p.sum(), 600, start,
+        objective=objective,
+    )  # fmt: skip
+    eta = {"meta": torch.ones((), dtype=torch.bfloat16)}
+    found = getattr(fo.meta, name)(given, eta, remat=remat).grads["meta"]
+    whole = 600 if objective == "last" else 600 * 601 / 2
+    assert found.dtype is torch.bfloat16 and abs(found / whole * 2**10 + 1) < 0.01
+
+
 # Memory --------------------------------------------------------------------------------
 
 
@@ -845,3 +908,23 @@ def test_in_inference_mode(name: str):
     with torch.inference_mode():
         found = call()
     assert torch.allclose(found["hyper"]["lr"], expected["hyper"]["lr"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_within_autocast_only_the_losses_are_in_half(name: str):
+    """The same as outside, where the losses alone are."""
+
+    def half(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.autocast("cpu", torch.bfloat16)(loss)
+
+    kind = next(kind for kind in ("meta", "rates", "init") if kind in SEES[name])
+    opt, eta = ETAS[kind]
+    data = {"params": PARAMS, "batch": TRAIN, "outer_batch": VALID}
+    data, eta = tree.map(Tensor.float, data), tree.map(Tensor.float, eta)
+    given = problem(opt, **data)
+    outside = replace(given, inner_loss=half(fit), outer_loss=half(score))
+    expected = CALLS[name](outside, eta)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = CALLS[name](given, eta)
+    for x, y in zip(tree.leaves(found.grads), tree.leaves(expected.grads)):
+        assert y.abs().max() > 1e-4 and torch.allclose(x, y, rtol=1e-5)

@@ -533,3 +533,28 @@ def test_a_search_meets_an_infinite_loss_and_goes_on():
     opt = fo.lbfgs(line_search_fn="strong_wolfe", lr=5.0)
     p = run(opt, loss, torch.tensor([0.05, 0.9]).double(), 3)[0]
     assert_close(p, torch.full_like(p, 0.5), 1e-6)
+
+
+@searches
+def test_within_autocast_is_outside(search: str | None):
+    """But for the loss, which is evaluated as it chooses."""
+    opt = fo.lbfgs(lr=0.5, max_iter=6, line_search_fn=search)
+    torch.manual_seed(0)
+    p, v, target = torch.randn(3, 5)
+    seen: list[bool] = []
+
+    def loss(p: Tensor, _: Any) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return ((p - target) ** 2 * (1 + v**2)).sum() + (p.tanh() * v).sum()
+
+    def adapted(p: Tensor) -> Tensor:
+        return fo.unroll(opt, loss, p, steps=2).params
+
+    def slope(p: Tensor) -> Tensor:
+        return grad(lambda p: adapted(p).sum())(p)
+
+    wanted, outside = (adapted(p), slope(p)), len(seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = adapted(p), slope(p)
+    assert not any(seen[:outside]) and all(seen[outside:])
+    assert_close(found, wanted, 1e-5)

@@ -1,5 +1,6 @@
 """Rules of whole matrices: leaves that are alike are stepped as one stack."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 from row import Case
 from table import MATRIX
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad, jvp, vmap
 from trees import assert_close, assert_moved, assert_same, random_like, relative
 
 import funcopt as fo
 from funcopt import tree
 from funcopt.execution import dispatch, stacked
+from funcopt.hyper import Hyper
 from funcopt.optimizers import _matrices
 from funcopt.optimizers._bases import eigenbasis, iterated
 from funcopt.types import Tree
@@ -478,3 +480,58 @@ def test_a_step_within_autocast_is_the_step_outside(name: str, dtype: torch.dtyp
     wanted = stepped()
     with torch.autocast("cpu", dtype):
         assert torch.equal(stepped(), wanted)
+
+
+def learned(g: Tensor, p: Tensor, *, step: Any, lr: Any) -> tuple[Tensor]:
+    """A rule of its own products, one of which torch takes by a list."""
+    hidden = torch.nn.functional.linear(g, g.mT @ p).tanh()
+    return (p - lr * torch.einsum("ij,jk,kl->il", [hidden, hidden.mT, p]),)
+
+
+WITHIN = {
+    "adafactor": fo.adafactor(lr=0.05),
+    "shampoo": fo.shampoo(lr=0.05, eps=1.0),
+    "soap": fo.soap(lr=0.05, eps=0.1, precondition_frequency=2),
+    "muon": fo.muon(lr=0.05),
+    "learned": fo.per_tensor(learned, name="learned", slots={}, hyper={"lr": Hyper(0.1)}),
+}
+
+
+def by_autograd(f: Any, x: Tensor, v: Tensor, order: int = 1) -> Tensor:
+    x = x.clone().requires_grad_()
+    slope = f(x)
+    for left in reversed(range(order)):
+        slope = torch.autograd.grad((slope * v).sum(), x, create_graph=left > 0)[0]
+    return slope
+
+
+DERIVATIVES: dict[str, Any] = {
+    "autograd": by_autograd,
+    "autograd twice": partial(by_autograd, order=2),
+    "grad": lambda f, x, v: grad(f)(x),
+    "jvp": lambda f, x, v: jvp(f, (x,), (v,))[1],
+    "vmap(grad)": lambda f, x, v: vmap(grad(f))(torch.stack([x, v])),
+    "grad(vmap)": lambda f, x, v: grad(lambda x: vmap(f)(x).sum())(torch.stack([x, v])),
+    "grad(grad)": lambda f, x, v: grad(lambda x: (grad(f)(x) * v).sum())(x),
+    "jvp(grad)": lambda f, x, v: jvp(grad(f), (x,), (v,))[1],
+    "grad(jvp)": lambda f, x, v: grad(lambda x: jvp(f, (x,), (v,))[1])(x),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+@pytest.mark.parametrize("how", DERIVATIVES)
+def test_a_derivative_within_autocast_is_the_one_outside(name: str, how: str):
+    opt = WITHIN[name]
+    torch.manual_seed(0)
+    x, v, grads = torch.randn(4, 3), torch.randn(4, 3), torch.randn(3, 4, 3)
+
+    def stepped(x: Tensor) -> Tensor:
+        params, state = x, opt.init(x)
+        for g in grads:
+            params, state = opt.update(g * x + g, state, params)
+        return (params * v).sum()
+
+    wanted = DERIVATIVES[how](stepped, x, v)
+    assert wanted.abs().max() > 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(DERIVATIVES[how](stepped, x, v), wanted, 1e-4)

@@ -209,6 +209,21 @@ def test_chunks_change_nothing(chunk_size: int):
     assert torch.equal(aux["first"], case.tasks["query"][0][:, 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", [{"tasks": "vmap"}, {"tasks": "loop"}, {"chunk_size": 7}])
+def test_a_mean_over_many_tasks_in_half_precision(dtype: torch.dtype, how: Any):
+    """Their sum would stop at 256 equal ones in bfloat16, or leave float16's range."""
+    theta = {"a": torch.tensor(100.0, dtype=dtype), "idle": torch.ones(2, dtype=dtype)}
+    xs = torch.linspace(50.0, 150.0, 1000).to(dtype)
+
+    def task_loss(theta: Any, x: Tensor) -> Tensor:
+        return theta["a"] * x / 100
+
+    value, grads = fo.meta.value_and_grad(task_loss, **how)(theta, xs)
+    assert value.dtype is grads["a"].dtype is grads["idle"].dtype is dtype
+    assert abs(value.item() / 100 - 1) < 0.01 and abs(grads["a"].item() - 1) < 0.01
+
+
 @pytest.mark.parametrize("tasks", ["vmap", "loop"])
 def test_aux_has_a_row_for_each_task(tasks: Any):
     case = problem("mlp")

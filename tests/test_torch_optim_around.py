@@ -124,6 +124,23 @@ def test_averages_of_weights():
     assert_like(both[0], both[1])
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor", "Muon", "Shampoo", "SOAP"])
+def test_a_step_within_autocast_is_the_step_outside(name: str):
+    """Also one that goes as the step before."""
+
+    def run(within: bool) -> Tensor:
+        torch.manual_seed(2)
+        w = nn.Parameter(torch.randn(5, 4))
+        opt = getattr(torch_optim, name)([w], lr=0.05)
+        for _ in range(4):
+            w.grad = torch.randn(5, 4)
+            with torch.autocast("cpu", torch.bfloat16, enabled=within):
+                opt.step()
+        return w.detach()
+
+    assert torch.equal(run(True), run(False))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
 def test_a_grad_scaler_skips_what_overflows(name: str, fused: bool):

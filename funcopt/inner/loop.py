@@ -1,5 +1,6 @@
 """The inner loop as a function of its carry and of what all its steps share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import torch
 from funcopt import tree
 from funcopt.derivatives import Trees
 from funcopt.execution.levels import is_tracked
-from funcopt.inner.per_step import HyperBySteps
+from funcopt.inner.per_step import HyperBySteps, widened
 from funcopt.inner.step import Step, Stepped
 from funcopt.types import State, Tensor, Tree
 
@@ -67,26 +68,38 @@ class Loop:
     def run(self, carry: Trees, shared: Trees) -> Unrolled:
         """All steps, one after another."""
         record = Record()
-        tracked = any(map(_is_tracked, tree.leaves(shared)))
+        use = uses(shared)
         for k in range(self.steps):
             if self.is_cut(k):
                 carry = tree.detach(dict(carry))
-            # A view for each step: autograd then adds up the gradients of one step before
-            # those of another, which is the order of remat: equal to the bit.
-            alias = tree.map(_alias, shared) if tracked else shared
-            stepped = self.step(self.given(carry, alias, k), self.has_own_params(k))
+            stepped = self.step(self.given(carry, use(), k), self.has_own_params(k))
             carry = record.add(stepped)
         return Unrolled(
             carry["params"], carry["state"], *record.stacked(), carry["buffers"]
         )
 
 
+def uses(shared: Tree) -> Callable[[], Tree]:
+    """What gives each step a tree that all share.
+
+    A view for each: autograd then adds up the gradients of one step before those of
+    another, which is the order of remat: equal to the bit; and those of half precision
+    in float32, for bfloat16 would keep the first 256 of equal ones.
+    """
+    if not any(map(_is_tracked, tree.leaves(shared))):
+        return lambda: shared
+    wide = tree.map(lambda x: widened(x) if _is_tracked(x) else x, shared)
+    return lambda: tree.map(_alias, shared, wide)
+
+
 def _is_tracked(x: Any) -> bool:
     return isinstance(x, Tensor) and not torch.compiler.is_compiling() and is_tracked(x)
 
 
-def _alias(x: Any) -> Any:
-    return x.view_as(x) if _is_tracked(x) else x
+def _alias(x: Any, wide: Any) -> Any:
+    if not _is_tracked(x):
+        return x
+    return x.view_as(x) if wide is x else wide.to(x.dtype)
 
 
 class Record:

@@ -17,6 +17,7 @@ from funcopt.derivatives import SmoothLeaves, Trees
 from funcopt.inner import mixed
 from funcopt.inner.custom_vjp import CallContext, CustomVJP, distinct
 from funcopt.inner.loop import CARRY, Loop, Record, Unrolled
+from funcopt.inner.per_step import widened
 from funcopt.inner.rng_state import RngState, check_alike
 from funcopt.types import Tensor, Tree
 
@@ -123,7 +124,7 @@ class _LoopCall:
                 by_place = dict(zip(back, found))
                 ahead = [by_place.get(j) for j in range(self.carried)]
                 for j in shared:
-                    entries[j].append(by_place[j])
+                    entries[j].append(widened(by_place[j]))
                     if not self._sliced[j]:
                         (sums[j],) = derivatives.added([sums[j]], entries[j][-1:])
                         entries[j].clear()
@@ -135,7 +136,8 @@ class _LoopCall:
             if self._sliced[j]:
                 sums[j] = _stacked(entries[j][::-1], inputs[j])
         first = {j: bar for j, bar in enumerate(ahead) if wanted[j]}
-        return [(first | sums).get(j) for j in range(len(wanted))]
+        found = [(first | sums).get(j) for j in range(len(wanted))]
+        return [g if g is None else g.to(x.dtype) for g, x in zip(found, inputs)]
 
     @cached_property
     def _sliced(self) -> list[Any]:
@@ -236,5 +238,5 @@ def _restored(rng: RngState | None) -> AbstractContextManager[Any]:
 def _stacked(entries: list[Tensor | None], like: Tensor) -> Tensor | None:
     if all(entry is None for entry in entries):
         return None
-    rows = zip(entries, like)
+    rows = zip(entries, widened(like))
     return torch.stack([torch.zeros_like(x) if e is None else e for e, x in rows])

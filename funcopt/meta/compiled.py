@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from funcopt import tree
 from funcopt.checks import check_no_graph
 from funcopt.errors import CompileError, LeafError
-from funcopt.execution import executor_choice, levels
+from funcopt.execution import autocast, executor_choice, levels
 from funcopt.types import PLAIN, Tensor, Tree
 
 _MOST_GRAPHS = 16
@@ -126,7 +126,8 @@ class Compiled:
         kinds, held_kinds = ([*map(_kind, each)] for each in (leaves, held))
         settings = _settings(devices)
         try:
-            run = _kernels(traced, [*inputs, *map(_resolved, held)])
+            with autocast.choosing(autocast.OFF):  # what it chose is in the graph
+                run = _kernels(traced, [*inputs, *map(_resolved, held)])
             graph = Graph(
                 run, structures, kinds, settings, devices, held, held_kinds, rebuild
             )
@@ -256,7 +257,7 @@ def _kernels(
 
 
 def _run(graph: Graph, inputs: list[Tensor]) -> Sequence[Tensor]:
-    with torch.no_grad():
+    with torch.no_grad(), autocast.choosing(autocast.OFF):
         given = [*inputs, *map(_resolved, graph.held)]
         if "cuda" not in graph.devices:
             return graph.run(*given)

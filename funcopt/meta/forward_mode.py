@@ -4,6 +4,7 @@ import torch
 
 from funcopt import tree
 from funcopt.derivatives import Function, Trees, jvp
+from funcopt.execution import autocast
 from funcopt.flat_function import FlatFunction
 from funcopt.list_vmap import list_vmap
 from funcopt.meta.estimate import Estimate, check_eta, check_remembered
@@ -123,16 +124,21 @@ def forward(
         total = torch.stack(values).sum()
         if problem.objective == "mean":
             total, grads = total / count, grads / count
-        norms = torch.stack([_rows(x).square().sum(1) for x in tree.present(z["params"])])
+        squares = (_rows(x).square().sum(1) for x in tree.present(z["params"]))
+        norms = sum(squares, start=torch.zeros_like(grads)).sqrt()
     z = {**z, "eta": every}  # by which a later window knows whose tangents these are
     end = tree.detach({**at, "step": start + count, "tangents": z})
-    return Estimate(total, _like(eta, grads), {"tangent_norms": norms.sum(0).sqrt()}, end)
+    return Estimate(total, _like(eta, grads), {"tangent_norms": norms}, end)
 
 
 def _basis(eta: Tree) -> Tree:
-    """A tangent of eta for each of its numbers: one there, zero elsewhere."""
+    """A tangent of eta for each of its numbers: one there, zero elsewhere.
+
+    One of nothing where there are none, for a vmap has to be of something.
+    """
     found = tree.present(eta)
-    rows = torch.eye(sum(x.numel() for x in found)).split([x.numel() for x in found], 1)
+    sizes = [x.numel() for x in found]
+    rows = torch.eye(max(sum(sizes), 1), sum(sizes)).split(sizes, 1)
     blocks = iter(zip(rows, found))
     return tree.map(lambda _: _block(*next(blocks)), eta)
 
@@ -144,10 +150,11 @@ def _block(rows: Tensor, like: Tensor) -> Tensor:
 def _contracted(slopes: Tree, tangents: Tree) -> Tensor:
     """How a value moves along each tangent."""
     parts = zip(tree.present(slopes), tree.present(tangents))
-    return sum(
-        (_rows(z) @ complex_leaves.parts(g).flatten() for g, z in parts),
-        start=torch.zeros((), device="cpu"),
-    )
+    with autocast.choosing(autocast.OFF):  # which is about the losses
+        return sum(
+            (_rows(z) @ complex_leaves.parts(g).flatten() for g, z in parts),
+            start=torch.zeros((), device="cpu"),
+        )
 
 
 def _rows(tangents: Tensor) -> Tensor:

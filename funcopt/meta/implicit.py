@@ -10,6 +10,7 @@ from funcopt.derivatives import Trees, vjp
 from funcopt.errors import HyperparameterError
 from funcopt.inner.loop import CARRY
 from funcopt.inner.loss import InnerLoss
+from funcopt.inner.per_step import widened
 from funcopt.inner.step import Step
 from funcopt.meta.dependence import check_buffers, moving_leaves
 from funcopt.meta.estimate import Estimate, check_eta
@@ -211,11 +212,12 @@ def weight_update_implicit(
 
         _, pullback = vjp(last_step, {**standing(end), "eta": eta})
         at = {"params": slopes["params"], "buffers": slopes["buffers"]}
-        grads = slopes["eta"]
+        grads = tree.map(widened, slopes["eta"])
         for _ in range(iterations):
             back = pullback(at)
             grads = tree.map(torch.add, grads, back["eta"])
             at = {name: back[name] for name in CARRY}
+        grads = tree.map(lambda g, x: g.to(x.dtype), grads, eta)
         ratio = relative_norm(at["params"], slopes["params"])
     return Estimate(value, grads, {"cotangent_ratio": ratio}, end)
 

@@ -18,7 +18,7 @@ from funcopt.errors import (
 )
 from funcopt.inner.loop import CARRY, is_absent
 from funcopt.inner.loss import InnerLoss
-from funcopt.inner.per_step import PerStep
+from funcopt.inner.per_step import PerStep, widened
 from funcopt.inner.rng_state import RngState
 from funcopt.inner.unroll import number_of_steps
 from funcopt.optimizer import Optimizer, check_optimizer
@@ -137,14 +137,14 @@ def stands_at(problem: Problem, carry: Carry | None) -> int:
 
 def ready(problem: Problem, eta: Tree) -> Tree:
     """``eta`` after ``constrain``, as the losses, the optimizer and `go_on` take it."""
-    if problem.constrain is None:
-        return eta
-    found = problem.constrain(eta)
+    found = eta if problem.constrain is None else problem.constrain(eta)
     if found.keys() != eta.keys():
         raise MetaParameterError(
             f"constrain made the keys {sorted(found)} of {sorted(eta)}; they have to be "
             "the same, for they say what an estimator sees"
         )
+    if "hyper" in found:
+        return {**found, "hyper": tree.map(widened, found["hyper"])}
     return found
 
 

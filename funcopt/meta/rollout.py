@@ -9,6 +9,7 @@ import torch
 from funcopt import tree
 from funcopt.derivatives import Trees
 from funcopt.errors import HyperparameterError, StructureError
+from funcopt.inner.loop import uses
 from funcopt.inner.per_step import PerStep, per_step
 from funcopt.inner.rng_state import RngState
 from funcopt.inner.unroll import Unrolled, unroll
@@ -37,7 +38,9 @@ def roll(
         return _judged(problem, eta, carry, count, **how)
     values: list[Tensor] = []
     inner: list[Tensor] = []
+    use = uses(eta)
     for k in range(count):
+        eta = use()
         carry, loss = steps_on(problem, eta, carry, 1, **how)
         with drawing_ahead(problem, carry, k + 1 == count):
             values.append(outer_value(problem, eta, carry, carry["step"]))

@@ -21,8 +21,8 @@ from funcopt.meta.compiled import Compiled
 from funcopt.meta.ranks import Part, over_ranks
 from funcopt.types import Tensor, Tree
 
-#: theta and a batch of tasks → the sums of losses and gradients, and each task's aux
-Sums = Mapping[str, Callable[[Tree, Tree], tuple[Tensor, Tree, Tree]]]
+#: theta and a batch of tasks → the means of losses and gradients, and each task's aux
+Means = Mapping[str, Callable[[Tree, Tree], tuple[Tensor, Tree, Tree]]]
 
 
 def value_and_grad(
@@ -133,7 +133,7 @@ def value_and_grad(
         with _explained():
             grads, out = many(*flat.inputs)
         loss, aux = flat.rebuild(out)
-        return loss.sum(0), flat.like_first([g.sum(0) for g in grads]), aux
+        return loss.mean(0), flat.like_first([g.mean(0) for g in grads]), aux
 
     def at_once(theta: Tree, task_batch: Tree) -> tuple[str, int, int]:
         """How the tasks are run, how many of them at once, and how many there are."""
@@ -146,8 +146,11 @@ def value_and_grad(
         path = choose(theta, count) if tasks == "auto" else tasks
         return path, 1 if path == "loop" else chunk_size or count, count
 
-    def total(sums: Sums, theta: Tree, task_batch: Tree) -> Part:
-        """The sums over these tasks, their number, and each one's aux."""
+    def total(means: Means, theta: Tree, task_batch: Tree) -> Part:
+        """The sums over these tasks, their number; the loss's dtype, and each one's aux.
+
+        The sums of half precision are wider: so many numbers would not be there in it.
+        """
         path, size, count = at_once(theta, task_batch)
         several = size < count
         seed = torch.get_rng_state() if several and randomness == "same" else None
@@ -161,31 +164,35 @@ def value_and_grad(
                 torch.set_rng_state(seed)
             some = slice(start, start + size)
             with exact():
-                loss, grads, aux = sums[path](
+                loss, grads, aux = means[path](
                     theta,
                     tree.map(itemgetter(some), task_batch) if several else task_batch,
                 )
+            weight = min(size, count - start)
             parts = {"loss": loss, "theta": grads}
+            parts = tree.map(lambda x, n=weight: _wide(x) * n, parts)
             added = tree.map(torch.add, added, parts) if start else parts
             auxes.append(aux)
         if process_group is not None:
             check_no_graph(tree.leaves(added), "a sum over ranks", "theta or a task")
         aux = tree.map(lambda *rows: torch.cat(rows), *auxes) if several else auxes[0]
-        return added, count, aux
+        return added, count, (loss.dtype, aux)
 
-    def mean(sums: Sums, theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
-        part = partial(total, sums, theta, task_batch)
+    def mean(means: Means, theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
+        part = partial(total, means, theta, task_batch)
         alone = process_group is None
-        added, count, aux = part() if alone else over_ranks(part, process_group)
+        added, count, rest = part() if alone else over_ranks(part, process_group)
         loss, grads = tree.map(lambda x: x / count, added).values()
+        (dtype, aux), grads = rest, tree.map(lambda g, x: g.to(x.dtype), grads, theta)
+        loss = loss.to(dtype)
         return ((loss, aux) if has_aux else loss), grads
 
-    sums: Sums = {"loop": alone, "vmap": together}
-    plain = partial(mean, sums)
+    means: Means = {"loop": alone, "vmap": together}
+    plain = partial(mean, means)
     if not compile:
         return plain
     whole = Compiled(plain, "meta-step")
-    by_parts = partial(mean, {n: Compiled(f, "meta-step") for n, f in sums.items()})
+    by_parts = partial(mean, {n: Compiled(f, "meta-step") for n, f in means.items()})
 
     def compiled(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
         if process_group is not None:
@@ -197,6 +204,10 @@ def value_and_grad(
         return (by_parts if size < count else whole)(theta, task_batch)
 
     return compiled
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """Functions of whole matrices that rules are made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from funcopt.execution import levels
+from funcopt.execution import autocast, levels
 from funcopt.optimizers._parts import spare
 from funcopt.types import Tensor
 
@@ -44,17 +44,22 @@ class Orthogonalized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
-        return *_pullback(_iteration, x, *ctx.how[:-1])(cotangent), None, None, None, None
+        back = autocast.pulled(_own(ctx.how), ctx.saved_tensors, [cotangent])
+        return *back, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return _pushed(_pullback(_iteration, x, *ctx.how[:-1]), tangent)
+        return autocast.pushed(_own(ctx.how), ctx.saved_tensors, [tangent])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, *how: Any) -> tuple[Tensor, int]:
         return Orthogonalized.apply(x.movedim(in_dims[0], 0), *how), 0
+
+
+def _own(how: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    """The iteration in the matrix's own dtype."""
+    coefficients, steps, eps, _ = how
+    return partial(_iteration, coefficients=coefficients, steps=steps, eps=eps)
 
 
 def _newton_schulz(
@@ -134,17 +139,6 @@ def _iteration(x: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor:
     return y.mT if x.shape[-2] > x.shape[-1] else y
 
 
-def _pullback(function: Callable[..., Tensor], x: Tensor, *how: Any) -> Any:
-    """The derivative of ``function`` at ``x``, as a function of a cotangent."""
-    return torch.func.vjp(lambda x: function(x, *how), levels.alive(x))[1]
-
-
-def _pushed(pull: Any, tangent: Tensor) -> Tensor:
-    """Along a tangent: by reverse mode twice, for forward is not nested in forward."""
-    along: Any = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(tangent))
-    return along[1](tangent)[0].contiguous()
-
-
 def inverse_root(x: Tensor, power: int) -> Tensor:
     """x^(-1/power) of a symmetric positive matrix, with all derivatives.
 
@@ -184,11 +178,13 @@ class InverseRoot(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        return *_pullback(_newton, *ctx.saved_tensors, ctx.power)(cotangent), None
+        newton = partial(_newton, power=ctx.power)
+        return *autocast.pulled(newton, ctx.saved_tensors, [cotangent]), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
-        return _pushed(_pullback(_newton, *ctx.saved_tensors, ctx.power), tangent)
+        newton = partial(_newton, power=ctx.power)
+        return autocast.pushed(newton, ctx.saved_tensors, [tangent])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, power: int) -> tuple[Tensor, int]:

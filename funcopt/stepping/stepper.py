@@ -131,7 +131,7 @@ class Stepper:
             if done is not None:
                 return self._result(*done, params, state, donate)
         if autocast.is_on():  # chooses dtypes for a loss: a step is made in its leaves'
-            with autocast.choosing(autocast.OFF):
+            with autocast.aside():
                 return self.step(grads, state, params, values, donate, execution)
         p, structure = tree.flatten(params)
         g = tree.flatten_like(structure, grads, "grads")

@@ -18,6 +18,7 @@ from funcopt.errors import (
     HyperparameterError,
     HyperparameterTypeError,
 )
+from funcopt.execution import autocast
 from funcopt.hyper import unknown
 from funcopt.torch_optim import batch, checkpoint
 from funcopt.torch_optim import functional as functions
@@ -163,6 +164,9 @@ class Adapter(Optimizer):
         return loss
 
     def _advance(self, data: dict[str, Any]) -> None:
+        if autocast.is_on():  # which is about losses
+            with autocast.aside():
+                return self._advance(data)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise ExecutionError(
                 f"{type(self).__name__} counts its steps on the host, and a CUDA graph "
