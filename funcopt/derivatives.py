@@ -139,6 +139,15 @@ def added(*columns: Sequence[Tensor | None]) -> list[Tensor | None]:
     return sums
 
 
+def widened(value: Any) -> Any:
+    """The value; a tensor of half precision as float32.
+
+    For what many add up in: bfloat16 would keep the first 256 of equal gradients.
+    """
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
 class SmoothLeaves:
     """The structures of several trees, and which leaves are smooth, or tensors."""
 

@@ -105,7 +105,7 @@ FLOORS = {
     "funcopt.transforms.stage": 5.9,
     "funcopt.transforms.*": 6,
     "funcopt.plan": 7,
-    "funcopt.inner.per_step": 2,
+    "funcopt.inner.per_step": 2.1,
     "funcopt.inner.custom_vjp": 2,
     "funcopt.inner.rng_state": 2,
     "funcopt.inner.loss": 4.6,

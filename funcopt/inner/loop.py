@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from funcopt import tree
-from funcopt.derivatives import Trees
+from funcopt.derivatives import Trees, widened
 from funcopt.execution.levels import is_tracked
-from funcopt.inner.per_step import HyperBySteps, widened
+from funcopt.inner.per_step import HyperBySteps
 from funcopt.inner.step import Step, Stepped
 from funcopt.types import State, Tensor, Tree
 
@@ -84,7 +84,7 @@ def uses(shared: Tree) -> Callable[[], Tree]:
 
     A view for each: autograd then adds up the gradients of one step before those of
     another, which is the order of remat: equal to the bit; and those of half precision
-    in float32, for bfloat16 would keep the first 256 of equal ones.
+    in float32.
     """
     if not any(map(_is_tracked, tree.leaves(shared))):
         return lambda: shared

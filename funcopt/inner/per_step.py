@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import Any, final
 
-import torch
-
 from funcopt import tree
+from funcopt.derivatives import widened
 from funcopt.errors import StructureError
-from funcopt.types import HyperMapping, Tensor, Tree
+from funcopt.types import HyperMapping, Tree
 
 
 @final
@@ -51,16 +50,6 @@ def per_step(values: Tree) -> PerStep:
     return PerStep(values)
 
 
-def widened(value: Any) -> Any:
-    """A value of many steps, if it is half then as float32.
-
-    It is used in that, or wider; and each step adds to its gradient, which is as wide:
-    bfloat16 would keep the first 256 of equal ones.
-    """
-    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if half else value
-
-
 class HyperBySteps:
     """The hyperparameters of a loop, and those of each of its steps.
 
@@ -74,6 +63,7 @@ class HyperBySteps:
         for name, value in hyper.items():
             leaves, structure = tree.flatten(value)
             marked = [isinstance(leaf, PerStep) for leaf in leaves]
+            # Of the value of many steps, each adds to the gradient.
             leaves = [x.values if isinstance(x, PerStep) else widened(x) for x in leaves]
             for entries, is_marked in zip(leaves, marked):
                 if is_marked:

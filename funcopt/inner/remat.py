@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from funcopt import derivatives, tree
-from funcopt.derivatives import SmoothLeaves, Trees
+from funcopt.derivatives import SmoothLeaves, Trees, widened
 from funcopt.inner import mixed
 from funcopt.inner.custom_vjp import CallContext, CustomVJP, distinct
 from funcopt.inner.loop import CARRY, Loop, Record, Unrolled
-from funcopt.inner.per_step import widened
 from funcopt.inner.rng_state import RngState, check_alike
 from funcopt.types import Tensor, Tree
 

@@ -6,11 +6,10 @@ import torch
 
 from funcopt import tree
 from funcopt.checks import check_count
-from funcopt.derivatives import Trees, vjp
+from funcopt.derivatives import Trees, vjp, widened
 from funcopt.errors import HyperparameterError
 from funcopt.inner.loop import CARRY
 from funcopt.inner.loss import InnerLoss
-from funcopt.inner.per_step import widened
 from funcopt.inner.step import Step
 from funcopt.meta.dependence import check_buffers, moving_leaves
 from funcopt.meta.estimate import Estimate, check_eta

@@ -10,7 +10,7 @@ import torch
 
 from funcopt import tree
 from funcopt.checks import check_count, check_function
-from funcopt.derivatives import Trees, vjp
+from funcopt.derivatives import Trees, vjp, widened
 from funcopt.errors import (
     HyperparameterError,
     MetaParameterError,
@@ -18,7 +18,7 @@ from funcopt.errors import (
 )
 from funcopt.inner.loop import CARRY, is_absent
 from funcopt.inner.loss import InnerLoss
-from funcopt.inner.per_step import PerStep, widened
+from funcopt.inner.per_step import PerStep
 from funcopt.inner.rng_state import RngState
 from funcopt.inner.unroll import number_of_steps
 from funcopt.optimizer import Optimizer, check_optimizer

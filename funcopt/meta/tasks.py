@@ -11,6 +11,7 @@ import torch
 
 from funcopt import tree
 from funcopt.checks import check_count, check_floats, check_function, check_no_graph
+from funcopt.derivatives import widened
 from funcopt.errors import ExecutionError, HyperparameterError, StructureError
 from funcopt.execution import levels
 from funcopt.flat_function import FlatFunction
@@ -170,7 +171,7 @@ def value_and_grad(
                 )
             weight = min(size, count - start)
             parts = {"loss": loss, "theta": grads}
-            parts = tree.map(lambda x, n=weight: _wide(x) * n, parts)
+            parts = tree.map(lambda x, n=weight: widened(x) * n, parts)
             added = tree.map(torch.add, added, parts) if start else parts
             auxes.append(aux)
         if process_group is not None:
@@ -204,10 +205,6 @@ def value_and_grad(
         return (by_parts if size < count else whole)(theta, task_batch)
 
     return compiled
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @contextmanager
