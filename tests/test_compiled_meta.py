@@ -285,7 +285,7 @@ def many_ways(p: Any, batch: Any) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
 def test_kernels_of_many_operations_on_the_same_numbers():
-    """Inductor fuses wrongly where it is told to keep more than it would by itself."""
+    """What reads sums at places is not fused to run before they are made."""
     body = {"w": f64(3, 4, seed=1), "b": f64(4, seed=2)}
     head = {"w": f64(4, 2, seed=4), "b": f64(2, seed=5)}
     start = {"body": body, "context": 0.1 * f64(4, seed=3), "head": head}
@@ -310,6 +310,34 @@ def test_kernels_write_into_a_copy_of_each_task():
     given = f64(3, seed=1), f64(5, 3, seed=2)
     found, expected = (
         fo.meta.value_and_grad(sums_of_groups, tasks="vmap", compile=compile)(*given)
+        for compile in (True, False)
+    )
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+AT = torch.tensor([2, 0, 2, 1])
+
+# What the numbers of a task are written into, at places.
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "index_add": lambda x: torch.zeros_like(x).index_add(0, AT, x),
+    "scatter": lambda x: torch.zeros_like(x).scatter(0, AT[None], x),
+    "index_put": lambda x: torch.zeros_like(x).index_put((AT,), x, accumulate=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("name", WRITTEN)
+def test_kernels_wait_for_what_is_written_at_places(name: str):
+    """The sum has one loop, the product in it two: Inductor fuses them, too early."""
+
+    def task_loss(theta: Tensor, task: Tensor) -> Tensor:
+        product = theta[:, None] * theta
+        return ((product + WRITTEN[name](task)) @ product).sum()
+
+    given = f64(4, seed=1), f64(TASKS, 4, 4, seed=2)
+    found, expected = (
+        fo.meta.value_and_grad(task_loss, tasks="loop", compile=compile)(*given)
         for compile in (True, False)
     )
     assert_close(found, expected, rtol=1e-12, atol=1e-12)
