@@ -343,6 +343,28 @@ def test_kernels_wait_for_what_is_written_at_places(name: str):
     assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("path", ["vmap", "loop"])
+def test_the_second_derivative_of_a_distance(traced: Any, path: Any):
+    """Zeros without memory to torch: a kernel that read them ended the process."""
+
+    def distances(p: Any, batch: Any) -> Tensor:
+        apart = batch["x"] @ p["w"] + p["b"] - batch["y"]
+        return apart.abs().mean() + apart.mean().abs()
+
+    def task_loss(theta: Any, task: Any) -> Tensor:
+        end = fo.unroll(fo.adam(), distances, theta["init"], task, steps=2)
+        return distances(end.params, task)
+
+    found, expected = (
+        fo.meta.value_and_grad(task_loss, tasks=path, compile=compile)(theta(), tasks())
+        for compile in (True, False)
+    )
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    (graph,) = traced
+    zeros = torch.ops.aten._efficientzerotensor.default
+    assert zeros not in {node.target for node in graph.graph.nodes}
+
+
 def test_numbers_drawn_anew_at_each_call(traced: Any):
     def task_loss(theta: Tensor, task: Tensor) -> Tensor:
         return (theta * task * torch.rand(3)).sum()
