@@ -303,7 +303,7 @@ def many_ways(p: Any, batch: Any) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
 def test_kernels_of_many_operations_on_the_same_numbers():
-    """Inductor fuses wrongly where it is told to keep more than it would by itself."""
+    """What reads sums at places is not fused to run before they are made."""
     body = {"w": f64(3, 4, seed=1), "b": f64(4, seed=2)}
     head = {"w": f64(4, 2, seed=4), "b": f64(2, seed=5)}
     start = {"body": body, "context": 0.1 * f64(4, seed=3), "head": head}
@@ -331,6 +331,56 @@ def test_kernels_write_into_a_copy_of_each_task():
         for compile in (True, False)
     )
     assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+AT = torch.tensor([2, 0, 2, 1])
+
+# What the numbers of a task are written into, at places.
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "index_add": lambda x: torch.zeros_like(x).index_add(0, AT, x),
+    "scatter": lambda x: torch.zeros_like(x).scatter(0, AT[None], x),
+    "index_put": lambda x: torch.zeros_like(x).index_put((AT,), x, accumulate=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("name", WRITTEN)
+def test_kernels_wait_for_what_is_written_at_places(name: str):
+    """The sum has one loop, the product in it two: Inductor fuses them, too early."""
+
+    def task_loss(theta: Tensor, task: Tensor) -> Tensor:
+        product = theta[:, None] * theta
+        return ((product + WRITTEN[name](task)) @ product).sum()
+
+    given = f64(4, seed=1), f64(TASKS, 4, 4, seed=2)
+    found, expected = (
+        fo.meta.value_and_grad(task_loss, tasks="loop", compile=compile)(*given)
+        for compile in (True, False)
+    )
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", ["vmap", "loop"])
+def test_the_second_derivative_of_a_distance(traced: Any, path: Any):
+    """Zeros without memory to torch: a kernel that read them ended the process."""
+
+    def distances(p: Any, batch: Any) -> Tensor:
+        apart = batch["x"] @ p["w"] + p["b"] - batch["y"]
+        return apart.abs().mean() + apart.mean().abs()
+
+    def task_loss(theta: Any, task: Any) -> Tensor:
+        end = fo.unroll(fo.adam(), distances, theta["init"], task, steps=2)
+        return distances(end.params, task)
+
+    found, expected = (
+        fo.meta.value_and_grad(task_loss, tasks=path, compile=compile)(theta(), tasks())
+        for compile in (True, False)
+    )
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    (graph,) = traced
+    zeros = torch.ops.aten._efficientzerotensor.default
+    assert zeros not in {node.target for node in graph.graph.nodes}
 
 
 def test_numbers_drawn_anew_at_each_call(traced: Any):

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch._inductor
 from torch._inductor import config
+from torch._inductor.choices import InductorChoices
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.virtualized import V
 
 from funcopt.types import Tensor
 
@@ -17,13 +19,31 @@ def kernels(
 ) -> Callable[..., Sequence[Tensor]]:
     """The graph compiled, for inputs like these."""
     options = _ON_CUDA if any(x.is_cuda for x in inputs) else _ON_CPU
-    with torch.no_grad(), config.patch({**options, **_EVERYWHERE}):
+    patched = config.patch({**options, **_EVERYWHERE})
+    with torch.no_grad(), patched, V.set_choices_handler(_InOrder()):
         return torch._inductor.standalone_compile(
             graph,
             [x.detach() for x in inputs],
             dynamic_shapes="from_example_inputs",
             donate_graph_module=True,
         )
+
+
+class _InOrder(InductorChoices):
+    """Inductor's own choices, but that what reads a buffer waits for who writes into it.
+
+    To fuse nodes of unlike loops on a CPU, torch 2.13 makes the loops of one anew, and
+    forgets in that whom it waits for: what a scatter, or the derivative of a max-pooling,
+    had yet to sum up was read as zeros (https://github.com/pytorch/pytorch/issues/185509).
+    """
+
+    @staticmethod
+    def can_fuse(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+        nodes = *node1.get_nodes(), *node2.get_nodes()
+        waiting = any(node.mutation_renames for node in nodes)
+        if waiting and node1.group != node2.group:
+            return False
+        return InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score)
 
 
 class _Once(CustomGraphPass):
@@ -66,8 +86,7 @@ def _memory(node: torch.fx.Node) -> Any:
 
 
 # The ends of loops are scalar: less to compile, which runs no slower. What is kept rather
-# than computed twice is Inductor's to choose: told to keep all of it, it compiles faster,
-# and has fused wrongly, without a word.
+# than computed twice is Inductor's to choose.
 _ON_CPU = {"cpp.enable_loop_tail_vec": False}
 _ON_CUDA = {"triton.cudagraphs": True}  # as mode="reduce-overhead"; not run on a GPU yet
 _EVERYWHERE = {"post_grad_custom_pre_pass": _Once()}
