@@ -367,3 +367,21 @@ def test_finite_in_the_corners(corner: str, dtype: torch.dtype):
     slopes = grad(outer)(point)
     for path, slope in zip(tree.paths(tree.flatten(slopes)[1]), tree.leaves(slopes)):
         assert slope.isfinite().all(), path
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own graph
+@pytest.mark.parametrize("make", [fo.adam, fo.muon], ids=["adam", "muon"])
+def test_linearized_is_the_same_at_each_call(make: Any):
+    """torch.func.linearize does what is done in place anew at each call."""
+    opt, params = make(), {"a": torch.rand(4, 3).double(), "b": torch.rand(3, 3).double()}
+    grads = {"a": torch.rand(4, 3).double(), "b": None}
+    lr = torch.tensor(0.05).double()
+
+    def step(lr: Tensor) -> Tensor:
+        p, state = opt.update(grads, opt.init(params), params, lr=lr)
+        return opt.update(grads, state, p, lr=lr)[0]["a"]
+
+    expected = jvp(step, (lr,), (torch.ones_like(lr),))[1]
+    pushed = torch.func.linearize(step, lr)[1]
+    for _ in range(3):
+        assert_close([pushed(torch.ones_like(lr))], [expected], 1e-12)

@@ -82,11 +82,12 @@ def _newton_schulz(
         times, plus_times, y = torch.bmm, torch.baddbmm, y.flatten(0, -3)
     y = y.mT if x.shape[-2] > x.shape[-1] else y
     size = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp(min=eps)
-    y = y / size if y.dtype is x.dtype else y.div_(size)  # which is no view of x
+    over = spare()
+    y = torch.div(y, size, **over(y) if y.dtype is not x.dtype else {})  # no view of x
     rounded = _unchanged
     if x.ndim == 2 and _is_faster_wide(y):
         rounded, y = partial(_rounded, dtype=dtype), y.to(torch.float32)
-    over, gram, inner, last = spare(), None, None, None
+    gram = inner = last = None
     for _ in range(steps):
         gram = rounded(times(y, y.mT, **over(gram)))
         inner = plus_times(gram, gram, gram, beta=b, alpha=c, **over(inner))

@@ -70,10 +70,13 @@ def next_steps(steps: Tensor, live: list[int] | None) -> Tensor:
     """Steps count per leaf: a leaf without a gradient does not step."""
     if live is None:
         return steps + 1
-    new = steps.clone()
-    for begin, end in _runs(live):  # a mask would have to be sent to the device
-        new[begin:end] += 1
-    return new
+    # In parts, as a mask would have to be sent to the device; and none in place, which
+    # torch.func.linearize does anew at each call (pytorch 2.13).
+    parts, at = [], 0
+    for begin, end in _runs(live):
+        parts += [steps[at:begin], steps[begin:end] + 1]
+        at = end
+    return torch.cat([*parts, steps[at:]])
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

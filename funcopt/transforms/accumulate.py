@@ -33,7 +33,8 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
         An Optimizer; state ``optimizer``, that of ``opt``, ``mean``, of each parameter's
         shape (float32 for half precision), ``given``, how many gradients each leaf has
         had, and ``calls``, an int64 0-d tensor. A leaf that has had none of the k does
-        not step; under vmap, one that has none in the last.
+        not step; where that is not read (under vmap, on an accelerator, while a graph is
+        made), one that has none in the last.
 
     Raises:
         HyperparameterError: k is no whole number ≥ 1.
