@@ -369,7 +369,7 @@ def test_finite_in_the_corners(corner: str, dtype: torch.dtype):
         assert slope.isfinite().all(), path
 
 
-@pytest.mark.filterwarnings("ignore")  # torch warns of its own graph
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning")
 @pytest.mark.parametrize("make", [fo.adam, fo.muon], ids=["adam", "muon"])
 def test_linearized_is_the_same_at_each_call(make: Any):
     """torch.func.linearize does what is done in place anew at each call."""
