@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -477,17 +476,18 @@ def test_errors_are_one_line_and_status_2(
 
 def start(*options: str, folder: Path) -> subprocess.Popen[str]:
     program = [sys.executable, str(ROOT / "examples" / "maml_omniglot.py"), *options]
+    # A shell starts background jobs, and CI may start us, with Ctrl-C ignored.
+    begin = "import os, sys; from signal import *; signal(SIGINT, SIG_DFL)"
+    begin += "; os.execv(sys.argv[1], sys.argv[1:])"
     pipe = subprocess.PIPE
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        program,
+        [sys.executable, "-c", begin, *program],
         cwd=folder,
         env=environment,
         stdout=pipe,
         stderr=pipe,
         text=True,
-        # A shell starts background jobs, and CI may start us, with Ctrl-C ignored.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -1,4 +1,4 @@
-"""A cache whose key is what tensors are like, compared by Dynamo's guards."""
+"""A cache whose key is what tensors are like, and what is in force around them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -49,10 +49,10 @@ class GuardedCache(Generic[T]):
         for count, alike, grad, inference, found in self._all:
             if (
                 count == len(tensors)
-                and alike(tensors)
                 and inference is torch.is_inference_mode_enabled()
                 and (grad is None or grad is torch.is_grad_enabled())
                 and (forward_ad._current_level < 0 or self._memory)
+                and alike(tensors)
             ):
                 return found
         return None
