@@ -16,7 +16,7 @@ from funcopt.errors import (
     LeafError,
     StructureError,
 )
-from funcopt.execution import autocast, concrete, donation
+from funcopt.execution import autocast, concrete, donation, own_dtype
 from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer
 from funcopt.select import ByName
@@ -113,7 +113,7 @@ class _Flat:
             )
         loss = _Loss(loss_fn, structure, g, p, x)
         values = self._values(overrides, state["step"], x, loss.alone)
-        with autocast.aside():  # which is about the loss
+        with own_dtype.keeping():  # which is about the loss
             found, kept = self.rule(
                 loss.slope,
                 loss(x) if value is None else value,

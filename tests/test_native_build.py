@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import funcopt as fo
-from funcopt.execution.native import kernels as native
-from funcopt.execution.native import objects
+from funcopt.execution.native import driver, objects
 from funcopt.execution.native import source as c_source
 from funcopt.hyper import Hyper
 
@@ -53,7 +52,7 @@ def why_not() -> str:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     objects.load()  # what all kernels share is in another folder
-    native._driver()
+    driver.load()
     folder = tmp_path / "kernels"
     monkeypatch.setenv("FUNCOPT_CACHE", str(folder))
     return folder
@@ -126,7 +125,7 @@ def test_another_process_needs_no_compiler(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """What is in the cache is used though nothing could be built any more."""
-    monkeypatch.setattr(native, "_driver", native._driver.__wrapped__)
+    monkeypatch.setattr(driver, "load", driver.load.__wrapped__)
     run()
     (tmp_path / "nothing").mkdir()
     process = child(cache, PATH=str(tmp_path / "nothing"), CC="")
@@ -285,7 +284,7 @@ def computing_nonsense(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
 
 def without_driver(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(c_source, "print_driver", lambda: "#error no driver")
-    patch.setattr(native, "_driver", native._driver.__wrapped__)
+    patch.setattr(driver, "load", driver.load.__wrapped__)
 
 
 HINDRANCES: dict[str, tuple[Callable[..., None], str]] = {
@@ -348,8 +347,8 @@ def test_without_torchs_openmp(cache: Path, monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(2)
     try:
         expected, _ = made.update(p, made.init(p), p, execution="native")
-        monkeypatch.setattr(native, "_openmp", lambda: None)
-        monkeypatch.setattr(native, "_driver", native._driver.__wrapped__)
+        monkeypatch.setattr(driver, "_openmp", lambda: None)
+        monkeypatch.setattr(driver, "load", driver.load.__wrapped__)
         again = fo.adamw(lr=0.1)
         found, _ = again.update(p, again.init(p), p, execution="native")
     finally:

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from funcopt.execution import batched, levels
 from funcopt.execution.executor import BuildError
+from funcopt.execution.outside import beneath
 from funcopt.execution.rule_call import RuleCall
 from funcopt.execution.trace import UntraceableError
 from funcopt.types import Tensor
@@ -125,7 +126,7 @@ class _Transformed(torch.autograd.Function):
             if signature.moving[i]
         ]
         if signature.of is None:
-            return tuple(levels.beneath(partial(run, call), (*saved, *given)))
+            return tuple(beneath(partial(run, call), (*saved, *given)))
         return call.plain(*saved, *given)
 
     @staticmethod

@@ -6,8 +6,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from funcopt.execution import levels, trace
+from funcopt.execution import trace
 from funcopt.execution.executor import BuildError, Executor
+from funcopt.execution.outside import undisturbed
 from funcopt.execution.program import Function, Program
 from funcopt.execution.recycle import Recycler
 from funcopt.execution.rule_derivatives import jvp, vjp
@@ -172,7 +173,7 @@ class Rule:
             if len(self._executors) >= _MOST:
                 self._executors.clear()
             try:
-                with levels.undisturbed():
+                with undisturbed():
                     found = engine(program, stored)
             except BuildError as error:
                 found = error  # the compiler is not asked twice
@@ -194,7 +195,7 @@ class Rule:
             if len(self._programs) >= _MOST:
                 self._programs.clear()
             try:
-                with levels.undisturbed():
+                with undisturbed():
                     found = trace.trace(*what(), dtype)
             except UntraceableError as error:
                 found = error

@@ -21,6 +21,7 @@ from funcopt import derivatives
 from funcopt.derivatives import SmoothLeaves, Trees
 from funcopt.errors import ExecutionError
 from funcopt.execution import concrete, levels
+from funcopt.execution.outside import outside
 from funcopt.inner.custom_vjp import CallContext, CustomVJP, distinct
 from funcopt.inner.loss import InnerLoss
 from funcopt.inner.rng_state import RngState, check_alike
@@ -66,7 +67,7 @@ class _GradientCall:
         grads, (loss, aux, buffers) = self.loss.grad(**given)
         self.rng = rng if rng.has_advanced() else None
         seen = loss.detach()
-        with levels.outside():  # kept, and so of no level
+        with outside():  # kept, and so of no level
             self.then = concrete.peek(seen)
         trees: Trees = dict(zip(_OUTPUTS, (grads, loss, aux, buffers)))
         self.outputs = SmoothLeaves(trees)
@@ -86,7 +87,7 @@ class _GradientCall:
         again: list[Tensor] = []  # the loss, unless nothing is asked of the step
         with self.rng.restored() if self.rng else nullcontext():
             found = self._pull(values, saved, chosen, cotangents, again)
-        with levels.outside():
+        with outside():
             now = concrete.peek(again[-1]) if again else None
             if self.then is not None and now is not None:
                 check_alike(self.then[None], {0: now})

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from funcopt.errors import ExecutionError
-from funcopt.execution import concrete, levels
+from funcopt.execution import concrete
+from funcopt.execution.outside import outside
 from funcopt.types import Tensor
 
 
@@ -30,7 +31,7 @@ class RngState:
 
     def has_advanced(self) -> bool:
         """Whether numbers have been drawn since."""
-        with levels.outside():
+        with outside():
             return not all(map(torch.equal, self._now(), self._states))
 
     @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from funcopt.errors import GradientLostError
-from funcopt.execution import autocast, levels
+from funcopt.execution import levels, own_dtype
 from funcopt.types import Tensor
 
 
@@ -90,13 +90,13 @@ class BasisEverywhere(Basis):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         pull = ctx.kind.pull
         given = *ctx.saved_tensors, cotangent
-        return autocast.apart(lambda x, q, bar: pull(x, q, q.mT @ bar), *given), None
+        return own_dtype.apart(lambda x, q, bar: pull(x, q, q.mT @ bar), *given), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
         turn = ctx.kind.turn
         given = *ctx.saved_tensors, tangent
-        return autocast.apart(lambda x, q, dx: (q @ turn(x, q, dx)).contiguous(), *given)
+        return own_dtype.apart(lambda x, q, dx: (q @ turn(x, q, dx)).contiguous(), *given)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, kind: BasisKind) -> tuple[Tensor, int]:

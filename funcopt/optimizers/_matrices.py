@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from funcopt.execution import autocast, levels
+from funcopt.execution import levels, own_dtype
 from funcopt.optimizers._parts import spare
 from funcopt.types import Tensor
 
@@ -44,12 +44,12 @@ class Orthogonalized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        back = autocast.pulled(_own(ctx.how), ctx.saved_tensors, [cotangent])
+        back = own_dtype.pulled(_own(ctx.how), ctx.saved_tensors, [cotangent])
         return *back, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return autocast.pushed(_own(ctx.how), ctx.saved_tensors, [tangent])
+        return own_dtype.pushed(_own(ctx.how), ctx.saved_tensors, [tangent])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, *how: Any) -> tuple[Tensor, int]:
@@ -180,12 +180,12 @@ class InverseRoot(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         newton = partial(_newton, power=ctx.power)
-        return *autocast.pulled(newton, ctx.saved_tensors, [cotangent]), None
+        return *own_dtype.pulled(newton, ctx.saved_tensors, [cotangent]), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
         newton = partial(_newton, power=ctx.power)
-        return autocast.pushed(newton, ctx.saved_tensors, [tangent])
+        return own_dtype.pushed(newton, ctx.saved_tensors, [tangent])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, power: int) -> tuple[Tensor, int]:

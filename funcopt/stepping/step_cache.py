@@ -11,6 +11,7 @@ from funcopt.execution import concrete, levels
 from funcopt.execution.fast_path import FastPath, Settled
 from funcopt.execution.guarded_cache import GuardedCache
 from funcopt.execution.native import objects
+from funcopt.execution.outside import outside
 from funcopt.stepping import complex_leaves, vectors
 from funcopt.stepping.live import Gaps, merged, picked
 from funcopt.stepping.per_leaf import LeafValues
@@ -58,7 +59,7 @@ class Entry:
         self.paths: GuardedCache[_Paths] = GuardedCache()
         #: the last hyperparameters of all leaves, and of those that step
         self._hyper: tuple[Any, Sequence[dict[str, Any]]] = None, ()
-        with levels.outside():
+        with outside():
             #: kept as a tensor: torch makes one of a number at each addition
             self.one = torch.tensor(self.more if live else 1, device="cpu")
         form = tree.form(structure, there)

@@ -17,7 +17,14 @@ from funcopt.checks import (
     check_real,
     check_state,
 )
-from funcopt.execution import autocast, batched, concrete, dispatch, executor_choice
+from funcopt.execution import (
+    autocast,
+    batched,
+    concrete,
+    dispatch,
+    executor_choice,
+    own_dtype,
+)
 from funcopt.execution.fast_path import FastPath
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.rule import Rule
@@ -131,7 +138,7 @@ class Stepper:
             if done is not None:
                 return self._result(*done, params, state, donate)
         if autocast.is_on():  # chooses dtypes for a loss: a step is made in its leaves'
-            with autocast.aside():
+            with own_dtype.keeping():
                 return self.step(grads, state, params, values, donate, execution)
         p, structure = tree.flatten(params)
         g = tree.flatten_like(structure, grads, "grads")

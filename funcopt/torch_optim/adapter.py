@@ -18,7 +18,7 @@ from funcopt.errors import (
     HyperparameterError,
     HyperparameterTypeError,
 )
-from funcopt.execution import autocast
+from funcopt.execution import autocast, own_dtype
 from funcopt.hyper import unknown
 from funcopt.torch_optim import batch, checkpoint
 from funcopt.torch_optim import functional as functions
@@ -165,7 +165,7 @@ class Adapter(Optimizer):
 
     def _advance(self, data: dict[str, Any]) -> None:
         if autocast.is_on():  # which is about losses
-            with autocast.aside():
+            with own_dtype.keeping():
                 return self._advance(data)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise ExecutionError(

@@ -4,10 +4,9 @@ import ctypes
 import os
 from array import array
 from collections.abc import Callable, Sequence
-from functools import cache, reduce
+from functools import reduce
 from itertools import repeat, starmap
 from operator import add, itemgetter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from funcopt.execution.executor import (
     Rows,
     empty_like,
 )
-from funcopt.execution.native import objects, self_check, source
+from funcopt.execution.native import driver, objects, self_check, source
 from funcopt.execution.native.build import library
 from funcopt.execution.program import Program
 from funcopt.execution.sweeping import Sweeping
@@ -54,10 +53,10 @@ class Native(Sweeping):
             raise BuildError(f"there are no native kernels for {stored}")
         self._read = [program.streams_read(sweep) for sweep in program.passes]
         self._parameters = [program.scalars_read(sweep) for sweep in program.passes]
-        self._objects, driver = objects.load(), _driver()
+        self._objects, shared = objects.load(), driver.load()
         built = [library(source.print_c(program, s, stored)) for s in program.passes]
         try:
-            self._kernels = [_kernel(each.loaded, driver) for each in built]
+            self._kernels = [_kernel(each.loaded, shared) for each in built]
             if any(each.made for each in built):
                 self_check.compare(self)
             for each in built:
@@ -272,37 +271,3 @@ def _kernel(loaded: ctypes.CDLL, driver: ctypes.CDLL) -> int:
     loaded.bind.argtypes = [ctypes.c_void_p] * 2
     loaded.bind(*(ctypes.cast(x, ctypes.c_void_p) for x in (driver.drive, driver.stream)))
     return ctypes.cast(loaded.run, ctypes.c_void_p).value or 0
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    """What goes over the leaves for every kernel, on torch's threads.
-
-    Raises:
-        BuildError: it cannot be built.
-    """
-    built = library(source.print_driver(), ["-O1"])  # in half the time, and as fast
-    try:
-        built.keep()
-    finally:
-        built.discard()
-    built.loaded.bind.argtypes = [ctypes.c_void_p] * 3
-    built.loaded.bind(*_openmp() or [None] * 3)
-    return built.loaded
-
-
-@cache
-def _openmp() -> tuple[Any, ...] | None:
-    """torch's own OpenMP, as pointers to functions; None where it has another kind.
-
-    A second library would keep a second pool of threads, and the two would fight for
-    the cores.
-    """
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
-        names = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel")
-        try:
-            gomp = ctypes.CDLL(str(path))
-            return tuple(ctypes.cast(gomp[name], ctypes.c_void_p) for name in names)
-        except (OSError, AttributeError):
-            continue
-    return None
