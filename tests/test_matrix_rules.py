@@ -535,3 +535,39 @@ def test_a_derivative_within_autocast_is_the_one_outside(name: str, how: str):
     assert wanted.abs().max() > 1e-3
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(DERIVATIVES[how](stepped, x, v), wanted, 1e-4)
+
+
+PRODUCTS: dict[str, Any] = {
+    "@": lambda x, b: x @ b,
+    "inner": torch.inner,
+    "tensordot": lambda x, b: torch.tensordot(x, b, dims=1),
+    "multi_dot": lambda x, b: torch.linalg.multi_dot([x, b, x]),
+    "matrix_power": lambda x, _: x.matrix_power(3),
+    "inverse": lambda x, b: torch.inverse(x + 6 * torch.eye(6)) @ b,
+    "pinv": lambda x, _: torch.linalg.pinv(x + 6 * torch.eye(6)),
+    "cov": lambda x, _: torch.cov(x),
+    "nuclear norm": lambda x, _: torch.linalg.matrix_norm(x, "nuc"),
+    "attention": lambda x, b: torch.nn.functional.scaled_dot_product_attention(
+        x[None], b[None], x[None]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_rules_own_products_keep_their_dtype_in_derivatives(name: str):
+    torch.manual_seed(0)
+    x, b, weights = torch.randn(6, 6), torch.randn(6, 6), torch.randn(36)
+
+    def rule(g: Tensor, p: Tensor, *, step: Any) -> tuple[Tensor]:
+        found = PRODUCTS[name](g, p).flatten()
+        return (p - 0.1 * (weights[: found.numel()] * found).sum(),)
+
+    opt = fo.per_tensor(rule, name="own", slots={}, hyper={})
+
+    def slope() -> Tensor:
+        return grad(lambda g: opt.update(g, opt.init(b), b)[0].sum())(x)
+
+    wanted = slope()
+    assert wanted.abs().max() > 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(slope(), wanted, 1e-5)

@@ -41,7 +41,7 @@ class _Products(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _PRODUCTS or "out" in kwargs or autocast.is_on():
+        if func not in _PRODUCTS or kwargs.get("out") is not None or autocast.is_on():
             return func(*args, **kwargs)
         leaves, structure = tree.flatten((args, kwargs))
         among = [isinstance(x, Tensor) for x in leaves]
@@ -55,13 +55,17 @@ class _Products(TorchFunctionMode):
         return apart(of_tensors, *compress(leaves, among))
 
 
+#: those that give one tensor
 _PRODUCTS = {
     getattr(module, name)
     for module, names in (
-        (torch, "matmul mm bmm mv addmm addmv addbmm baddbmm einsum tensordot"),
-        (Tensor, "matmul mm bmm mv addmm addmv addbmm baddbmm"),
-        (torch.linalg, "matrix_power inv cholesky solve solve_triangular"),
-        (torch.nn.functional, "linear bilinear"),
+        (torch, "matmul mm bmm mv addmm addmv addbmm baddbmm einsum tensordot inner"),
+        (torch, "chain_matmul matrix_power inverse cholesky_inverse cov"),
+        (Tensor, "matmul mm bmm mv addmm addmv addbmm baddbmm inner"),
+        (Tensor, "matrix_power inverse cov"),
+        (torch.linalg, "matmul multi_dot matrix_power matrix_norm inv pinv cholesky"),
+        (torch.linalg, "solve solve_triangular svdvals eigvalsh"),
+        (torch.nn.functional, "linear bilinear scaled_dot_product_attention"),
     )
     for name in names.split()
 }
