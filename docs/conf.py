@@ -11,7 +11,7 @@ author = "the funcopt authors"
 version = release = version_of("funcopt")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-myst_heading_anchors = 2
+myst_heading_anchors = 3
 
 nitpicky = True  # a reference that leads nowhere is a warning, and so an error
 nitpick_ignore_regex = [("py:exc", r".*\.|Nothing")]  # a sentence, and not a class

@@ -126,8 +126,9 @@ def truncated(
         {\partial \eta}, \qquad \theta_t \text{ held fixed}
 
     Biased: a setting is judged by what it does within ``window`` steps. Rates come out
-    too small, and even a sign may be wrong (`short-horizon bias <#short-horizon-bias>`_).
-    The bias fades geometrically with the window where the step contracts.
+    too small, and even a sign may be wrong (:ref:`short-horizon bias
+    <short-horizon-bias>`). The bias fades geometrically with the window where the step
+    contracts.
 
     A window is a number for this call: pass one that grows for a schedule, one drawn by
     `random_window` for random windows, and a carry from `advance` for staggered starts,
