@@ -1,6 +1,7 @@
 """The words: every snippet runs, every link leads on, no public name is missing."""
 
 import doctest
+import importlib
 import inspect
 import re
 import runpy
@@ -13,8 +14,10 @@ import funcopt as fo
 from funcopt import errors, optimizers, schedules
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "benchmarks")
+PAGES = [page for folder in FOLDERS for page in sorted(folder.glob("*.md"))]
 FENCE = "```python"
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
 def read(path: str) -> str:
@@ -47,8 +50,21 @@ def test_every_snippet_of_a_page_runs(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_relative_link_leads_to_a_file(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+    for link in LINK.findall(page.read_text()):
         assert "://" in link or (page.parent / link).exists(), link
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    pages = {*(ROOT / "docs").glob("*.md")} - {ROOT / "docs/index.md"}
+    assert {name(page) for page in pages} <= {*LINK.findall(read("README.md"))}
+
+
+def test_tables_of_measurements_are_those_of_the_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for page, text in importlib.import_module("report").filled().items():
+        assert page.read_text() == text, name(page)
 
 
 def test_every_public_name_is_on_the_api_page() -> None:

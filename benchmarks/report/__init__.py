@@ -1,4 +1,4 @@
-"""The tables of README.md, drawn from results/*.json."""
+"""The tables of README.md, and those of other pages, drawn from results/*.json."""
 
 from __future__ import annotations
 
@@ -7,39 +7,54 @@ from pathlib import Path
 from typing import Any
 
 import measure
-from report import tables, targets
+from report import excerpts, tables, targets
 from report.adapter import adapter_tables
 from report.meta import meta_tables
 from report.step import step_tables
 from report.targets import verdict
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[2]
 RIVALS = ("higher", "torchopt")
 
 
 def write() -> None:
-    """Put each table between its two marks in README.md."""
-    text = README.read_text(encoding="utf-8")
+    """Put each table between its two marks in its page."""
+    for page, text in filled().items():
+        page.write_text(text, encoding="utf-8")
+
+
+def filled() -> dict[Path, str]:
+    """The pages, with the tables that results/*.json give."""
     drawn = {
-        "environment": environment_line(),
-        "maml": maml_table(),
-        "overhead": overhead_table(),
-        "auto": auto_table(),
-        "step": step_tables(),
-        "unroll": unroll_table(),
-        "ensemble": ensemble_table(),
-        "cold": cold_table(),
-        "gpu": gpu_table(),
-        "meta": meta_tables(),
-        "adapter": adapter_tables(),
+        "benchmarks/README.md": {
+            "environment": environment_line(),
+            "maml": maml_table(),
+            "overhead": overhead_table(),
+            "auto": auto_table(),
+            "step": step_tables(),
+            "unroll": unroll_table(),
+            "ensemble": ensemble_table(),
+            "cold": cold_table(),
+            "gpu": gpu_table(),
+            "meta": meta_tables(),
+            "adapter": adapter_tables(),
+        },
+        "README.md": {"meta-steps": excerpts.meta_steps()},
+        "docs/memory.md": {"held": excerpts.held()},
+        "docs/scaling.md": {"compiled": excerpts.compiled()},
     }
+    return {ROOT / page: _filled(page, parts) for page, parts in drawn.items()}
+
+
+def _filled(page: str, drawn: dict[str, str]) -> str:
+    text = (ROOT / page).read_text(encoding="utf-8")
     for name, table in drawn.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, found = re.subn(
             pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S
         )
-        assert found == 1, f"README.md has no marks for {name}"
-    README.write_text(text, encoding="utf-8")
+        assert found == 1, f"{page} has no marks for {name}"
+    return text
 
 
 def environment_line() -> str:
