@@ -5,10 +5,10 @@
 
 SGD, SGD with Nesterov momentum and Adam train a logistic regression and a network on the
 digits of scikit-learn, from the rates of Baydin et al. (2018), which are far too small
-here: once as they are, and once with a rate that follows the hypergradient of every step
-(HD), at the price of nothing but that step's own numbers. Prints a table with the
-authors' published losses on MNIST beside, whose order is to be compared and not the
-values; writes ``results.json`` and a picture to ``runs/hypergradient_descent``.
+here: once with the rate fixed, and once with a rate that follows the hypergradient of
+every step (HD), which costs no further gradient. Prints a table beside the authors'
+published losses on MNIST, of which the order can be compared and not the values; writes
+``results.json`` and a picture to ``runs/hypergradient_descent``.
 """
 
 from __future__ import annotations
