@@ -328,6 +328,17 @@ def test_a_second_derivative_is_right_or_refused(way: str):
 
 
 @pytest.mark.parametrize("way", EACH)
+def test_a_second_derivative_goes_through_buffers_and_state(way: str):
+    def of_lr(lr: Tensor, **how: Any) -> Tensor:
+        return outer(**how)({**arguments(), "lr": lr})
+
+    lr = number(0.1)
+    expected = grad(grad(of_lr))(lr)
+    found = grad(grad(lambda lr: of_lr(lr, **WAYS[way])))(lr)
+    assert distance(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("way", EACH)
 @pytest.mark.parametrize("around", [grad, lambda f: vmap(f)])
 def test_a_pullback_may_be_called_where_its_level_is_gone(way: str, around: Any):
     """What was saved wears that level's wrapper, and a level around runs on."""

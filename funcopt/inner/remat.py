@@ -65,8 +65,8 @@ class _LoopCall:
         carry, record = {name: given[name] for name in CARRY}, Record()
         kept: list[Tree] = []
         for start, stop in zip(self.starts, self.starts[1:]):
-            if start:
-                kept.append(carry)
+            if start:  # in the order of the inputs: of a dict the keys are sorted
+                kept.append([*carry.values()])
             rng = RngState(tensors)
             for k in range(start, stop):
                 carry = record.add(step(self.loop.given(carry, given, k)))
@@ -97,6 +97,7 @@ class _LoopCall:
         kept = saved[1 + len(wanted) :]
         given = self.inputs.filled(inputs[: self.count], inputs[self.count :])
         states = self.kept.filled(kept[: self.sizes[1]], kept[self.sizes[1] :])["kept"]
+        states = [dict(zip(CARRY, state)) for state in states]
         states = [{name: given[name] for name in CARRY}, *states]
         bars, kept_bars, _, _ = self.parts(cotangents)
         ahead = bars[: self.carried]
