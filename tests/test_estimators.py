@@ -505,6 +505,14 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], type[Exception], list[st
         ["per_step", "4 steps"],
     ),
     (
+        lambda: fo.meta.hypergradient_descent(
+            problem(constrain=lambda e: {"hyper": {"lr": fo.per_step(torch.ones(5))}}), LR
+        ),
+        fo.StructureError,
+        ValueError,
+        ["per_step", "4 steps"],
+    ),
+    (
         lambda: replace(problem(), inner_loss=None),  # pyright: ignore
         fo.HyperparameterTypeError,
         TypeError,

@@ -18,7 +18,7 @@ from funcopt.errors import (
 )
 from funcopt.inner.loop import CARRY, is_absent
 from funcopt.inner.loss import InnerLoss
-from funcopt.inner.per_step import PerStep
+from funcopt.inner.per_step import PerStep, per_step
 from funcopt.inner.rng_state import RngState
 from funcopt.inner.unroll import number_of_steps
 from funcopt.optimizer import Optimizer, check_optimizer
@@ -182,15 +182,20 @@ def batch_at(problem: Problem, k: int) -> Tree:
     return tree.map(itemgetter(min(k, problem.steps - 1)), problem.batches)
 
 
-def hyper_at(eta: Tree, k: int) -> dict[str, Any]:
-    """What ``opt.update`` takes in step ``k``."""
+def hyper_at(problem: Problem, eta: Tree, which: int | slice) -> dict[str, Any]:
+    """What ``opt.update`` takes in one step, or `unroll` in a slice of them."""
 
-    def entry(value: Any) -> Any:
-        if isinstance(value, PerStep):
-            return tree.map(itemgetter(k), value.values)
-        return value
+    def entries(value: Any) -> Any:
+        if not isinstance(value, PerStep):
+            return value
+        if tree.leading_axis(value.values, "per_step") != problem.steps:
+            raise StructureError(
+                f"per_step values must have one entry for each of {problem.steps} steps"
+            )
+        some = tree.map(itemgetter(which), value.values)
+        return per_step(some) if isinstance(which, slice) else some
 
-    return tree.map(entry, dict(eta.get("hyper", {})))
+    return tree.map(entries, dict(eta.get("hyper", {})))
 
 
 def inputs_at(problem: Problem, given: Trees, k: int) -> dict[str, Tree]:
@@ -200,7 +205,7 @@ def inputs_at(problem: Problem, given: Trees, k: int) -> dict[str, Tree]:
     selectors and schedules, whose tensors are no leaves of a tree.
     """
     eta = ready(problem, given["eta"])
-    settings = {"hyper": hyper_at(eta, k), "meta": meta_of(eta)}
+    settings = {"hyper": hyper_at(problem, eta, k), "meta": meta_of(eta)}
     return {**standing(given), **settings, "batch": batch_at(problem, k)}
 
 

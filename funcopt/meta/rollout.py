@@ -8,9 +8,8 @@ import torch
 
 from funcopt import tree
 from funcopt.derivatives import Trees
-from funcopt.errors import HyperparameterError, StructureError
+from funcopt.errors import HyperparameterError
 from funcopt.inner.loop import uses
-from funcopt.inner.per_step import PerStep, per_step
 from funcopt.inner.rng_state import RngState
 from funcopt.inner.unroll import Unrolled, unroll
 from funcopt.meta.problem import (
@@ -18,6 +17,7 @@ from funcopt.meta.problem import (
     Problem,
     drawing_ahead,
     go_on,
+    hyper_at,
     meta_of,
     outer_value,
     ready,
@@ -118,19 +118,10 @@ def _run(
     start = carry["step"]
     part = slice(start, start + count)
 
-    def entries(value: Any) -> Any:
-        if not isinstance(value, PerStep):
-            return value
-        if tree.leading_axis(value.values, "per_step") != problem.steps:
-            raise StructureError(
-                f"per_step values must have one entry for each of {problem.steps} steps"
-            )
-        return per_step(tree.map(itemgetter(part), value.values))
-
     batches = problem.batches
     if batches is not None:
         batches = tree.map(itemgetter(part), batches)
-    hyper = tree.map(entries, dict(eta.get("hyper", {})))
+    hyper = hyper_at(problem, eta, part)
     given = {"batches": batches, "hyper": hyper, "meta": meta, **how}
     at = standing(carry)
     params = at.pop("params")
