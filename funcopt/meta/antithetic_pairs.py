@@ -56,14 +56,21 @@ class AntitheticPairs:
         normal = normal_like(many, self.generator)
         return tree.map(lambda z, s: (s * z).to(z.dtype), normal, self.sigma)
 
-    def check(self, carry: Carry) -> None:
-        check_remembered("perturbations", carry["perturbations"], self.eta)
-        found = tree.leading_axis(carry["perturbations"], "perturbations")
+    def kept(self, carry: Carry | None) -> Tree:
+        """The perturbations that a carry goes on with; None where none were drawn."""
+        if carry is None or not stands_at(self.problem, carry):
+            return None
+        if "perturbations" not in carry:
+            return None
+        perturbations = carry["perturbations"]
+        check_remembered("perturbations", perturbations, self.eta)
+        found = tree.leading_axis(perturbations, "perturbations")
         if found != self.particles:
             raise StructureError(
                 f"the carry holds {found} pairs of particles, but particles="
                 f"{self.particles} was asked"
             )
+        return perturbations
 
     def estimate(
         self, noise: Tree, weight: Tree, carry: Carry | None, window: int | None

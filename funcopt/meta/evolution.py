@@ -5,7 +5,7 @@ import torch
 from funcopt import tree
 from funcopt.meta.antithetic_pairs import AntitheticPairs
 from funcopt.meta.estimate import Estimate, check_eta
-from funcopt.meta.problem import Carry, Problem, stands_at
+from funcopt.meta.problem import Carry, Problem
 from funcopt.types import HyperValue, Tree
 
 
@@ -107,7 +107,7 @@ def pes(
             `advance` starts all particles there.
         window: how many steps W ≥ 1; at the end there may be fewer left.
         generator: as for `es`.
-        sigma: as for `es`.
+        sigma: as for `es`; the same in all windows of a training.
         particles: as for `es`; the same in all windows of a training.
         chunk_size: as for `es`.
 
@@ -139,10 +139,8 @@ def pes(
     """
     check_eta("pes", problem, eta, carry)
     pairs = AntitheticPairs(problem, eta, sigma, particles, generator, chunk_size)
-    noise = total = pairs.draw()
-    if carry is not None and stands_at(problem, carry) and "perturbations" in carry:
-        pairs.check(carry)
-        total = tree.map(torch.add, carry["perturbations"], noise)
+    noise, kept = pairs.draw(), pairs.kept(carry)
+    total = noise if kept is None else tree.map(torch.add, kept, noise)
     return pairs.estimate(noise, total, carry, window)
 
 
@@ -174,7 +172,7 @@ def es_single(
         carry: as for `pes`.
         window: as for `pes`.
         generator: as for `es`; drawn from where a training starts.
-        sigma: as for `es`; read where a training starts.
+        sigma: as for `es`; the same in all windows of a training.
         particles: as for `es`; the same in all windows of a training.
         chunk_size: as for `es`.
 
@@ -205,9 +203,6 @@ def es_single(
     """
     check_eta("es_single", problem, eta, carry)
     pairs = AntitheticPairs(problem, eta, sigma, particles, generator, chunk_size)
-    if carry is not None and stands_at(problem, carry) and "perturbations" in carry:
-        pairs.check(carry)
-        noise = carry["perturbations"]
-    else:
-        noise = pairs.draw()
+    kept = pairs.kept(carry)
+    noise = pairs.draw() if kept is None else kept
     return pairs.estimate(noise, noise, carry, window)
