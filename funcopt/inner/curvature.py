@@ -55,9 +55,16 @@ def hvp(
         >>> fo.meta.hvp(loss, torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.5]))
         tensor([6., 6.])
     """
-    loss = InnerLoss(loss_fn, has_aux)
-    given = {"params": params, "batch": batch, "meta": meta, "buffers": buffers}
-    return _second(loss, given, vector, ("params",))["params"]
+    return mixed_vp(
+        loss_fn,
+        params,
+        vector,
+        batch,
+        meta=meta,
+        buffers=buffers,
+        has_aux=has_aux,
+        wrt=("params",),
+    )["params"]
 
 
 def mixed_vp(
@@ -111,21 +118,12 @@ def mixed_vp(
     """
     loss = InnerLoss(loss_fn, has_aux)
     given = {"params": params, "batch": batch, "meta": meta, "buffers": buffers}
-    return _second(loss, given, vector, wrt)
-
-
-def _second(
-    loss: InnerLoss, given: Trees, vector: Tree, wrt: Sequence[str]
-) -> dict[str, Tree]:
-    """d/dε of the loss's gradients by ``wrt`` at ``params + ε vector``, in one pass."""
 
     def gradients(given: Trees) -> Trees:
         value, pullback = vjp(lambda at: {"loss": loss(**at)[0]}, given, wrt)
         return pullback({"loss": torch.ones_like(value["loss"])})
 
     # A third derivative of norm layers is one that torch has wrong.
-    exact = (
-        exact_norms if levels.orders_outside(tree.leaves(dict(given))) else nullcontext
-    )
+    exact = exact_norms if levels.orders_outside(tree.leaves(given)) else nullcontext
     with exact():
         return jvp(gradients, given, {"params": vector})[1]
