@@ -24,7 +24,7 @@ Tensors = Sequence[Tensor]
 Bars = Sequence[Tensor | None]
 
 
-def run(loop: Loop, carry: Trees, shared: Trees, segment: int) -> Unrolled:
+def rematerialized(loop: Loop, carry: Trees, shared: Trees, segment: int) -> Unrolled:
     """As ``loop.run``, with the states kept at every ``segment`` steps only."""
     given = {**carry, **shared}
     call = _LoopCall(loop, SmoothLeaves(given), segment)

@@ -12,9 +12,9 @@ from funcopt.errors import (
     StructureError,
 )
 from funcopt.inner import custom_vjp
-from funcopt.inner import remat as sweep
 from funcopt.inner.loop import Loop, Unrolled, is_absent
 from funcopt.inner.per_step import HyperBySteps
+from funcopt.inner.remat import rematerialized
 from funcopt.inner.step import GradMode, Step
 from funcopt.optimizer import Optimizer
 from funcopt.types import HyperMapping, LossFunction, State, Tensor, Tree
@@ -153,8 +153,10 @@ def unroll(
     data = batch if batches is None else batches
     shared = {"batch": data, "hyper": loop.hyper.values, "meta": meta}
     segment = _segment(remat, steps, grad_mode)
-    again = segment and steps and custom_vjp.is_possible()
-    run = sweep.run(loop, carry, shared, segment) if again else loop.run(carry, shared)
+    if segment and steps and custom_vjp.is_possible():
+        run = rematerialized(loop, carry, shared, segment)
+    else:
+        run = loop.run(carry, shared)
     absent = {name: () for name in ("aux", "buffers") if is_absent(getattr(run, name))}
     return run._replace(**absent)
 
