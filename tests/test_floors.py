@@ -122,7 +122,7 @@ FLOORS = {
     "funcopt.inner.unroll": 4.9,
     "funcopt.inner": 4.95,
     "funcopt.meta.families.family": 8,
-    "funcopt.meta.families.metasgd": 8.1,
+    "funcopt.meta.families.rates": 8,
     "funcopt.meta.families.anil": 8.1,
     "funcopt.meta.families": 8.4,
     "funcopt.meta.families.*": 8.3,

@@ -6,16 +6,10 @@ from typing import Any, NamedTuple
 import torch
 
 from funcopt import select, tree
-from funcopt.checks import check_params
-from funcopt.errors import (
-    HyperparameterError,
-    HyperparameterTypeError,
-    StructureError,
-)
+from funcopt.errors import HyperparameterTypeError, StructureError
 from funcopt.inner.loop import is_absent
 from funcopt.inner.loss import called
 from funcopt.inner.unroll import Unrolled
-from funcopt.optimizer import Optimizer, check_optimizer
 from funcopt.types import LossFunction, Tensor, Tree
 
 Adapt = Callable[..., Unrolled]
@@ -98,25 +92,3 @@ def squared_distance(one: Tree, other: Tree) -> Tensor:
     """‖one - other‖², over all leaves."""
     squares = tree.map(lambda x, y: (x - y).square().sum(), one, other)
     return torch.stack(tree.present(squares)).sum()
-
-
-def first_rates(inner: Optimizer, params: Tree) -> Tree:
-    """A tree like params of the numbers that the learned rates start from."""
-    check_optimizer(inner, "a family that learns rates")
-    leaves, structure = tree.flatten(params)
-    check_params(leaves, structure)
-    values = select.per_leaf(inner.hyper.get("lr"), structure, "lr")
-    for path, value in zip(tree.paths(structure), values):
-        if not isinstance(value, float | int) and not (
-            isinstance(value, Tensor) and not value.ndim
-        ):
-            raise HyperparameterError(
-                f"the learned rate of '{path}' starts from a number, not {value!r}; make "
-                "the inner optimizer with one: fo.sgd(lr=0.1)"
-            )
-    return tree.unflatten(structure, values)
-
-
-def filled(like: Tensor, shape: Any, value: Any) -> Tensor:
-    """A tensor of one value, which may be a 0-d tensor."""
-    return torch.zeros(shape, dtype=like.dtype, device=like.device) + value

@@ -10,15 +10,8 @@ from funcopt.checks import check_count
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.inner.per_step import per_step
 from funcopt.inner.unroll import Unrolled, unroll
-from funcopt.meta.families.family import (
-    Family,
-    filled,
-    first_rates,
-    judged,
-    learned,
-    pair,
-)
-from funcopt.meta.families.metasgd import network, parts
+from funcopt.meta.families.family import Family, judged, learned, pair
+from funcopt.meta.families.rates import network, parts, with_rates
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, Tensor, Tree
 
@@ -72,11 +65,7 @@ def lslr(
     check_count("steps", steps)
 
     def init(params: Tree) -> Tree:
-        rates = first_rates(inner, params)
-        return {
-            "params": params,
-            "lr": tree.map(lambda p, r: filled(p, [steps], r), params, rates),
-        }
+        return with_rates(params, inner, lambda _: [steps])
 
     def of_its_steps(theta: Tree) -> tuple[Tree, Tree]:
         params, rates = parts(theta)
@@ -91,11 +80,12 @@ def lslr(
     def adapt(theta: Tree, support: Tree, steps: int = steps) -> Unrolled:
         check_count("steps", steps, least=0)
         params, rates = of_its_steps(theta)
-        rates = rates if steps == learned_steps else _prolonged(rates, steps)
-        hyper = {"lr": per_step(rates)}
+        hyper = {"lr": per_step(_prolonged(rates, steps))}
         return unroll(
             inner, loss_fn, params, support, steps=steps, hyper=hyper, **options
         )
+
+    last_step = learned(adapt, loss_fn, init, network)
 
     def task_loss(theta: Tree, task: Tree, weights: Tensor | None = None) -> Any:
         if weights is None:
@@ -119,7 +109,6 @@ def lslr(
             return sum(w * loss for w, loss in zip(weights, outs))
         return sum(w * loss for w, (loss, _) in zip(weights, outs)), outs[-1][1]
 
-    learned_steps, last_step = steps, learned(adapt, loss_fn, init, network)
     return last_step._replace(task_loss=task_loss)
 
 
@@ -161,6 +150,8 @@ def _prolonged(rates: Tree, steps: int) -> Tree:
     """Rates for more steps, or fewer: past the last one, the last again."""
 
     def row(rate: Tensor) -> Tensor:
+        if rate.shape[0] == steps:
+            return rate
         chosen = torch.arange(steps, device=rate.device).clamp(max=rate.shape[0] - 1)
         return rate[chosen]
 

@@ -1,12 +1,10 @@
 """Meta-SGD: learn, beside the start, a rate for every weight."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from funcopt import tree
-from funcopt.errors import StructureError
 from funcopt.inner.unroll import Unrolled, unroll
-from funcopt.meta.families.family import Family, filled, first_rates, learned
+from funcopt.meta.families.family import Family, learned
+from funcopt.meta.families.rates import network, parts, with_rates
 from funcopt.optimizer import Optimizer
 from funcopt.types import LossFunction, Tree
 
@@ -55,11 +53,7 @@ def metasgd(
     """
 
     def init(params: Tree) -> Tree:
-        rates = first_rates(inner, params)
-        return {
-            "params": params,
-            "lr": tree.map(lambda p, r: filled(p, p.shape, r), params, rates),
-        }
+        return with_rates(params, inner, lambda p: p.shape)
 
     def adapt(theta: Tree, support: Tree, steps: int = steps) -> Unrolled:
         params, rates = parts(theta)
@@ -68,18 +62,3 @@ def metasgd(
         )
 
     return learned(adapt, loss_fn, init, network)
-
-
-def parts(theta: Tree) -> tuple[Tree, Tree]:
-    """The parameters, and the rates that are learned beside them."""
-    if not isinstance(theta, Mapping) or theta.keys() != {"params", "lr"}:
-        raise StructureError(
-            "theta holds 'params' and 'lr', as family.init(params) makes it; this is "
-            + (f"{sorted(theta)}" if isinstance(theta, Mapping) else type(theta).__name__)
-        )
-    return theta["params"], theta["lr"]
-
-
-def network(theta: Tree) -> Tree:
-    """The parameters of the unadapted network."""
-    return parts(theta)[0]
