@@ -327,6 +327,15 @@ def test_a_second_derivative_is_right_or_refused(way: str):
         grad(penalty)(number(0.2))
 
 
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("way", EACH)
+def test_a_second_derivative_stops_at_a_cut(way: str, window: int):
+    lr, how = number(0.2), WAYS[way]
+    expected = grad(grad(lambda lr: end_of(lr, window=window)))(lr)
+    found = grad(grad(lambda lr: end_of(lr, window=window, **how)))(lr)
+    assert distance(found, expected) < 1e-12
+
+
 @pytest.mark.parametrize("way", EACH)
 def test_a_second_derivative_goes_through_buffers_and_state(way: str):
     def of_lr(lr: Tensor, **how: Any) -> Tensor:

@@ -65,15 +65,17 @@ class Loop:
         """Whether the graph ends before step k."""
         return self.window is not None and k > 0 and k % self.window == 0
 
+    def cut(self, carry: Trees, k: int) -> Trees:
+        """The carry as step k takes it: without a graph where that ends."""
+        return tree.detach(dict(carry)) if self.is_cut(k) else carry
+
     def run(self, carry: Trees, shared: Trees) -> Unrolled:
         """All steps, one after another."""
         record = Record()
         use = uses(shared)
         for k in range(self.steps):
-            if self.is_cut(k):
-                carry = tree.detach(dict(carry))
-            stepped = self.step(self.given(carry, use(), k), self.has_own_params(k))
-            carry = record.add(stepped)
+            given = self.given(self.cut(carry, k), use(), k)
+            carry = record.add(self.step(given, self.has_own_params(k)))
         return Unrolled(
             carry["params"], carry["state"], *record.stacked(), carry["buffers"]
         )

@@ -151,12 +151,13 @@ class _LoopCall:
         self, i: int, carry: Tree, given: Trees
     ) -> tuple[list[Trees], list[RngState | None]]:
         """The states before each step of a segment, and the generators' states there."""
-        carries, rngs = [carry], [self.rngs[i]]
+        start, stop = self.starts[i], self.starts[i + 1]
+        carries, rngs = [self.loop.cut(carry, start)], [self.rngs[i]]
         step = self.loop.step.plain()
         with _restored(self.rngs[i]):
-            for k in range(self.starts[i], self.starts[i + 1] - 1):
-                carry = Record().add(step(self.loop.given(carry, given, k)))
-                carries.append(carry)
+            for k in range(start, stop - 1):
+                carry = Record().add(step(self.loop.given(carries[-1], given, k)))
+                carries.append(self.loop.cut(carry, k + 1))
                 rngs.append(self.rngs[i] and RngState(tree.leaves(carry["params"])))
         return carries, rngs
 
