@@ -425,6 +425,26 @@ def test_dropout_is_drawn_again_as_it_was(way: str, how: str):
         assert not torch.equal(found[0], found[1])
 
 
+@pytest.mark.parametrize("way", ["mixed", "mixed, sqrt"])
+def test_all_looks_at_a_loss_see_the_same_numbers(as_on_an_accelerator: None, way: str):
+    """Its gradient, and then what else of it has a cotangent."""
+    x = random(6, 3, seed=1)
+
+    def noisy(p: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        error = F.dropout(x) @ p - 1
+        return error.square().mean(), error.sin().sum()
+
+    def end(p: Tensor, **how: Any) -> Tensor:
+        run = fo.unroll(fo.adam(lr=0.1), noisy, p, x, steps=5, has_aux=True, **how)
+        return run.params.square().sum() + run.losses.sum() + run.aux.sum()
+
+    def slope(**way: Any) -> Tensor:
+        torch.manual_seed(0)
+        return grad(lambda p: end(p, **way))(random(3, seed=2))
+
+    assert distance(slope(**WAYS[way]), slope()) < 1e-13
+
+
 @pytest.mark.parametrize("how", ["jacrev", "jacrev twice", "vmap(jacrev)", "pullback"])
 @pytest.mark.parametrize("way", EACH)
 def test_many_cotangents_see_the_same_numbers(way: str, how: str):

@@ -10,7 +10,7 @@ many of which torch composes of small operations, slow there.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from funcopt.execution import concrete, levels
 from funcopt.execution.outside import outside
 from funcopt.inner.custom_vjp import CallContext, CustomVJP, distinct
 from funcopt.inner.loss import InnerLoss
-from funcopt.inner.rng_state import RngState, check_alike
+from funcopt.inner.rng_state import RngState, check_alike, drawing_again
 from funcopt.types import Tensor, Tree
 
 #: what a gradient of the loss gives, by name
@@ -85,8 +85,7 @@ class _GradientCall:
         values = list(saved[: len(self.names)])
         chosen = [i for i in range(len(values)) if wanted[i]]
         again: list[Tensor] = []  # the loss, unless nothing is asked of the step
-        with self.rng.restored() if self.rng else nullcontext():
-            found = self._pull(values, saved, chosen, cotangents, again)
+        found = self._pull(values, saved, chosen, cotangents, again)
         with outside():
             now = concrete.peek(again[-1]) if again else None
             if self.then is not None and now is not None:
@@ -131,7 +130,8 @@ class _GradientCall:
     ) -> list[Tensor]:
         """∇L, and the smooth leaves of loss, aux and buffers."""
         given = self._given([*smooth, *saved[len(smooth) :]])
-        grads, rest = self.loss.grad(**given, own=True)
+        with drawing_again(self.rng):
+            grads, rest = self.loss.grad(**given, own=True)
         again.append(rest[0].detach())
         trees: Trees = dict(zip(_OUTPUTS, (grads, *rest)))
         return SmoothLeaves(trees).split(trees)[0]
@@ -140,7 +140,9 @@ class _GradientCall:
         self, smooth: Sequence[Tensor], saved: Sequence[Tensor], again: list[Tensor]
     ) -> list[Tensor]:
         """The loss, and the smooth leaves of aux and buffers."""
-        loss, aux, buffers = self.loss(**self._given([*smooth, *saved[len(smooth) :]]))
+        given = self._given([*smooth, *saved[len(smooth) :]])
+        with drawing_again(self.rng):  # of this look alone: `pull` may take two
+            loss, aux, buffers = self.loss(**given)
         again.append(loss.detach())
         trees: Trees = {"loss": loss, "aux": aux, "buffers": buffers}
         return SmoothLeaves(trees).split(trees)[0]
@@ -165,7 +167,8 @@ def pull(
     """The gradients by ``wanted`` values, from cotangents of ∇L and of ``results``.
 
     ``vector`` are the cotangents of ∇L, the gradient by the values numbered ``params``.
-    ``results(values)`` gives the loss first, and then what else is differentiated.
+    ``results(values)`` gives the loss first, and then what else is differentiated; it is
+    called up to twice, and has to draw the same numbers both times.
     """
     directions = {i: v for i, v in zip(params, vector) if v is not None}
     first, *rest = cotangents

@@ -6,7 +6,7 @@ states again, and takes the adjoint of the carry back through its steps one by o
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from funcopt.derivatives import SmoothLeaves, Trees, widened
 from funcopt.inner import mixed
 from funcopt.inner.custom_vjp import CallContext, CustomVJP, distinct
 from funcopt.inner.loop import CARRY, Loop, Record, Unrolled
-from funcopt.inner.rng_state import RngState, check_alike
+from funcopt.inner.rng_state import RngState, check_alike, drawing_again
 from funcopt.types import Tensor, Tree
 
 Tensors = Sequence[Tensor]
@@ -154,7 +154,7 @@ class _LoopCall:
         start, stop = self.starts[i], self.starts[i + 1]
         carries, rngs = [self.loop.cut(carry, start)], [self.rngs[i]]
         step = self.loop.step.plain()
-        with _restored(self.rngs[i]):
+        with drawing_again(self.rngs[i]):
             for k in range(start, stop - 1):
                 carry = Record().add(step(self.loop.given(carries[-1], given, k)))
                 carries.append(self.loop.cut(carry, k + 1))
@@ -180,7 +180,7 @@ class _LoopCall:
             return _smooth(stepped._asdict(), (*CARRY, "loss", "aux"))
 
         explained = mixed.explained() if self.loop.step.mixed else nullcontext()
-        with _restored(rng), explained:
+        with drawing_again(rng), explained:
             return derivatives.pull(step, values, bars, back)
 
     def _pull_mixed(
@@ -195,7 +195,7 @@ class _LoopCall:
         """The same in two stages: of the update, and of the gradient in mixed mode."""
         step, count = self.loop.step.plain(), self.count
         values, others = self.inputs.split(at)
-        with _restored(rng):
+        with drawing_again(rng):
             grads, loss, *_ = step.gradient(at, own)
             of_grads: Trees = {"grads": grads}
             layout = SmoothLeaves(of_grads)
@@ -214,15 +214,15 @@ class _LoopCall:
         again.append(loss)
 
         def results(values: Tensors) -> list[Tensor]:
-            stepped = step.results(self.inputs.filled(values, others))
+            with drawing_again(rng):
+                found = step.results(self.inputs.filled(values, others))
             names = ("loss", "aux", "buffers")
-            return _smooth(dict(zip(names, stepped)), names)
+            return _smooth(dict(zip(names, found)), names)
 
         of_results = [*bars[self.carried :], *bars[made : self.carried]]
-        with _restored(rng):
-            second = mixed.pull(
-                results, values, self.params, back, first[len(back) :], of_results
-            )
+        second = mixed.pull(
+            results, values, self.params, back, first[len(back) :], of_results
+        )
         return derivatives.added(first[: len(back)], second)
 
 
@@ -230,10 +230,6 @@ def _smooth(trees: Trees, names: Sequence[str]) -> list[Tensor]:
     """The smooth leaves of the trees, in the order of the names."""
     chosen = {name: trees[name] for name in names}
     return SmoothLeaves(chosen).split(chosen)[0]
-
-
-def _restored(rng: RngState | None) -> AbstractContextManager[Any]:
-    return rng.restored() if rng else nullcontext()
 
 
 def _stacked(entries: list[Tensor | None], like: Tensor) -> Tensor | None:

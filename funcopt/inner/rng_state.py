@@ -1,7 +1,7 @@
 """Random numbers that are drawn again as they were, where a function is run once more."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,11 @@ class RngState:
     def _set(self, states: Iterable[Tensor]) -> None:
         for (_, write), state in zip(self._generators, states):
             write(state)
+
+
+def drawing_again(rng: RngState | None) -> AbstractContextManager[Any]:
+    """``rng.restored()`` around one call of a function; none where it drew nothing."""
+    return rng.restored() if rng else nullcontext()
 
 
 def check_alike(losses: Tensor, again: Mapping[int, Tensor]) -> None:
