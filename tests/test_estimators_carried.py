@@ -17,6 +17,8 @@ from torch.func import grad, vmap
 
 import funcopt as fo
 from funcopt import tree
+from funcopt.inner.rng_state import RngState
+from funcopt.meta import smoothness
 
 STEPS = 5
 
@@ -343,6 +345,22 @@ def test_metasmoothness_draws_the_same_in_each_training():
         fo.meta.metasmoothness, problem(), HYPER, tree.map(torch.ones_like, HYPER), 1e-4
     )
     assert found > 0.999
+
+
+def test_metasmoothness_sets_back_the_generators_of_wherever_the_training_draws(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Eta may be on the CPU, and parameters on an accelerator."""
+    kept: list[Any] = []
+
+    def noted(tensors: Any) -> RngState:
+        kept.extend(tensors)
+        return RngState(kept)
+
+    monkeypatch.setattr(smoothness, "RngState", noted)
+    along = tree.map(torch.ones_like, HYPER)
+    fo.meta.metasmoothness(problem(), HYPER, along, 1e-4)
+    assert any(x is PARAMS["in"] for x in kept)
 
 
 # Where the training ends ----------------------------------------------------------------

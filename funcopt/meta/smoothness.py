@@ -8,7 +8,7 @@ from funcopt import tree
 from funcopt.errors import HyperparameterError
 from funcopt.inner.rng_state import RngState
 from funcopt.meta.estimate import check_eta
-from funcopt.meta.problem import Problem
+from funcopt.meta.problem import Problem, data_of
 from funcopt.meta.rollout import advance
 from funcopt.stepping.complex_leaves import parts
 from funcopt.types import Tensor, Tree
@@ -63,7 +63,8 @@ def metasmoothness(problem: Problem, eta: Tree, direction: Tree, h: float) -> Te
     if not 0 < h < float("inf"):
         raise HyperparameterError(f"h must be positive, got {h!r}")
 
-    rng = RngState(tree.leaves(eta))  # the same numbers in all three trainings
+    # the same numbers in all three trainings, wherever they are drawn
+    rng = RngState(tree.leaves([eta, *data_of(problem)]))
 
     def end(times: int) -> Tensor:
         at = tree.map(lambda x, v: x + times * h * v, eta, direction)
