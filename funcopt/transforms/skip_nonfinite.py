@@ -1,7 +1,5 @@
 """Leave out a step whose gradients are not finite."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
