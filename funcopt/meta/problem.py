@@ -52,8 +52,9 @@ class Problem:
         inner_loss: what is trained: ``inner_loss(params, batch)`` → a 0-d tensor, with
             ``eta["meta"]`` as a third argument where eta has one.
         outer_loss: what it is trained for: ``outer_loss(params, outer_batch)``, with
-            ``eta["meta"]`` likewise. None: the inner loss, on the batch of the step that
-            follows, and on the numbers that it draws (after the last step, on its own).
+            ``eta["meta"]`` likewise. None: the inner loss, on the batch and on the random
+            numbers of the step that follows; after the last step of a call it draws its
+            own, and after step K it has that step's batch.
         steps: how many inner steps K ≥ 1 there are; windows are parts of them.
         params: where training starts; ``eta["init"]`` stands in its place.
         state: the optimizer's state to start with; by default ``opt.init(params)``.
