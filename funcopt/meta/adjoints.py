@@ -83,6 +83,12 @@ def clip_adjoint(opt: Optimizer, max_norm: float = math.inf) -> Optimizer:
 
 
 class _Guard(torch.autograd.Function):
+    """The values as they are; on the way back their cotangents, clipped together.
+
+    The probe has no part in the values: as its gradient goes back the norm that the
+    cotangents had before.
+    """
+
     generate_vmap_rule = True
 
     @staticmethod
