@@ -34,6 +34,11 @@ def is_absent(part: Tree) -> bool:
 CARRY = ("params", "state", "buffers")
 
 
+def carried(stepped: Stepped) -> dict[str, Tree]:
+    """What of a step the next one takes."""
+    return {name: getattr(stepped, name) for name in CARRY}
+
+
 @dataclass(frozen=True)
 class Loop:
     """K steps. They share ``batch``, ``hyper`` and ``meta``: whole, or an entry each."""
@@ -115,7 +120,7 @@ class Record:
         """Note a step's loss and aux; the carry for the next step."""
         self._losses.append(stepped.loss)
         self._auxes.append(stepped.aux)
-        return {name: getattr(stepped, name) for name in CARRY}
+        return carried(stepped)
 
     def stacked(self) -> tuple[Tensor, Tree]:
         """The losses [K], and the tree of auxiliary outputs [K, ...]."""

@@ -16,7 +16,7 @@ from funcopt import derivatives, tree
 from funcopt.derivatives import SmoothLeaves, Trees, widened
 from funcopt.inner import mixed
 from funcopt.inner.custom_vjp import CallContext, CustomVJP, distinct
-from funcopt.inner.loop import CARRY, Loop, Record, Unrolled
+from funcopt.inner.loop import CARRY, Loop, Record, Unrolled, carried
 from funcopt.inner.rng_state import RngState, check_alike, drawing_again
 from funcopt.types import Tensor, Tree
 
@@ -156,7 +156,7 @@ class _LoopCall:
         step = self.loop.step.plain()
         with drawing_again(self.rngs[i]):
             for k in range(start, stop - 1):
-                carry = Record().add(step(self.loop.given(carries[-1], given, k)))
+                carry = carried(step(self.loop.given(carries[-1], given, k)))
                 carries.append(self.loop.cut(carry, k + 1))
                 rngs.append(self.rngs[i] and RngState(tree.leaves(carry["params"])))
         return carries, rngs
