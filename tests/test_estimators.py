@@ -867,6 +867,40 @@ def test_a_weight_in_half_precision_is_judged_by_all_its_steps(
     assert found.dtype is torch.bfloat16 and abs(found / whole * 2**10 + 1) < 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["es", "pes", "es_single"])
+def test_a_swarm_around_half_precision_is_one_of_float32(name: str, dtype: torch.dtype):
+    """Settings narrower than its digits, too; rounded is what the losses get."""
+
+    def steep(p: Any, batch: Any, meta: Any = None) -> Tensor:
+        return 2e4 * score(p, batch)  # float16 has not each pair's slope, but the mean
+
+    def rounded(eta: Any) -> Any:
+        return {k: tree.map(lambda x: x.to(dtype), v) for k, v in eta.items()}
+
+    given = replace(problem(), outer_loss=steep)
+    for eta, sigma in ((LR, 1e-5), (WEIGHTS, 0.1)):
+        half = rounded(eta)
+        wide = tree.map(Tensor.float, half)
+        same = given if eta is LR else replace(given, constrain=rounded)
+        carries, generators = [None, None], [seeded(), seeded()]
+        for _ in range(1 if name == "es" else 2):
+            how = {"sigma": sigma, "particles": 20}
+            how |= {} if name == "es" else {"window": 2}
+            found, expected = (
+                CALLS[name](p, x, **how, carry=carry, generator=generator)
+                for p, x, carry, generator in zip(
+                    (given, same), (half, wide), carries, generators
+                )
+            )
+            carries = [found.carry, expected.carry]
+            errors = (x.diagnostics["standard_error"] for x in (found, expected))
+            for one, other in ((found.grads, expected.grads), (*errors,)):
+                for a, b in zip(tree.leaves(one), tree.leaves(other)):
+                    assert b.abs().max() > 1 and b.abs().max() < 6e4
+                    assert a.dtype is dtype and torch.equal(a, b.to(dtype))
+
+
 # Memory --------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import torch
 
 from funcopt import select, tree
 from funcopt.checks import check_count
+from funcopt.derivatives import widened
 from funcopt.errors import HyperparameterError, StructureError
 from funcopt.flat_function import FlatFunction
 from funcopt.list_vmap import list_vmap
@@ -14,6 +15,8 @@ from funcopt.meta.estimate import Estimate, check_remembered
 from funcopt.meta.problem import (
     Carry,
     Problem,
+    alike,
+    as_given,
     go_on,
     outer_value,
     ready,
@@ -39,7 +42,9 @@ class AntitheticPairs:
         chunk_size: int | None,
     ) -> None:
         check_count("particles", particles)
-        self.problem, self.eta = problem, tree.detach(eta)
+        # Half precision would round ε, and the sum of them, and what is averaged.
+        self.given = tree.detach(eta)
+        self.problem, self.eta = problem, tree.map(widened, self.given)
         self.particles, self.generator = particles, generator
         self.chunk_size = chunk_size
         structure = tree.flatten(eta)[1]
@@ -87,7 +92,7 @@ class AntitheticPairs:
                 at = tree.map(lambda x: x.expand(2 * pairs, *x.shape), at)
 
         def one(eta: Tree, at: Tree) -> tuple[Any, ...]:
-            eta = ready(problem, eta)
+            eta = ready(problem, as_given(eta, self.given))
             begun = go_on(problem, eta, at and {**at, "step": start})
             value, end, losses = roll(problem, eta, begun, count)
             change = value
@@ -109,11 +114,12 @@ class AntitheticPairs:
                 "values": values.unflatten(0, (2, pairs)).T,
             }
             if pairs > 1:
-                diagnostics["standard_error"] = tree.map(
+                errors = tree.map(
                     lambda x: (x.var(0) / pairs).sqrt() if x.numel() else x[0], each
                 )
+                diagnostics["standard_error"] = alike(errors, self.given)
         end = {**end, "step": start + count, "perturbations": weight}
-        grads = tree.map(lambda x: x.mean(0), each)
+        grads = alike(tree.map(lambda x: x.mean(0), each), self.given)
         return Estimate(values.mean(), grads, diagnostics, end)
 
     def _all(self, one: Callable[..., Any], eta: Tree, at: Tree) -> Any:

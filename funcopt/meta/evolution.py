@@ -36,7 +36,9 @@ def es(
         eta: a dict with any of "init", "hyper", "meta": see `Problem`.
         carry: where every training begins; None, or a carry at the end, is the start.
         generator: what the perturbations are drawn from.
-        sigma: their width σ > 0: a float, or a prefix tree of eta, or `by_name`.
+        sigma: their width σ > 0: a float, or a prefix tree of eta, or `by_name`. In half
+            precision "init" and "meta" are rounded to the losses' own: a width that this
+            has no digits for moves nothing.
         particles: how many pairs N ≥ 1.
         chunk_size: how many trainings to run at once; None for all.
 

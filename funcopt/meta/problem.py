@@ -149,6 +149,19 @@ def ready(problem: Problem, eta: Tree) -> Tree:
     return found
 
 
+def alike(values: Tree, like: Tree) -> Tree:
+    """The values in the dtypes of ``like``."""
+    return tree.map(lambda x, y: x.to(y.dtype), values, like)
+
+
+def as_given(eta: Tree, like: Tree) -> Tree:
+    """``eta`` that was computed wider, in the dtypes in which it is given to `ready`.
+
+    The optimizer's settings stay as wide: they are widened there anyway.
+    """
+    return {k: v if k == "hyper" else alike(v, like[k]) for k, v in eta.items()}
+
+
 def go_on(problem: Problem, eta: Tree, carry: Carry | None) -> Carry:
     """``carry``; or the start, a function of eta, for none or one at the end."""
     if carry is not None and stands_at(problem, carry):
