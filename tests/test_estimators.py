@@ -343,6 +343,30 @@ def test_metasmoothness_is_the_formula_written_out():
     assert abs(smooth - 1) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_metasmoothness_in_half_precision(dtype: torch.dtype):
+    """Steps that a rate has no digits for, and sums that float16 has no numbers for."""
+
+    def rough(p: Tensor, _: Any) -> Tensor:
+        return torch.cos(3 * p.float()).sum()
+
+    start = torch.linspace(0.2, 9.0, 100_000).to(dtype)
+    half, wide = (
+        fo.meta.Problem(fo.sgd(), rough, None, 3, p) for p in (start, start.float())
+    )
+    rate, along = (
+        torch.tensor(0.7, dtype=dtype),
+        {"hyper": {"lr": torch.ones((), dtype=dtype)}},
+    )
+    for h, bound in ((0.5, 0.9), (1e-5, 1.01)):
+        expected = fo.meta.metasmoothness(wide, {"hyper": {"lr": rate.float()}}, along, h)
+        found = fo.meta.metasmoothness(wide, {"hyper": {"lr": rate}}, along, h)
+        assert 0.01 < abs(expected) < bound and torch.equal(found, expected)
+    expected = fo.meta.metasmoothness(wide, {"hyper": {"lr": rate}}, along, 0.5)
+    found = fo.meta.metasmoothness(half, {"hyper": {"lr": rate}}, along, 0.5)
+    assert abs(found - expected) < 20 * torch.finfo(dtype).eps
+
+
 # Errors --------------------------------------------------------------------------------
 
 WEIGHTS = {"meta": {"weights": torch.ones(5).double()}}
@@ -489,6 +513,27 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], type[Exception], list[st
         fo.HyperparameterError,
         ValueError,
         ["h ", "0.0"],
+    ),
+    *(
+        (
+            lambda v=v: fo.meta.metasmoothness(problem(), LR, v, 0.1),
+            fo.StructureError,
+            ValueError,
+            ["direction", *words],
+        )
+        for v, words in (
+            ({"hyper": {"lr": torch.ones(3)}}, ["['hyper.lr']", "[3]", "[]"]),
+            ({"hyper": {"lr": None}}, ["['hyper.lr']", "None"]),
+            ({"hyper": {}}, ["eta", "missing 'hyper.lr'"]),
+        )
+    ),
+    (
+        lambda: fo.meta.metasmoothness(
+            fo.meta.Problem(fo.sgd(), lambda p, b: f64(1.0), None, 2, {}), LR, LR, 0.1
+        ),
+        fo.StructureError,
+        ValueError,
+        ["metasmoothness", "no parameters"],
     ),
     (
         lambda: fo.meta.reverse(replace(problem(), outer_loss=lambda p, b: p["w"]), LR),

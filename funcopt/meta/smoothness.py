@@ -5,10 +5,11 @@ from contextlib import nullcontext
 import torch
 
 from funcopt import tree
-from funcopt.errors import HyperparameterError
+from funcopt.derivatives import widened
+from funcopt.errors import HyperparameterError, StructureError
 from funcopt.inner.rng_state import RngState
 from funcopt.meta.estimate import check_eta
-from funcopt.meta.problem import Problem, data_of
+from funcopt.meta.problem import Problem, as_given, data_of
 from funcopt.meta.rollout import advance
 from funcopt.stepping.complex_leaves import parts
 from funcopt.types import Tensor, Tree
@@ -39,7 +40,8 @@ def metasmoothness(problem: Problem, eta: Tree, direction: Tree, h: float) -> Te
 
     Raises:
         HyperparameterError: ``h`` that is not positive.
-        StructureError: a direction that is not like eta.
+        StructureError: a direction that is not like eta, in shapes too; a training
+            without parameters.
         MetaParameterError: eta of other keys.
         Whatever `unroll` raises.
 
@@ -63,17 +65,36 @@ def metasmoothness(problem: Problem, eta: Tree, direction: Tree, h: float) -> Te
     if not 0 < h < float("inf"):
         raise HyperparameterError(f"h must be positive, got {h!r}")
 
+    _check_direction(direction, eta)
     # the same numbers in all three trainings, wherever they are drawn
     rng = RngState(tree.leaves([eta, *data_of(problem)]))
+    wide = tree.map(widened, eta)  # of half precision, the step's digits
 
     def end(times: int) -> Tensor:
-        at = tree.map(lambda x, v: x + times * h * v, eta, direction)
+        at = tree.map(lambda x, v: x + times * h * v, wide, direction)
         with rng.restored() if times else nullcontext():
-            params = advance(problem, at, problem.steps)["params"]
-        return torch.cat([parts(x).flatten() for x in tree.present(params)])
+            params = advance(problem, as_given(at, eta), problem.steps)["params"]
+        found = tree.present(params)
+        if not found:
+            raise StructureError(
+                "metasmoothness looks at the way parameters go, and this training has no "
+                "parameters: give some as Problem(params=...), or eta['init']"
+            )
+        return torch.cat([parts(widened(x)).flatten() for x in found])
 
     with torch.no_grad():
         first, second, third = (end(times) for times in range(3))
         change, after = second - first, third - second
         agreed = change.abs() * change.sign() * after.sign()
         return agreed.sum() / change.abs().sum()
+
+
+def _check_direction(direction: Tree, eta: Tree) -> None:
+    leaves, structure = tree.flatten(eta)
+    along = tree.flatten_like(structure, direction, "direction", like="eta")
+    for path, x, v in zip(tree.paths(structure), leaves, along):
+        if x is not None and (not isinstance(v, Tensor) or v.shape != x.shape):
+            found = [*v.shape] if isinstance(v, Tensor) else repr(v)
+            raise StructureError(
+                f"direction['{path}'] must be a tensor {[*x.shape]}, not {found}"
+            )
