@@ -291,6 +291,14 @@ def test_a_width_for_each_meta_parameter():
     )
 
 
+def test_a_width_for_each_tensor_of_an_eta_with_gaps():
+    eta = {"meta": {"gap": None, "weights": torch.ones(5).double()}}
+    sigma = tree.map(lambda x: 0.01 * torch.ones_like(x), eta)
+    found, expected = (CALLS["es"](problem(), eta, sigma=s) for s in (sigma, 0.01))
+    one, other = (x.grads["meta"]["weights"] for x in (found, expected))
+    assert one.all() and torch.allclose(one, other, rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["reverse", "first_order", "truncated"])
 def test_estimators_run_under_vmap_over_tasks(name: str):
     xs, ys = random(3, 5, 3, seed=30), random(3, 5, seed=31)
@@ -574,6 +582,52 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], type[Exception], list[st
         fo.HyperparameterError,
         ValueError,
         ["sigma", "'wide'"],
+    ),
+    (
+        lambda: fo.meta.es(
+            problem(), WEIGHTS, generator=seeded(), sigma={"meta": torch.ones(32)}
+        ),
+        fo.HyperparameterError,
+        ValueError,
+        ["sigma", "'meta.weights'", "[32]", "[5]"],
+    ),
+    *(
+        (
+            lambda step=step: fo.meta.reverse(
+                problem(), LR, carry={**fo.meta.advance(problem(), LR, 2), "step": step}
+            ),
+            fo.StructureError,
+            ValueError,
+            ["carry", f"step {step}", "4 steps"],
+        )
+        for step in (5, -1)
+    ),
+    (
+        lambda: fo.meta.implicit(
+            problem(), WEIGHTS, carry=fo.meta.advance(problem(steps=9), LR, 6)
+        ),
+        fo.StructureError,
+        ValueError,
+        ["carry", "step 6", "4 steps"],
+    ),
+    *(
+        (
+            lambda eta=eta, carry=carry: fo.meta.advance(problem(), eta, 1, carry=carry),
+            error,
+            builtin,
+            words,
+        )
+        for eta, carry, error, builtin, words in (
+            (f64(0.1), None, fo.HyperparameterTypeError, TypeError, ["Tensor"]),
+            (LR["hyper"], None, fo.MetaParameterError, ValueError, ["'lr'", "'hyper'"]),
+            (
+                LR,
+                fo.meta.pes(problem(), LR, **HOW).carry,
+                fo.StructureError,
+                ValueError,
+                ["advance", "a swarm"],
+            ),
+        )
     ),
     (
         lambda: fo.meta.reverse(problem(), {"hyper": {}}),

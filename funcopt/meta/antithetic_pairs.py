@@ -47,12 +47,11 @@ class AntitheticPairs:
         self.problem, self.eta = problem, tree.map(widened, self.given)
         self.particles, self.generator = particles, generator
         self.chunk_size = chunk_size
-        structure = tree.flatten(eta)[1]
+        leaves, structure = tree.flatten(eta)
         widths = select.per_leaf(sigma, structure, "sigma")
-        for width in widths:
-            positive = isinstance(width, float | int) and 0 < width < float("inf")
-            if not isinstance(width, Tensor) and not positive:
-                raise HyperparameterError(f"sigma must be positive, got {width!r}")
+        for path, x, width in zip(tree.paths(structure), leaves, widths):
+            if x is not None:
+                _check_width(width, x, path)
         self.sigma = tree.unflatten(structure, widths)
 
     def draw(self) -> Tree:
@@ -127,3 +126,15 @@ class AntitheticPairs:
         many = list_vmap(flat, randomness="same", chunk_size=self.chunk_size)
         out = many(*flat.inputs)
         return flat.rebuild(out)
+
+
+def _check_width(width: Any, x: Tensor, path: str) -> None:
+    if isinstance(width, Tensor):
+        ends = zip(reversed(width.shape), reversed(x.shape))
+        if width.ndim > x.ndim or any(n not in (1, size) for n, size in ends):
+            raise HyperparameterError(
+                f"sigma at '{path}' has shape {[*width.shape]}, and eta {[*x.shape]}: "
+                "give a number, or a tensor that broadcasts to eta's"
+            )
+    elif not isinstance(width, float | int) or not 0 < width < float("inf"):
+        raise HyperparameterError(f"sigma must be positive, got {width!r}")

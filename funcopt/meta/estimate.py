@@ -95,17 +95,7 @@ def keys_seen(name: str) -> list[str]:
 
 def check_eta(name: str, problem: Problem, eta: Tree, carry: Carry | None = None) -> None:
     """Raise for what is no eta, and for what the estimator ``name`` is blind to."""
-    keys = {key for key, _ in KINDS.values()}
-    if not isinstance(eta, Mapping):
-        raise HyperparameterTypeError(
-            f"eta is a dict with any of the keys {_quoted(sorted(keys))}, not "
-            f"{type(eta).__name__}"
-        )
-    if not eta or not keys >= eta.keys():
-        raise MetaParameterError(
-            f"eta has the keys {_quoted(list(eta)) or 'none'}; it takes any of "
-            f"{_quoted(sorted(keys))}, and one at least"
-        )
+    check_keys(eta, least=1)
     if not isinstance(eta.get("hyper", {}), Mapping):
         raise HyperparameterTypeError(
             "eta['hyper'] is a dict of names and values, as {'lr': torch.tensor(0.1)}, "
@@ -131,7 +121,28 @@ def check_eta(name: str, problem: Problem, eta: Tree, carry: Carry | None = None
             f"has come to the end, or use {_quoted([*_MEMORY])}, whose own carries "
             "remember"
         )
-    if "perturbations" in carry and _MEMORY.get(name) != "perturbations":
+    if _MEMORY.get(name) != "perturbations":
+        check_alone(name, carry)
+
+
+def check_keys(eta: Tree, least: int = 0) -> None:
+    """Raise for what is no dict, or has keys that no eta has, or too few."""
+    keys = {key for key, _ in KINDS.values()}
+    if not isinstance(eta, Mapping):
+        raise HyperparameterTypeError(
+            f"eta is a dict with any of the keys {_quoted(sorted(keys))}, not "
+            f"{type(eta).__name__}"
+        )
+    if len(eta) < least or not keys >= eta.keys():
+        raise MetaParameterError(
+            f"eta has the keys {_quoted(list(eta)) or 'none'}; it takes any of "
+            f"{_quoted(sorted(keys))}" + (", and one at least" if least else "")
+        )
+
+
+def check_alone(name: str, carry: Carry) -> None:
+    """Raise where a carry stands for many trainings."""
+    if "perturbations" in carry:
         raise StructureError(
             f"{name} goes on from one training, and this carry holds a swarm of them; "
             "begin with carry=None, or with one by fo.meta.advance"

@@ -48,7 +48,8 @@ def es(
         has the trainings as leading axis [2N] and serves for looking.
 
     Raises:
-        HyperparameterError: ``particles`` below 1, a ``sigma`` that is not positive.
+        HyperparameterError: ``particles`` below 1; a ``sigma`` that is not positive, or
+            does not fit eta.
         HyperparameterTypeError: no generator.
         MetaParameterError: eta of other keys, or "init" beside a carry.
         Whatever else `unroll` raises.
@@ -118,7 +119,8 @@ def pes(
         all trainings along a leading axis [2N], and ``"perturbations"`` ξ [N, ...].
 
     Raises:
-        StructureError: a carry of another number of particles, or with another eta.
+        StructureError: a carry of another number of particles, with another eta, or of
+            another problem.
         Whatever else `es` raises.
 
     Source:

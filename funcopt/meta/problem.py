@@ -133,7 +133,13 @@ def stands_at(problem: Problem, carry: Carry | None) -> int:
             "one goes on from a carry, as estimate.carry or fo.meta.advance(...) is one, "
             f"with 'params', 'state' and 'step', not from this {type(carry).__name__}"
         )
-    return carry["step"] % problem.steps
+    step = carry["step"]
+    if not isinstance(step, int) or not 0 <= step <= problem.steps:
+        raise StructureError(
+            f"the carry stands at step {step}, and this problem has {problem.steps} "
+            "steps: it is of another problem"
+        )
+    return step % problem.steps
 
 
 def ready(problem: Problem, eta: Tree) -> Tree:

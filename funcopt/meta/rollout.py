@@ -12,6 +12,7 @@ from funcopt.errors import HyperparameterError
 from funcopt.inner.loop import uses
 from funcopt.inner.rng_state import RngState
 from funcopt.inner.unroll import Unrolled, unroll
+from funcopt.meta.estimate import check_alone, check_keys
 from funcopt.meta.problem import (
     Carry,
     Problem,
@@ -148,7 +149,9 @@ def advance(
 
     Raises:
         HyperparameterError: more steps than are left, or fewer than 0.
-        StructureError: no parameters to start from.
+        MetaParameterError: eta of other keys.
+        StructureError: no parameters to start from; a carry of many trainings, or of
+            another problem.
 
     Source:
         Vicol, Metz, Sohl-Dickstein, "Unbiased gradient estimation in unrolled
@@ -163,7 +166,10 @@ def advance(
         >>> carry["params"], carry["step"]
         (tensor(1.), 3)
     """
+    check_keys(eta)
     start = stands_at(problem, carry)
+    if carry is not None and start:
+        check_alone("advance", carry)
     if not isinstance(steps, int) or not 0 <= steps <= problem.steps - start:
         raise HyperparameterError(
             f"steps must be in [0, {problem.steps - start}], as {start} of "
