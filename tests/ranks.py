@@ -84,6 +84,27 @@ def another_theta(rank: int, group: Any) -> Any:
     return raised(lambda: meta(mine(rank), given, group))
 
 
+def another_precision(rank: int, group: Any) -> Any:
+    """Half precision is summed as float32: sums alone do not tell it from that."""
+    kind = torch.bfloat16 if rank else torch.float32
+
+    def of_weights(theta: Any, task: Any) -> Any:
+        return (task["x"] @ theta["w"].double()).square().mean(), task["x"]
+
+    given = {"w": f64(3, 2, seed=1).to(kind)}
+    return raised(lambda: meta(mine(rank), given, group, of_weights))
+
+
+def within_grad(rank: int, group: Any) -> Any:
+    """One rank asks for a derivative of the sums; the other is told."""
+
+    def value(w: Tensor) -> Tensor:
+        return meta(mine(rank), {**theta(), "w": w}, group)[0][0]
+
+    call = value if rank else torch.func.grad(value)
+    return raised(lambda: call(theta()["w"]))
+
+
 def with_a_graph(rank: int, group: Any) -> Any:
     given = {**theta(), "w": f64(3, 2, seed=1).requires_grad_()}
     return raised(lambda: meta(mine(rank), given, group))

@@ -18,7 +18,9 @@ CASES = (
     "failing",
     "without_tasks",
     "another_theta",
+    "another_precision",
     "with_a_graph",
+    "within_grad",
     "elementwise",
     "ended",  # the last: a rank is gone
 )
@@ -63,6 +65,20 @@ ERRORS = {
         ("StructureError", "rank 0 has theta.w torch.float64 (3, 2), rank 1 theta.v"),
     )
     * 2,
+    "another_precision": (
+        (
+            "StructureError",
+            "rank 0 has theta.w torch.float32 (3, 2), rank 1 theta.w torch.bfloat16",
+        ),
+    )
+    * 2,
+    "within_grad": (
+        (
+            "GradientLostError",
+            "a transform of torch.func or a forward-mode level is open",
+        ),
+        ("RemoteTaskError", "rank 0 failed: GradientLostError: a sum over ranks"),
+    ),
     "with_a_graph": (("GradientLostError", "a sum over ranks gives results without"),)
     * 2,
 }

@@ -9,14 +9,16 @@ import torch
 
 from funcopt import tree
 from funcopt.errors import HyperparameterTypeError, RemoteTaskError, StructureError
-from funcopt.types import Tensor, Tree
+from funcopt.execution.outside import outside
+from funcopt.types import Tree
 
-#: the sums over this rank's tasks, how many those are, and their aux, which stays here
-Part = tuple[Tree, int, Tree]
+#: the sums over this rank's tasks, the dtypes of what was summed, how many tasks there
+#: are, and their aux, which stays here
+Part = tuple[Tree, Tree, int, Tree]
 
 
 def over_ranks(part: Callable[[], Part], group: Any) -> Part:
-    """The sums over the tasks of all ranks, their number, and this rank's own aux.
+    """The sums over the tasks of all ranks, and so on, with this rank's own aux.
 
     The ranks first tell each other in a few numbers how it went, so that no rank waits
     for sums that another will never send; then one buffer of each dtype goes round.
@@ -25,20 +27,20 @@ def over_ranks(part: Callable[[], Part], group: Any) -> Part:
         HyperparameterTypeError: ``group`` is none, or this process is not in it.
         RemoteTaskError: another rank has failed; or did not answer within the timeout
             that the group was made with.
-        StructureError: the sums differ in structure, shape or dtype among the ranks.
+        StructureError: the ranks sum what differs in structure, shape or dtype.
         Whatever ``part`` raises here: it is raised after the others have been told.
     """
     ranks = _ranks(group)
     failure: Exception | None = None
-    sums, count, aux = None, 0, None
+    sums, dtypes, count, aux = None, None, 0, None
     try:
-        sums, count, aux = part()
+        sums, dtypes, count, aux = part()
     except Exception as error:
         failure = error
-    form = _form(sums)
+    form = _form(sums, dtypes)
     said = f"{type(failure).__name__}: {failure}" if failure else None
     words: list[str | None] = []
-    with _answered():
+    with _answered(), outside():  # what is told is of no transform that failed here
         told = _gathered([failure is None, count, _digest(form)], group)
         failed = not all(fine for fine, *_ in told)
         differ = len({digest for *_, digest in told}) > 1
@@ -54,7 +56,7 @@ def over_ranks(part: Callable[[], Part], group: Any) -> Part:
         )
     if differ:
         raise StructureError(_differences(words, ranks))
-    return sums, sum(n for _, n, _ in told), aux
+    return sums, dtypes, sum(n for _, n, _ in told), aux
 
 
 def _ranks(group: Any) -> list[int]:
@@ -85,12 +87,12 @@ def _answered() -> Iterator[None]:
         ) from error
 
 
-def _form(sums: Tree) -> list[str]:
+def _form(sums: Tree, dtypes: Tree) -> list[str]:
     """What must be the same on all ranks."""
     leaves, structure = tree.flatten(sums)
     return [
-        f"{path} {x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else f"{path} None"
-        for path, x in zip(tree.paths(structure), leaves)
+        f"{path} None" if x is None else f"{path} {dtype} {tuple(x.shape)}"
+        for path, x, dtype in zip(tree.paths(structure), leaves, tree.leaves(dtypes))
     ]
 
 

@@ -148,7 +148,7 @@ def value_and_grad(
         return path, 1 if path == "loop" else chunk_size or count, count
 
     def total(means: Means, theta: Tree, task_batch: Tree) -> Part:
-        """The sums over these tasks, their number; the loss's dtype, and each one's aux.
+        """The sums over these tasks, their dtypes, the number of tasks, and their aux.
 
         The sums of half precision are wider: so many numbers would not be there in it.
         """
@@ -170,22 +170,21 @@ def value_and_grad(
                     tree.map(itemgetter(some), task_batch) if several else task_batch,
                 )
             weight = min(size, count - start)
-            parts = {"loss": loss, "theta": grads}
-            parts = tree.map(lambda x, n=weight: widened(x) * n, parts)
+            one = {"loss": loss, "theta": grads}
+            parts = tree.map(lambda x, n=weight: widened(x) * n, one)
             added = tree.map(torch.add, added, parts) if start else parts
             auxes.append(aux)
         if process_group is not None:
             check_no_graph(tree.leaves(added), "a sum over ranks", "theta or a task")
         aux = tree.map(lambda *rows: torch.cat(rows), *auxes) if several else auxes[0]
-        return added, count, (loss.dtype, aux)
+        return added, tree.map(lambda x: x.dtype, one), count, aux
 
     def mean(means: Means, theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
         part = partial(total, means, theta, task_batch)
         alone = process_group is None
-        added, count, rest = part() if alone else over_ranks(part, process_group)
-        loss, grads = tree.map(lambda x: x / count, added).values()
-        (dtype, aux), grads = rest, tree.map(lambda g, x: g.to(x.dtype), grads, theta)
-        loss = loss.to(dtype)
+        added, dtypes, count, aux = part() if alone else over_ranks(part, process_group)
+        found = tree.map(lambda x, dtype: (x / count).to(dtype), added, dtypes)
+        loss, grads = found["loss"], found["theta"]
         return ((loss, aux) if has_aux else loss), grads
 
     means: Means = {"loop": alone, "vmap": together}
