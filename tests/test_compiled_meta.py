@@ -1,7 +1,9 @@
 """The compiled meta-step: equal to the eager one, traced once for each kind of inputs."""
 
 import re
+import time
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -152,6 +154,33 @@ def test_one_graph_for_each_kind_of_inputs(traced: Any):
         assert_close(value, kind.square().sum(1).mean(), rtol=1e-6, atol=0)
         assert grad.dtype == kind.dtype
     assert len(calls) == len(traced) == 4
+
+
+def test_threads_compile_one_after_another(traced: Any):
+    """What traces, and the compiler, change what is the process's; each shape once."""
+    inside, most, found = [], [], {}
+
+    def slow(theta: Any, batch: Any) -> Tensor:
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(0.1)
+        inside.pop()
+        return adapted(fo.sgd())(theta, batch)[0]
+
+    meta_loss = fo.meta.value_and_grad(slow, tasks="vmap", compile=True)
+
+    def call(count: int) -> None:
+        found[count] = meta_loss(theta(), tasks(count))
+
+    threads = [Thread(target=call, args=(count,)) for count in (3, 4, 3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1 and len(traced) == 2
+    plain = fo.meta.value_and_grad(slow, tasks="vmap")
+    for count in (3, 4):
+        assert_close(found[count], plain(theta(), tasks(count)), rtol=1e-10, atol=1e-12)
 
 
 def test_the_oldest_graph_makes_room(traced: Any, monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from funcopt.execution import autocast, executor_choice, levels
 from funcopt.types import PLAIN, Tensor, Tree
 
 _MOST_GRAPHS = 16
+#: what traces and compiles changes what is the whole process's
+_COMPILING = RLock()
 
 
 # What writes into a copy of its first argument. Where that is expanded, as vmap expands
@@ -76,7 +79,11 @@ class Compiled:
 
     def __call__(self, *trees: Tree) -> Tree:
         done = self.again(*trees)
-        return self._first(trees) if done is None else done
+        if done is not None:
+            return done
+        with _COMPILING:
+            done = self.again(*trees)  # another thread may have made it
+            return self._first(trees) if done is None else done
 
     def again(self, *trees: Tree) -> Tree | None:
         """What a graph made earlier for such arguments gives; None without one."""
