@@ -212,6 +212,7 @@ REFUSED: list[tuple[Callable[[], Any], list[str]]] = [
         ["constrained", "'lr'", "'eps'"],
     ),
     (lambda: fo.meta.simplex()(f64(0.5)[0]), ["simplex", "0-d"]),
+    (lambda: fo.meta.simplex().inverse(f64(0.5)[0]), ["simplex", "0-d"]),
 ]
 #: what is no value, or no constraint, at all
 OF_ANOTHER_KIND: list[tuple[Callable[[], Any], list[str]]] = [

@@ -156,7 +156,8 @@ def one_minus_exp() -> Constraint:
     0.9, 0.99, 0.999. Above x = 0 there is y < 0: `sigmoid` keeps out of it.
 
     Returns:
-        A constraint; where y would overflow (x > 88.7 in float32) it is constant.
+        A constraint; where y would overflow (x > 88.7 in float32) it is constant. Far
+        down (x < -17) y is 1, rounded, which ``inverse`` refuses.
 
     Raises:
         HyperparameterError: by ``inverse``, for a number not below 1, or infinite.
@@ -192,7 +193,8 @@ def box(low: float, high: float) -> Constraint:
         high: the upper bound, > ``low``.
 
     Returns:
-        A constraint.
+        A constraint; far out (x > 17 in float32) y is a bound, rounded, which ``inverse``
+        refuses.
 
     Raises:
         HyperparameterError: not low < high, both finite; by ``inverse``, for a number
@@ -251,14 +253,17 @@ def simplex() -> Constraint:
         (tensor([-0.4406, -0.0351,  0.4757]), tensor([0.2000, 0.3000, 0.5000]))
     """
 
+    def row(x: Tensor) -> Tensor:
+        if not x.ndim:
+            raise StructureError("simplex takes tensors with an axis, got a 0-d one")
+        return x
+
     def back(y: Tensor) -> Tensor:
-        x = _inside("simplex", y, y > 0).log()
+        x = _inside("simplex", row(y), y > 0).log()
         return x - x.mean(-1, keepdim=True)
 
     def forward(x: Tensor) -> Tensor:
-        if not x.ndim:
-            raise StructureError("simplex takes tensors with an axis, got a 0-d one")
-        return x.softmax(-1)
+        return row(x).softmax(-1)
 
     return _of_tensors("simplex", forward, back)
 
