@@ -33,6 +33,15 @@ def check_function(name: str, value: Any) -> None:
         raise HyperparameterTypeError(f"{name} is a function, not {type(value).__name__}")
 
 
+def check_generator(name: str, value: Any) -> None:
+    """``value`` must be a generator: what it gives can be repeated."""
+    if not isinstance(value, torch.Generator):
+        raise HyperparameterTypeError(
+            f"{name} draws from an explicit generator, torch.Generator().manual_seed(0), "
+            f"not from {value!r}"
+        )
+
+
 def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
     """Each leaf must be ``None`` or a dense tensor of floating-point numbers."""
     for i, leaf in enumerate(leaves):

@@ -3,7 +3,8 @@
 import torch
 
 from funcopt import tree
-from funcopt.errors import HyperparameterTypeError, LeafError
+from funcopt.checks import check_generator
+from funcopt.errors import LeafError
 from funcopt.types import Tensor, Tree
 
 
@@ -32,11 +33,7 @@ def normal_like(params: Tree, generator: torch.Generator) -> Tree:
         >>> fo.normal_like({"w": torch.zeros(3)}, generator)
         {'w': tensor([ 1.5410, -0.2934, -2.1788])}
     """
-    if not isinstance(generator, torch.Generator):
-        raise HyperparameterTypeError(
-            "normal_like draws from an explicit generator, "
-            f"torch.Generator().manual_seed(0), not from {generator!r}"
-        )
+    check_generator("normal_like", generator)
     leaves, structure = tree.flatten(params)
     paths = tree.paths(structure)
     drawn = [

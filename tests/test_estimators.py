@@ -517,6 +517,18 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], type[Exception], list[st
         ["5", "4"],
     ),
     (
+        lambda: fo.meta.random_window(2, 4.5, generator=seeded()),  # pyright: ignore
+        fo.HyperparameterError,
+        ValueError,
+        ["high", "4.5"],
+    ),
+    (
+        lambda: fo.meta.random_window(2, 4, generator=None),  # pyright: ignore
+        fo.HyperparameterTypeError,
+        TypeError,
+        ["random_window", "generator", "None"],
+    ),
+    (
         lambda: fo.meta.metasmoothness(problem(), LR, LR, 0.0),
         fo.HyperparameterError,
         ValueError,

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 
 from funcopt import tree
+from funcopt.checks import check_count, check_generator
 from funcopt.derivatives import vjp
 from funcopt.errors import HyperparameterError
 from funcopt.flat_function import FlatFunction
@@ -261,7 +262,8 @@ def random_window(low: int, high: int, *, generator: torch.Generator) -> int:
         A whole number in [low, high], for ``truncated(window=)``.
 
     Raises:
-        HyperparameterError: not 1 ≤ low ≤ high.
+        HyperparameterError: not whole numbers with 1 ≤ low ≤ high.
+        HyperparameterTypeError: no generator.
 
     Source:
         Metz, Maheswaranathan, Nixon, Freeman, Sohl-Dickstein, "Understanding and
@@ -273,7 +275,10 @@ def random_window(low: int, high: int, *, generator: torch.Generator) -> int:
         >>> [fo.meta.random_window(1, 100, generator=generator) for _ in range(6)]
         [87, 26, 8, 70, 19, 38]
     """
-    if not 1 <= low <= high:
+    check_generator("random_window", generator)
+    check_count("low", low)
+    check_count("high", high)
+    if low > high:
         raise HyperparameterError(f"a window needs 1 ≤ low ≤ high, got {low} and {high}")
     u = torch.rand((), generator=generator, dtype=torch.float64).item()
     return min(high, int(low * ((high + 1) / low) ** u))
