@@ -29,6 +29,14 @@ OPTIMIZERS = {
 }
 
 
+SWEPT = {
+    "sgd": fo.sgd(momentum=0.9),
+    "adamw": fo.adamw(),
+    "lamb": fo.lamb(),
+    "chain": fo.chain(fo.clip_by_global_norm(1.0), fo.adam()),
+}
+
+
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Of each step under vmap, whether the tasks went together."""
@@ -240,6 +248,30 @@ def test_vmap_in_vmap(together: list[bool]):
     expected = vmap(lambda g, p: opt.update(g, opt.init(p), p)[0])(*flat)
     assert torch.equal(step(g, p)["w"].flatten(0, 1), expected["w"])
     assert all(together)
+
+
+@pytest.mark.parametrize("rates", [RATES, RATES.repeat(2)], ids=len)
+@pytest.mark.parametrize("name", SWEPT)
+def test_a_sweep_of_numbers_for_each_task(name: str, rates: Tensor):
+    """The inner vmap's own, which all tasks of the outer one share."""
+    opt = SWEPT[name]
+    g, p = stacked(1), stacked(0)
+
+    def sweep(g: Tree, p: Tree) -> Any:
+        def steps(rate: Tensor) -> Any:
+            new, state = opt.update(g, opt.init(p), p, lr=rate)
+            return opt.update(g, state, new, lr=rate)
+
+        return vmap(steps)(rates)
+
+    def one_at_a_time(g: Tree, p: Tree) -> Any:
+        rows = [opt.update(g, opt.init(p), p, lr=rate) for rate in rates]
+        rows = [opt.update(g, s, new, lr=r) for (new, s), r in zip(rows, rates)]
+        return tree.map(lambda *x: torch.stack(x), *rows)
+
+    found, expected = vmap(sweep)(g, p), one_by_one(one_at_a_time, g, p)
+    for x, y in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("own", [False, True])

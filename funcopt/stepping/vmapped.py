@@ -127,9 +127,12 @@ def _hyper(
 ) -> Sequence[dict[str, Any]] | None:
     """The hyperparameters of all tasks, `PerTask` where they are each one's own.
 
-    None if those are more than a number, or cannot be read.
+    None if those are more than a number, or cannot be read; or if a vmap within this one
+    has made them its tasks' own, who are many times as many here.
     """
     hyper = values(structure, params, [count + 1 for count in counts])
+    if _are_own(hyper):
+        return None
     rows = {id(row): row for row in hyper}
     if not any(_is_own(tasks, x) for row in rows.values() for x in row.values()):
         return hyper
