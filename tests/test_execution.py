@@ -933,6 +933,46 @@ def test_what_changes_after_equal_steps(what: str):
         assert_bits(found, expected)
 
 
+class Wrapped(Tensor):
+    """Another tensor's values, and no memory, as a DTensor has none: no address."""
+
+    @staticmethod
+    def __new__(cls, of: Tensor) -> "Wrapped":
+        return Tensor._make_wrapper_subclass(cls, of.shape, dtype=of.dtype)
+
+    def __init__(self, of: Tensor) -> None:
+        self.of = of
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = tree.map(cls.unwrapped, (args, kwargs or {}))
+        return tree.map(cls.wrapped, func(*given[0], **given[1]))
+
+    @classmethod
+    def wrapped(cls, x: Any) -> Any:
+        return cls(x) if isinstance(x, Tensor) else x
+
+    @classmethod
+    def unwrapped(cls, x: Any) -> Any:
+        return x.of if isinstance(x, cls) else x
+
+
+@pytest.mark.parametrize("opt", [fo.adamw(), fo.lamb()], ids=lambda o: o.name)
+@pytest.mark.parametrize("number", [shaped, lambda p: torch.tensor(0.3)])
+def test_a_rate_that_is_a_subclass_is_one_for_torch(
+    opt: fo.Optimizer, number: Callable[[Tensor], Tensor]
+):
+    """A kernel would read at the address that it has not, and end the process."""
+    p = dense(4, 3)
+    with used(opt, p) as update:
+        update(lr=number(p))  # and so its way is known
+        expected = update(lr=number(p), execution="reference")
+        found = update(lr=Wrapped(number(p)))
+        assert_bits(tree.map(Wrapped.unwrapped, found), expected)
+
+
 def test_derivatives_after_equal_steps():
     """Of parameters, gradients, slots, numbers per leaf, hyperparameters."""
     opt, p = fo.nadam(lr=0.1), dense(5)

@@ -11,7 +11,7 @@ import torch
 from funcopt.errors import ExecutionError
 from funcopt.execution import levels, reference, stacked
 from funcopt.execution.call_signature import Engine
-from funcopt.execution.executor import BuildError, Column, Executor
+from funcopt.execution.executor import BuildError, Column, Executor, PerTask
 from funcopt.execution.foreach import Foreach
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.native import objects
@@ -19,7 +19,7 @@ from funcopt.execution.native.kernels import Native
 from funcopt.execution.program import Program
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.execution.trace import UntraceableError
-from funcopt.types import PLAIN
+from funcopt.types import PLAIN, Tensor
 
 
 def _triton(program: Program, stored: torch.dtype) -> Executor:
@@ -42,6 +42,8 @@ _observer: ContextVar["list[LeafGroup] | None"] = ContextVar("observer", default
 # arithmetic is what costs. Measured on steps of the sinusoid network, looped and vmapped.
 _WORTH, _WORTH_INSIDE, _WORTH_FORWARD, _WORTH_LARGE = 6, 12, 5, 4
 _MANY = 1 << 15
+
+_VALUES = PLAIN | {int, float, PerTask}  # what a number or hyperparameter mostly is
 
 
 @contextmanager
@@ -142,7 +144,9 @@ def groups(leaves: Leaves, name: str | None = None) -> list[LeafGroup]:
     forced = _known(name) if name else _forced.get()
     look = objects.load().look
     plain, alike, asked = look(leaves.grads, leaves.params, *leaves.state)
-    asked = asked or look(leaves.scalars())[2]
+    scalars = leaves.scalars()
+    asked = asked or look(scalars)[2]
+    plain = plain and {*map(type, scalars)} <= _VALUES
     forbidden = None if plain and not _is_watched() else untouchable(leaves)
     transformed = levels.differentiating(()) or (asked and torch.is_grad_enabled())
     followed = transformed and levels.followed(leaves.tensors())
@@ -254,5 +258,6 @@ def untouchable(leaves: Leaves) -> str | None:
     """Why only torch's own operations may touch these tensors, or None."""
     if _is_watched():
         return "a mode watches each operation"
-    types = {*map(type, chain(leaves.grads, leaves.params, *leaves.state))} - PLAIN
+    given = chain(leaves.grads, leaves.params, *leaves.state, leaves.scalars())
+    types = {type(x) for x in given if isinstance(x, Tensor)} - PLAIN
     return f"{types.pop().__name__} is a tensor subclass" if types else None
