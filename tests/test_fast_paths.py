@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_fused_autograd import FEW, number, weighted
 from torch import Tensor
-from torch.func import functionalize, grad, vmap
+from torch.func import functionalize, grad, jacfwd, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from trees import assert_close, random_like, relative
 
@@ -978,7 +978,57 @@ def test_what_is_traced_after_plain_steps_is_the_rule(factory: Callable[..., Any
     assert_close(traced(others, state, params), opt.update(others, state, params), 1e-6)
 
 
-def test_a_step_is_functionalized():
-    params = positive(1)
-    given = random_like(LIKE, 2), OPTIMIZER.init(params), params
-    assert_close(functionalize(OPTIMIZER.update)(*given), OPTIMIZER.update(*given), 1e-6)
+FUNCTIONALIZED: dict[str, Callable[[Any], Any]] = {
+    "itself": functionalize,
+    "its derivative": lambda f: functionalize(jacrev(f)),
+    "within a derivative": lambda f: jacrev(functionalize(f)),
+    "within forward mode": lambda f: jacfwd(functionalize(f)),
+    "within vmap": lambda f: lambda lr: vmap(functionalize(f))(torch.stack([lr, 2 * lr])),
+    "within a trace": lambda f: lambda lr: make_fx(functionalize(f))(2 * lr)(lr),
+}
+_PLAIN: dict[str, Callable[[Any], Any]] = {
+    "its derivative": jacrev,
+    "within a derivative": jacrev,
+    "within forward mode": jacfwd,
+    "within vmap": lambda f: lambda lr: vmap(f)(torch.stack([lr, 2 * lr])),
+}
+
+
+@pytest.mark.parametrize("how", FUNCTIONALIZED)
+@pytest.mark.parametrize("mode", ["reverse", "mixed"])
+@pytest.mark.parametrize(
+    "opt",
+    [fo.sgd(), fo.adamw(), fo.muon(ns_dtype=None), fo.shampoo()],
+    ids=lambda opt: opt.name,
+)
+def test_steps_are_functionalized(opt: fo.Optimizer, mode: Any, how: str):
+    """torch has no rule of ``functionalize`` for an autograd.Function."""
+    start = torch.tensor([[1.0, 2.0, -1.5], [0.5, -3.0, 1.0]], dtype=torch.float64)
+
+    def stepped(lr: Tensor) -> Tensor:
+        return fo.unroll(
+            opt,
+            lambda p, _: (p**4).sum(),
+            start,
+            steps=2,
+            hyper={"lr": lr},
+            grad_mode=mode,
+            remat="step" if mode == "mixed" else None,
+        ).params
+
+    found = FUNCTIONALIZED[how](stepped)(number(0.1))
+    expected = _PLAIN.get(how, lambda f: f)(stepped)(number(0.1))
+    assert (expected != 0).all()
+    assert_close(found, expected, 1e-9)
+
+
+def test_soap_is_functionalized_without_its_derivative():
+    opt, p = fo.soap(lr=0.1), torch.eye(3) + 1
+
+    def stepped(lr: Tensor) -> Tensor:
+        new, state = opt.update(p + lr, opt.init(p), p)
+        return opt.update(p, state, new)[0]
+
+    assert_close(functionalize(stepped)(number(0.1)), stepped(number(0.1)), 1e-6)
+    with pytest.raises(fo.GradientLostError, match="functionalize"):
+        jacrev(functionalize(stepped))(number(0.1))

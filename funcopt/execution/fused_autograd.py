@@ -34,7 +34,7 @@ def run(call: RuleCall, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             return call.plain(*tensors)
         return call.execute(tensors, recycle=call.signature.of is None)
     # Third order; and where torch would lose the derivative.
-    if call.signature.what in ("second_vjp", "jvp") or levels.in_nested_forward_mode():
+    if call.signature.what in ("second_vjp", "jvp") or levels.without_functions():
         return call.plain(*tensors)
     if levels.inside() or levels.in_forward_mode():
         return _Transformed.apply(call, *tensors)

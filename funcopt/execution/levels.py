@@ -67,6 +67,19 @@ def in_nested_forward_mode() -> bool:
     return sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1
 
 
+def without_functions() -> bool:
+    """Whether no autograd.Function may be called here.
+
+    In nested forward mode it would lose a tangent; and torch has no rule of it for
+    ``functionalize``.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    stack = _functorch.get_interpreter_stack() or ()
+    kinds = (level.key() for level in stack)
+    return _functorch.TransformType.Functionalize in kinds or in_nested_forward_mode()
+
+
 def only_forward(tensors: Iterable[Any]) -> bool:
     """Whether forward mode is open once, and no other derivative is asked for."""
     if not in_forward_mode():

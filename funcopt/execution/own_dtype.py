@@ -79,7 +79,7 @@ def apart(function: Callable[..., Any], *tensors: Tensor) -> Any:
     if not (autocast.is_on() or _left.get()):
         return function(*tensors)
     with autocast.choosing(autocast.OFF):
-        if levels.followed(tensors) and not levels.in_nested_forward_mode():
+        if levels.followed(tensors) and not levels.without_functions():
             return Apart.apply(function, *tensors)
         return function(*tensors)
 

@@ -25,6 +25,8 @@ def is_possible() -> bool:
         return False
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return False
+    if levels.without_functions():
+        return False
     return levels.inside() or torch.is_grad_enabled()
 
 

@@ -53,6 +53,13 @@ def _made(x: Tensor, kind: BasisKind) -> Tensor:
             "soap's bases have no derivative by forward mode within forward mode; take "
             "one of the two backward: torch.func.hessian(f), or jacfwd(grad(f))"
         )
+    if levels.without_functions():
+        if levels.may_be_tracked(x):
+            raise GradientLostError(
+                "soap's bases have no derivative with torch.func.functionalize, which "
+                "knows no autograd.Function; leave that out"
+            )
+        return kind.make(x)
     return BasisEverywhere.apply(x, kind)
 
 

@@ -18,7 +18,7 @@ def orthogonalized(x: Tensor, *how: Any, **out: Any) -> Tensor:
     """
     if torch.compiler.is_compiling() or not levels.differentiating([x]):
         return _newton_schulz(x, *how, **out)
-    if levels.in_nested_forward_mode():
+    if levels.without_functions():
         smooth = _iteration(x, *how[:-1])
         return _newton_schulz(x.detach(), *how) + (smooth - smooth.detach())
     return Orthogonalized.apply(x, *how)
@@ -147,7 +147,7 @@ def inverse_root(x: Tensor, power: int) -> Tensor:
     norm and the length of x. Of a zero matrix it is the identity.
     """
     x = (x + x.mT) / 2  # what eigenvalues are made of; else only half of x is read
-    if torch.compiler.is_compiling() or levels.in_nested_forward_mode():
+    if torch.compiler.is_compiling() or levels.without_functions():
         return _newton(x, power)
     if not levels.differentiating([x]):
         return InverseRoot.forward(x, power)
