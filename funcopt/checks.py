@@ -135,10 +135,15 @@ class SlotForm:
 
     def __call__(self, p: Tensor) -> LeafForm:
         key = p.shape, p.dtype
-        if key not in self.known:
-            made = self.first(torch.empty(p.shape, dtype=p.dtype, device="meta"))
-            self.known[key] = made.shape, made.dtype
-        return *self.known[key], p.device, torch.strided
+        if not all(type(n) is int for n in p.shape):  # a tracer's: they have no hash
+            found = self._look(p)
+        elif (found := self.known.get(key)) is None:
+            found = self.known[key] = self._look(p)
+        return *found, p.device, torch.strided
+
+    def _look(self, p: Tensor) -> tuple[Any, ...]:
+        made = self.first(torch.empty(p.shape, dtype=p.dtype, device="meta"))
+        return made.shape, made.dtype
 
 
 def check_keys(state: State, keys: Collection[str], name: str) -> None:

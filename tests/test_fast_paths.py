@@ -978,6 +978,17 @@ def test_what_is_traced_after_plain_steps_is_the_rule(factory: Callable[..., Any
     assert_close(traced(others, state, params), opt.update(others, state, params), 1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("opt", [fo.adafactor(), fo.soap()], ids=lambda opt: opt.name)
+def test_a_step_is_traced_with_shapes_that_are_symbols(opt: fo.Optimizer):
+    """A rule that takes its leaf whole has slots whose shapes are made of the leaf's."""
+    p = torch.eye(3) + 1
+    given = 2 * p, opt.update(p, opt.init(p), p)[1], p
+    traced = make_fx(lambda *given: opt.update(*given), tracing_mode="symbolic")(*given)
+    others = -p.square(), *given[1:]
+    assert_close(traced(*others), opt.update(*others), 1e-6)
+
+
 FUNCTIONALIZED: dict[str, Callable[[Any], Any]] = {
     "itself": functionalize,
     "its derivative": lambda f: functionalize(jacrev(f)),
