@@ -23,6 +23,7 @@ from table import (
 )
 from test_purity import Snapshot, assert_no_sharing
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from trees import assert_close, assert_moved, mixed, random_like, relative
@@ -641,6 +642,40 @@ def tied(p: Tensor) -> Any:
     return {"a": p, "b": p}, {"a": torch.ones(4), "b": torch.ones(4)}
 
 
+class Wrapped(Tensor):
+    """Another tensor's values, and no memory, as a DTensor has none: no address."""
+
+    @staticmethod
+    def __new__(cls, of: Tensor) -> "Wrapped":
+        return Tensor._make_wrapper_subclass(cls, of.shape, dtype=of.dtype)
+
+    def __init__(self, of: Tensor) -> None:
+        self.of = of
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["of"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *rest: Any) -> "Wrapped":
+        return Wrapped(inner["of"])
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = tree.map(cls.unwrapped, (args, kwargs or {}))
+        out = func(*given[0], **given[1])
+        return args[0] if out is given[0][0] else tree.map(cls.wrapped, out)
+
+    @classmethod
+    def wrapped(cls, x: Any) -> Any:
+        return cls(x) if isinstance(x, Tensor) else x
+
+    @classmethod
+    def unwrapped(cls, x: Any) -> Any:
+        return x.of if isinstance(x, cls) else x
+
+
 REFUSED_DONATIONS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "tied leaves": (tied, "must not share memory"),
     "overlapping parts": (
@@ -676,6 +711,23 @@ def test_refused_donations_change_nothing(what: str, name: str | None):
     with pytest.raises(fo.ExecutionError, match=sentence):
         opt.update(grads, state, params, donate=True, execution=name)
     given.assert_untouched()
+
+
+def test_what_has_no_memory_of_its_own_is_donated():
+    """A wrapper lies in that of what it wraps, a fake tensor in none."""
+    opt, (p, g) = fo.adamw(lr=0.1), random_like([torch.empty(4), torch.empty(4)], 1)
+    expected = opt.update(g, opt.init(p), p)[0]
+    wrapped = Wrapped(p.clone())
+    new, state = opt.update(Wrapped(g), opt.init(wrapped), wrapped, donate=True)
+    assert new is wrapped and torch.equal(wrapped.of, expected)
+    assert state["exp_avg"].of.any()
+    tied = [Wrapped(p[:3]), Wrapped(p[1:])]
+    grads = [Wrapped(torch.ones(3)), Wrapped(torch.ones(3))]
+    with pytest.raises(fo.ExecutionError, match="must not share memory"):
+        opt.update(grads, opt.init(tied), tied, donate=True)
+    with FakeTensorMode():
+        fake = torch.ones(4)
+        assert opt.update(torch.ones(4), opt.init(fake), fake, donate=True)[0] is fake
 
 
 def two_kinds(p: Tensor) -> dict[str, Tensor]:
@@ -931,32 +983,6 @@ def test_what_changes_after_equal_steps(what: str):
         with ExactRoots():
             expected = update(**change, execution="reference")
         assert_bits(found, expected)
-
-
-class Wrapped(Tensor):
-    """Another tensor's values, and no memory, as a DTensor has none: no address."""
-
-    @staticmethod
-    def __new__(cls, of: Tensor) -> "Wrapped":
-        return Tensor._make_wrapper_subclass(cls, of.shape, dtype=of.dtype)
-
-    def __init__(self, of: Tensor) -> None:
-        self.of = of
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        given = tree.map(cls.unwrapped, (args, kwargs or {}))
-        return tree.map(cls.wrapped, func(*given[0], **given[1]))
-
-    @classmethod
-    def wrapped(cls, x: Any) -> Any:
-        return cls(x) if isinstance(x, Tensor) else x
-
-    @classmethod
-    def unwrapped(cls, x: Any) -> Any:
-        return x.of if isinstance(x, cls) else x
 
 
 @pytest.mark.parametrize("opt", [fo.adamw(), fo.lamb()], ids=lambda o: o.name)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from influence import THETA, TRUNCATED, influence, influence_loss, stationary
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.func import functional_call, grad, jacfwd, jvp, vmap
 
 import funcopt as fo
@@ -409,6 +410,16 @@ def test_of_shapes_alone(how: Any):
     run = fo.unroll(fo.adam(), squared_distance, p, p.detach(), steps=3, **how)
     (slope,) = torch.autograd.grad(run.params.sum() + run.losses.sum(), p)
     assert slope.is_meta and slope.shape == p.shape
+
+
+@pytest.mark.parametrize("how", [{}, {"remat": "step"}, {"grad_mode": "mixed"}], ids=str)
+def test_of_fake_tensors(how: Any):
+    """Whose generators are real, and nothing beside them."""
+    with FakeTensorMode():
+        p = torch.ones(3, requires_grad=True)
+        run = fo.unroll(fo.adam(), squared_distance, p, p.detach(), steps=3, **how)
+        (slope,) = torch.autograd.grad(run.params.sum() + run.losses.sum(), p)
+    assert type(slope) is type(p.detach()) is FakeTensor and slope.shape == p.shape
 
 
 def test_a_run_may_leave_every_transform():

@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from funcopt import tree
 from funcopt.errors import ExecutionError
 from funcopt.execution import layout, levels
-from funcopt.types import RuleFunction, Tensor, Tree
+from funcopt.types import PLAIN, RuleFunction, Tensor, Tree
 
 #: of the rule that runs: None where what it computes may be differentiated or traced,
 #: else whether it may write over parameter and state
@@ -80,12 +81,13 @@ def check(
             "donate=True: a parameter or its state was made in inference mode, and must "
             "not be written to outside of it: clone() it here, or step in that mode, too"
         )
+    grads, *columns = [[*_memory(column)] for column in (grads, *columns)]
     if layout.overlap([grads, *columns]) or layout.folded(columns):
         raise ExecutionError(
             "donate=True: gradients, parameters and state must not share memory, and no "
             "element of a donated tensor may stand for several (clone() what is a view)"
         )
-    if layout.meets([x for x in others if isinstance(x, Tensor)], columns):
+    if layout.meets(_memory(x for x in others if isinstance(x, Tensor)), columns):
         raise ExecutionError(
             "donate=True: a hyperparameter is in memory that is written over; clone() it"
         )
@@ -104,14 +106,18 @@ def check_trees(grads: Tree, *donated: Tree, others: Tree = ()) -> None:
         [x for x in tree.leaves(t) if isinstance(x, Tensor)]
         for t in (grads, others, *donated)
     ]
-    check([part for x in g for part in _dense_parts(x)], columns, more)
+    check(g, columns, more)
 
 
-def _dense_parts(x: Tensor) -> Sequence[Tensor]:
-    """The tensors in whose memory it lies."""
-    if x.layout is torch.strided:
-        return (x,)
-    return (x._indices(), x._values()) if x.layout is torch.sparse_coo else ()
+def _memory(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors in whose memory they lie: of sparse ones, of wrappers as DTensors."""
+    for x in tensors:
+        if type(x) not in PLAIN and is_traceable_wrapper_subclass(x):
+            yield from _memory(getattr(x, name) for name in x.__tensor_flatten__()[0])
+        elif x.layout is torch.strided:
+            yield x
+        elif x.layout is torch.sparse_coo:
+            yield from (x._indices(), x._values())
 
 
 def write_over(old: Tree, new: Tree) -> Tree:

@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch._subclasses import FakeTensor
 
 from funcopt.types import Tensor
 
@@ -112,8 +113,8 @@ def _folds(x: Tensor) -> bool:
 
 
 def extent(x: Tensor) -> int:
-    """The bytes from the first element to behind the last; none on the meta device."""
-    if x.is_meta:
+    """The bytes from the first element to behind the last; none of what has no values."""
+    if x.is_meta or isinstance(x, FakeTensor):
         return 0
     if x.is_contiguous() or not x.numel():
         return x.nbytes

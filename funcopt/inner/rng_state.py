@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from funcopt.errors import ExecutionError
 from funcopt.execution import concrete
@@ -31,7 +32,7 @@ class RngState:
 
     def has_advanced(self) -> bool:
         """Whether numbers have been drawn since."""
-        with outside():
+        with outside(), _disable_current_modes():  # fake tensors know no numbers
             return not all(map(torch.equal, self._now(), self._states))
 
     @contextmanager
