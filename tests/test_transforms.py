@@ -1,6 +1,7 @@
 """The step under vmap, forward and reverse mode, dual tensors and torch.compile."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from row import Case
 from table import ENDS, MIXES, PLAINEST, QUICK, SMOOTH
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from trees import assert_close, assert_moved, random_like, relative
@@ -314,3 +316,40 @@ def test_compile(case: Case, form: str):
 @pytest.mark.parametrize("case", PLAINEST, ids=str)
 def test_compile_through_aot_autograd(case: Case):
     check_compiled(case, HYPER["0-d tensor"], "aot_eager")
+
+
+def kept(opt: fo.Optimizer) -> fo.Optimizer:
+    return fo.chain(fo.clip_by_global_norm(1.0), opt, fo.ema(0.9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wrapped",
+    [lambda opt: fo.accumulate(opt, 2), fo.skip_nonfinite, fo.master_weights, kept],
+    ids=["accumulate", "skip_nonfinite", "master_weights", "chain"],
+)
+def test_a_wrapper_steps_in_place_when_compiled(wrapped: Callable[..., fo.Optimizer]):
+    opt, (start, g) = wrapped(fo.adam(lr=0.1)), random_like([torch.empty(3)] * 2, 1)
+    torch.compiler.reset()
+    in_place = partial(opt.update, donate=True)
+    compiled = torch.compile(in_place, fullgraph=True, backend="eager")
+    p, q = start.clone(), start.clone()
+    state, other = opt.init(p), opt.init(q)
+    for _ in range(4):
+        p, state = opt.update(g, state, p)
+        new, _ = compiled(g, other, q)
+        assert new is q
+    assert_close((q, other), (p, state), 1e-6)
+    assert_moved(q, start)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_in_place_loses_no_derivative():
+    opt, p = fo.adam(), torch.ones(3, requires_grad=True)
+    torch.compiler.reset()
+    in_place = partial(opt.update, donate=True)
+    compiled = torch.compile(in_place, fullgraph=True, backend="eager")
+    with pytest.raises(Unsupported, match="what a derivative still needs"):
+        compiled(torch.ones(3), opt.init(p), p)
+    with torch.no_grad():
+        assert compiled(torch.ones(3), opt.init(p), p)[0] is p

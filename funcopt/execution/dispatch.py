@@ -48,14 +48,17 @@ def step(
         ExecutionError: the executor that is named refuses, or donated tensors may not
             be written over; nothing has changed then.
     """
+    written = [leaves.params, *leaves.state, vectors]
     if torch.compiler.is_compiling():  # the plain rule is what the compiler fuses
+        if donate:
+            given = [x for values in leaves.hyper for x in values.values()]
+            donation.check(leaves.grads, written, given)
         plain = reference.step(leaves)
         return (_written_over(leaves, plain) if donate else plain), None
     groups, tasks = executor_choice.groups(leaves, name), leaves.tasks
     choices = [group.choice for group in groups]
     if tasks and any(c.transformed or c.name not in ENGINES for c in choices):
         raise ExecutionError(f"{leaves.rule.name}'s tasks cannot be run together")
-    written = [leaves.params, *leaves.state, vectors]
     if donate:
         donation.check(leaves.grads, written, leaves.hyper_values)
     readable = all(concrete.readable(x) and not levels.may_be_tracked(x) for x in vectors)
@@ -232,8 +235,11 @@ def _written_over(leaves: Leaves, columns: Sequence[Column]) -> list[Column]:
 
 
 def _copy(old: list[Tensor], new: list[Tensor]) -> None:
-    """torch's operation on lists refuses to write what is negated lazily."""
-    if any(map(Tensor.is_neg, old)):
+    """One by one where a compiler fuses them, or one is negated lazily.
+
+    Which torch's operation on lists refuses, and Dynamo cannot ask.
+    """
+    if torch.compiler.is_compiling() or any(map(Tensor.is_neg, old)):
         for target, value in zip(old, new):
             target.copy_(value)
     else:

@@ -71,11 +71,13 @@ def check(
             forbids to write to one here.
     """
     written = [x for column in columns for x in column]
-    if levels.differentiating([*grads, *written, *others]):
+    if _is_followed([*grads, *written, *others]):
         raise ExecutionError(
             "donate=True would write over what a derivative still needs: call update "
             "under torch.no_grad(), outside of torch.func transforms, or without donate"
         )
+    if torch.compiler.is_compiling():
+        return  # where there are no addresses to compare
     if not permitted(written):
         raise ExecutionError(
             "donate=True: a parameter or its state was made in inference mode, and must "
@@ -93,9 +95,18 @@ def check(
         )
 
 
+def _is_followed(given: Sequence[Any]) -> bool:
+    """Whether a derivative may be asked for; Dynamo sees a transform everywhere."""
+    if not torch.compiler.is_compiling():
+        return levels.differentiating(given)
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(x, Tensor) and x.requires_grad for x in given)
+
+
 def permitted(tensors: Iterable[Tensor]) -> bool:
     """Whether torch lets these be written to here: of inference mode only within it."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if torch.is_inference_mode_enabled():
         return True
     return not any(map(Tensor.is_inference, tensors))
 
