@@ -571,3 +571,21 @@ def test_a_rules_own_products_keep_their_dtype_in_derivatives(name: str):
     assert wanted.abs().max() > 1e-3
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(slope(), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("opt", [fo.muon(), fo.shampoo()], ids=lambda opt: opt.name)
+def test_a_backward_within_hooks_of_saved_tensors(opt: fo.Optimizer):
+    """As within torch.autograd.graph.save_on_cpu; torch.func refuses to work there."""
+    start = random_like(torch.empty(4, 3), 1).requires_grad_()
+    lr = torch.tensor(0.1, requires_grad=True)
+
+    def slopes() -> Any:
+        p, state = start, opt.init(start)
+        for _ in range(2):
+            p, state = opt.update(p**3, state, p, lr=lr)
+        return torch.autograd.grad(p.square().sum(), (start, lr))
+
+    expected = slopes()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+        found = slopes()
+    assert_close(found, expected, 1e-6)

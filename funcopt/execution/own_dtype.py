@@ -114,10 +114,18 @@ def pulled(
     """The gradients of a function by its tensors, made `apart`."""
 
     def back(*given: Tensor) -> tuple[Tensor, ...]:
-        made: Any = torch.func.vjp(function, *given[: len(tensors)])
-        out, pull = made
-        bars = given[len(tensors) :]
-        return pull(bars if isinstance(out, tuple) else bars[0])
+        values, bars = given[: len(tensors)], given[len(tensors) :]
+        if levels.differentiating(given):
+            made: Any = torch.func.vjp(function, *values)
+            out, pull = made
+            return pull(bars if isinstance(out, tuple) else bars[0])
+        # What torch.func does not, plain autograd works within saved tensors' hooks.
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in values]
+            out = function(*leaves)
+        return torch.autograd.grad(
+            out, leaves, bars, allow_unused=True, materialize_grads=True
+        )
 
     return apart(back, *map(levels.alive, tensors), *cotangents)
 
