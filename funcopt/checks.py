@@ -58,12 +58,21 @@ def check_params(leaves: Sequence[Any], structure: tree.Structure) -> None:
                 f"tensor; {way}"
             )
         continuous = leaf.is_floating_point() or leaf.is_complex()
-        if not continuous or leaf.layout is not torch.strided:
+        if not continuous or leaf.layout is not torch.strided or _is_odd(leaf):
             raise LeafError(
-                f"params['{tree.paths(structure)[i]}'] is {leaf.dtype}, {leaf.layout}; "
-                "the rule takes dense floating-point leaves. Put integer tensors "
-                "with the buffers; a sparse leaf must be made dense"
+                f"params['{tree.paths(structure)[i]}'] is {leaf.dtype}, {_form(leaf)}; "
+                "the rule takes dense floating-point leaves, of 16 bits at least. Put "
+                "integer tensors with the buffers; a sparse leaf must be made dense"
             )
+
+
+def _is_odd(leaf: Tensor) -> bool:
+    """Whether torch has no arithmetic for it: a list of tensors, numbers of 8 bits."""
+    return leaf.is_nested or leaf.dtype.itemsize < 2
+
+
+def _form(leaf: Tensor) -> str:
+    return "nested" if leaf.is_nested else str(leaf.layout)
 
 
 def check_gradients(grads: Tree) -> None:
@@ -191,8 +200,8 @@ def check_leaves(
     try:
         if _all_alike(params, grads, slots, live, forms):
             return
-    except AttributeError:
-        pass  # something is no tensor: named below
+    except (AttributeError, RuntimeError):
+        pass  # something is no tensor, or a nested one, of no shape: named below
     check_params(params, structure)
     paths = tree.paths(structure)
     columns = [("grads", grads, None)]
@@ -216,7 +225,9 @@ def _all_alike(
     expected = _describe(params)
     # Slots that look like params have passed init: no integers, and dense.
     if not slots and not all(
-        (dtype.is_floating_point or dtype.is_complex) and layout is torch.strided
+        (dtype.is_floating_point or dtype.is_complex)
+        and dtype.itemsize > 1
+        and layout is torch.strided
         for _, dtype, _, layout in expected
     ):
         return False
@@ -233,6 +244,8 @@ def _check_leaf(where: str, found: Any, p: Any, form: SlotForm | None) -> None:
         raise StructureError(f"{where} is given, but params has None there")
     if not isinstance(found, Tensor):
         raise _no_tensor(where, found)
+    if found.is_nested:
+        raise LeafError(f"{where} is nested; give a dense tensor like its parameter")
     shape, dtype, device, _ = form(p) if form else _describe([p])[0]
     if found.shape != shape:
         it = f"must have {tuple(shape)} for a parameter of" if form else "its parameter"

@@ -1,5 +1,6 @@
 """Bad input: one table of what is refused, with which words, and nothing changed."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -60,6 +61,13 @@ def with_weight(values: Any, leaf: Any) -> Any:
 
 def grad_of(x: Given, weight: Any) -> Any:
     return ADAM.update(with_weight(x.grads, weight), x.state, x.params)
+
+
+def nested() -> Tensor:
+    """Of torch's first kind, whose layout is strided."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        return torch.nested.nested_tensor([torch.ones(3), torch.ones(2)])
 
 
 def init_with(x: Given, weight: Any) -> Any:
@@ -865,6 +873,15 @@ CASES = [
             "state['exp_avg']",
             "torch.float32",
         ),
+        ("a nested leaf", lambda x: init_with(x, nested()), "layer.weight", "nested"),
+        (
+            "a leaf of 8 bits",
+            lambda x: init_with(x, torch.ones(2, 3).to(torch.float8_e4m3fn)),
+            "layer.weight",
+            "float8_e4m3fn",
+            "16 bits",
+        ),
+        ("a nested gradient", lambda x: grad_of(x, nested()), "grads", "is nested"),
         (
             "sparse leaf",
             lambda x: init_with(x, torch.ones(2, 3).to_sparse()),
