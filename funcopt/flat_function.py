@@ -41,10 +41,11 @@ class FlatFunction:
         inputs.
 
         ``own`` says that the function has no other way to the variables, nor one of them
-        to another.
+        to another. Dynamo traces the first alone, and torch.export none but the others:
+        it takes what torch.func wraps for constants.
         """
         variables, rest = list(lists[0]), lists[1:]
-        if torch.compiler.is_compiling() or levels.of_inference(variables):
+        if torch.compiler.is_dynamo_compiling() or levels.of_inference(variables):
             return torch.func.grad(self._first(rest), has_aux=True)(variables)
         if levels.recorded(variables):
             # Views: the derivative stops at them, also where the function closes over

@@ -422,6 +422,20 @@ def test_of_fake_tensors(how: Any):
     assert type(slope) is type(p.detach()) is FakeTensor and slope.shape == p.shape
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("opt", [fo.sgd(), fo.adamw(), fo.muon()], ids=lambda o: o.name)
+def test_a_run_is_exported(opt: fo.Optimizer):
+    class Adapting(nn.Module):
+        def forward(self, p: Tensor, target: Tensor, lr: Tensor) -> Tensor:
+            how: Any = {"steps": 2, "hyper": {"lr": lr}}
+            return fo.unroll(opt, squared_distance, p, target, **how).params
+
+    given = random(3, 2, seed=1), random(3, 2, seed=2), torch.tensor(0.1)
+    others = random(3, 2, seed=3), random(3, 2, seed=4), torch.tensor(0.2)
+    exported = torch.export.export(Adapting(), given).module()
+    assert_close(exported(*others), Adapting()(*others))
+
+
 def test_a_run_may_leave_every_transform():
     """torch.func takes no None: neither from vmap, nor as aux."""
     starts, targets = random(4, 3, seed=1), random(3, seed=2)
