@@ -30,6 +30,7 @@ from trees import assert_close, assert_moved, mixed, random_like, relative
 
 import funcopt as fo
 from funcopt import tree
+from funcopt.execution import dispatch
 from funcopt.execution.native import kernels as native
 from funcopt.hyper import Hyper
 from funcopt.optimizers.madgrad import cube_root
@@ -728,6 +729,24 @@ def test_what_has_no_memory_of_its_own_is_donated():
     with FakeTensorMode():
         fake = torch.ones(4)
         assert opt.update(torch.ones(4), opt.init(fake), fake, donate=True)[0] is fake
+
+
+@pytest.mark.parametrize("opt", [fo.adamw(), fo.nadam()], ids=lambda o: o.name)
+def test_a_donated_step_is_made_whatever_another_thread_opens(
+    opt: fo.Optimizer, monkeypatch: pytest.MonkeyPatch
+):
+    """A level of forward mode is of all threads: here it is gone after the first look."""
+    original, (p, g) = dispatch.executor_choice.groups, random_like([dense(4)] * 2, 1)
+    expected = opt.update(g, opt.init(p), p, execution="reference")
+
+    def groups(*given: Any) -> Any:
+        with torch.autograd.forward_ad.dual_level():
+            return original(*given)
+
+    monkeypatch.setattr(dispatch.executor_choice, "groups", groups)
+    found = opt.update(g, opt.init(p), p, donate=True)
+    assert found[0] is p
+    assert_close(found, expected, 1e-6)
 
 
 def two_kinds(p: Tensor) -> dict[str, Tensor]:

@@ -162,7 +162,9 @@ def _run(leaves: Leaves, group: LeafGroup, donate: bool) -> Sequence[Column]:
     streams = leaves.streams(group.kinds)
     rows, which = leaves.rows(group.kinds)
     if group.choice.transformed:
-        return _transformed(_signature(leaves, group), streams, rows)
+        columns = _transformed(_signature(leaves, group), streams, rows)
+        # A level of forward mode that another thread has opened is this one's, too.
+        return _written_over(leaves, columns) if donate else columns
     executor = _executor(group)
     alike = layout.alike(streams)
     if not donate:
