@@ -9,21 +9,27 @@ from torch.autograd import forward_ad
 
 from funcopt.types import Tensor
 
+_VMAP, _JVP = _functorch.TransformType.Vmap, _functorch.TransformType.Jvp
+
 
 def inside() -> bool:
     """Whether a torch.func transform is running."""
     return _functorch.peek_interpreter_stack() is not None
 
 
+def _running() -> list[Any]:
+    """The kinds of the transforms of torch.func that are running, the outermost first."""
+    return [level.key() for level in _functorch.get_interpreter_stack() or ()]
+
+
 def depth() -> int:
     """How many transforms of torch.func are running, one within the other."""
-    return len(_functorch.get_interpreter_stack() or ())
+    return len(_running())
 
 
 def vmaps() -> int:
     """How many of the transforms that are running are a vmap."""
-    stack = _functorch.get_interpreter_stack() or ()
-    return sum(level.key() == _functorch.TransformType.Vmap for level in stack)
+    return _running().count(_VMAP)
 
 
 def alive(x: Tensor) -> Tensor:
@@ -63,8 +69,7 @@ def in_nested_forward_mode() -> bool:
     """
     if not in_forward_mode() or torch.compiler.is_compiling():
         return False
-    stack = _functorch.get_interpreter_stack() or ()
-    return sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1
+    return _running().count(_JVP) > 1
 
 
 def without_functions() -> bool:
@@ -84,9 +89,7 @@ def only_forward(tensors: Iterable[Any]) -> bool:
     """Whether forward mode is open once, and no other derivative is asked for."""
     if not in_forward_mode():
         return False
-    stack = _functorch.get_interpreter_stack() or ()
-    kinds = {level.key() for level in stack} - {_functorch.TransformType.Vmap}
-    if kinds - {_functorch.TransformType.Jvp} or in_nested_forward_mode():
+    if {*_running()} - {_VMAP, _JVP} or in_nested_forward_mode():
         return False
     return not _by_autograd(tensors)
 
@@ -126,22 +129,16 @@ def followed(tensors: Iterable[Any]) -> bool:
 
     For what `differentiating` says yes to.
     """
-    stack = _functorch.get_interpreter_stack() or ()
-    if any(level.key() != _functorch.TransformType.Vmap for level in stack):
+    if {*_running()} - {_VMAP}:
         return True
     return any(isinstance(t, Tensor) and is_tracked(t) for t in tensors)
 
 
-def orders_outside(tensors: Iterable[Any]) -> int:
-    """How many derivatives are asked for of what is now computed from ``tensors``.
-
-    Autograd, which follows one of the tensors below every level, counts as one.
-    """
+def derivative_outside(tensors: Iterable[Any]) -> bool:
+    """Whether a transform, or autograd below all, differentiates what comes of these."""
     if torch.compiler.is_compiling():
-        return 0
-    stack = _functorch.get_interpreter_stack() or ()
-    transforms = sum(level.key() != _functorch.TransformType.Vmap for level in stack)
-    return transforms + _by_autograd(tensors)
+        return False
+    return bool({*_running()} - {_VMAP}) or _by_autograd(tensors)
 
 
 def norms_inexact(tensors: Iterable[Any]) -> bool:
@@ -152,15 +149,11 @@ def norms_inexact(tensors: Iterable[Any]) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    stack = _functorch.get_interpreter_stack() or ()
-    if not stack:
-        return False
-    vmaps = [level.key() == _functorch.TransformType.Vmap for level in stack]
-    inmost = len(vmaps) - vmaps[::-1].index(True) if any(vmaps) else 0
-    transforms = vmaps.count(False)
-    if transforms > 1 or not all(vmaps[:inmost]):
+    kinds = _running()
+    derivatives = [i for i, kind in enumerate(kinds) if kind != _VMAP]
+    if len(derivatives) > 1 or derivatives and _VMAP in kinds[derivatives[0] :]:
         return True
-    return _by_autograd(tensors)
+    return bool(kinds) and _by_autograd(tensors)
 
 
 def _by_autograd(tensors: Iterable[Any]) -> bool:
@@ -252,7 +245,7 @@ def may_be_tracked(tensor: Tensor) -> bool:
     There torch does not show tangents: no number may be read, and nothing be refused.
     """
     *around, _ = _functorch.get_interpreter_stack() or (None,)
-    jvps = {x.level() for x in around if x.key() == _functorch.TransformType.Jvp}
+    jvps = {x.level() for x in around if x.key() == _JVP}
     within = tensor
     while jvps and _functorch.is_functorch_wrapped_tensor(within):
         if _functorch.is_gradtrackingtensor(within):

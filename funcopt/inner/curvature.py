@@ -124,6 +124,6 @@ def mixed_vp(
         return pullback({"loss": torch.ones_like(value["loss"])})
 
     # A third derivative of norm layers is one that torch has wrong.
-    exact = exact_norms if levels.orders_outside(tree.leaves(given)) else nullcontext
-    with exact():
+    third = levels.derivative_outside(tree.leaves(given))
+    with exact_norms() if third else nullcontext():
         return jvp(gradients, given, {"params": vector})[1]

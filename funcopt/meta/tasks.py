@@ -159,7 +159,7 @@ def value_and_grad(
         auxes: list[Tree] = []
         # A derivative of the meta-gradient is one that torch has wrong of norm layers.
         given = [*tree.leaves(theta), *tree.leaves(task_batch)]
-        exact = exact_norms if levels.orders_outside(given) else nullcontext
+        exact = exact_norms if levels.derivative_outside(given) else nullcontext
         for start in range(0, count, size):
             if seed is not None:
                 torch.set_rng_state(seed)
