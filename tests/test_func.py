@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jvp, vmap
 from torch.nn import functional as F
 
@@ -343,9 +344,26 @@ def forward_inside_vmap(problem: Problem) -> Params:
     return tree.map(lambda g: g.mean(0), each)
 
 
+def forward_mode_over_vmap(problem: Problem) -> Params:
+    """Of torch.autograd, which no transform of torch.func shows, for each number."""
+
+    def slope(name: str, way: Tensor) -> Any:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(problem.params[name], way)
+            along = problem.overall({**problem.params, name: dual})
+            return forward_ad.unpack_dual(along).tangent
+
+    return {
+        n: torch.stack([slope(n, w.view(x.shape)) for w in torch.eye(x.numel()).to(x)])
+        .view(x.shape)
+        for n, x in problem.params.items()
+    }  # fmt: skip
+
+
 ORDERS = {
     func_over_vmap: False,
     autograd_over_vmap: False,
+    forward_mode_over_vmap: False,
     inside_vmap: True,
     forward_inside_vmap: True,
 }  # → whether torch by itself has them right
@@ -376,6 +394,22 @@ def test_unroll_is_right_by_itself_in_every_order(norm: str, order: Any):
 
     problem = Problem(norm, step)
     assert distance(order(problem), problem.truth()) < 1e-12
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_tangent_of_the_meta_gradient_is_right_in_either_forward_mode(norm: str):
+    problem = Problem(norm)
+    value_and_grad = fo.meta.value_and_grad(problem.adapted)
+    way = {n: torch.randn_like(p) for n, p in problem.params.items()}
+
+    def slopes(p: Params) -> Params:
+        return value_and_grad(p, problem.tasks)[1]
+
+    with forward_ad.dual_level():
+        dual = {n: forward_ad.make_dual(p, way[n]) for n, p in problem.params.items()}
+        found: Any = tree.map(lambda g: forward_ad.unpack_dual(g).tangent, slopes(dual))
+    truth: Any = jvp(slopes, (problem.params,), (way,))[1]
+    assert distance(found, truth) < 1e-12
 
 
 def test_unroll_replaces_nothing_where_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch):

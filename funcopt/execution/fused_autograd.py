@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from funcopt.execution import batched, levels
 from funcopt.execution.executor import BuildError
@@ -62,16 +61,7 @@ def _followed(tensors: Sequence[Tensor]) -> bool:
         return True
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return True
-    return any(map(_has_tangent, tensors))
-
-
-def _has_tangent(x: Tensor) -> bool:
-    try:
-        return forward_ad.unpack_dual(x).tangent is not None
-    except RuntimeError:  # torch's own, of tensors of inference mode left by a vmap
-        if not x.is_inference():
-            raise
-        return False
+    return any(map(levels.has_tangent, tensors))
 
 
 def _pulled(

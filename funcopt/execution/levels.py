@@ -135,10 +135,10 @@ def followed(tensors: Iterable[Any]) -> bool:
 
 
 def derivative_outside(tensors: Iterable[Any]) -> bool:
-    """Whether a transform, or autograd below all, differentiates what comes of these."""
+    """Whether a derivative is taken of what is now computed from ``tensors``."""
     if torch.compiler.is_compiling():
         return False
-    return bool({*_running()} - {_VMAP}) or _by_autograd(tensors)
+    return bool({*_running()} - {_VMAP}) or _followed_below(tensors)
 
 
 def norms_inexact(tensors: Iterable[Any]) -> bool:
@@ -153,7 +153,13 @@ def norms_inexact(tensors: Iterable[Any]) -> bool:
     derivatives = [i for i, kind in enumerate(kinds) if kind != _VMAP]
     if len(derivatives) > 1 or derivatives and _VMAP in kinds[derivatives[0] :]:
         return True
-    return bool(kinds) and _by_autograd(tensors)
+    return bool(kinds) and _followed_below(tensors)
+
+
+def _followed_below(tensors: Iterable[Any]) -> bool:
+    """Whether autograd or forward mode follows one of the tensors below every level."""
+    found = [bottom(t) for t in tensors if isinstance(t, Tensor)]
+    return _by_autograd(found) or any(map(has_tangent, found))
 
 
 def _by_autograd(tensors: Iterable[Any]) -> bool:
@@ -222,21 +228,26 @@ def of_inference(tensors: Iterable[Tensor]) -> bool:
 def is_tracked(tensor: Tensor) -> bool:
     """Whether this tensor carries a gradient or a tangent, at any transform level."""
     while True:
-        if tensor.requires_grad or _has_own_tangent(tensor):
+        if tensor.requires_grad or has_tangent(tensor):
             return True
         if not _functorch.is_functorch_wrapped_tensor(tensor):
             return False
         tensor = _functorch.get_unwrapped(tensor)
 
 
-def _has_own_tangent(tensor: Tensor) -> bool:
+def has_tangent(tensor: Tensor) -> bool:
     """Whether it carries a tangent itself; of a batch what is within it does.
 
     torch has no batching rule to look for one.
     """
     if _functorch.is_batchedtensor(tensor):
         return False
-    return forward_ad.unpack_dual(tensor).tangent is not None
+    try:
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    except RuntimeError:  # torch's own, of tensors of inference mode left by a vmap
+        if not tensor.is_inference():
+            raise
+        return False
 
 
 def may_be_tracked(tensor: Tensor) -> bool:
@@ -262,4 +273,4 @@ def is_transformed(tensor: Tensor) -> bool:
         if alive and _functorch.is_gradtrackingtensor(tensor) and is_tracked(tensor):
             return True
         tensor = _functorch.get_unwrapped(tensor)
-    return forward_ad.unpack_dual(tensor).tangent is not None
+    return has_tangent(tensor)
