@@ -73,29 +73,28 @@ def is_lazy(x: Tensor) -> bool:
 
 def overlap(columns: Sequence[Sequence[Tensor]]) -> bool:
     """Whether two of the tensors share memory."""
-    spans = sorted(
-        (x.data_ptr(), x.data_ptr() + size)
-        for column in columns
-        for x in column
-        if (size := extent(x))
-    )
+    spans = _spans(columns)
     return any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:]))
 
 
 def meets(some: Iterable[Tensor], columns: Sequence[Sequence[Tensor]]) -> bool:
     """Whether one of some tensors shares memory with the columns, whose are apart."""
-    spans = [
+    spans = _spans(columns)
+    for x in some:
+        before = bisect_left(spans, (x.data_ptr() + extent(x),))
+        if before and spans[before - 1][1] > x.data_ptr() and x.numel():
+            return True
+    return False
+
+
+def _spans(columns: Sequence[Sequence[Tensor]]) -> list[tuple[int, int]]:
+    """Where in memory the tensors begin and end, in order; not those without any."""
+    return sorted(
         (x.data_ptr(), x.data_ptr() + size)
         for column in columns
         for x in column
         if (size := extent(x))
-    ]
-    begins, ends = map(sorted, zip(*spans)) if spans else ((), ())
-    for x in some:
-        before = bisect_left(begins, x.data_ptr() + extent(x))
-        if before and ends[before - 1] > x.data_ptr() and x.numel():
-            return True
-    return False
+    )
 
 
 def folded(columns: Sequence[Sequence[Tensor]]) -> bool:

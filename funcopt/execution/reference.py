@@ -21,9 +21,7 @@ def step(leaves: Leaves) -> list[Column]:
     rows = [
         _apart(function(g, p, *state, step=t, **values), (g, p, *state), given)
         if p.ndim and p.dtype not in _HALF and not dual
-        else _promoted(
-            function, inputs, rule.outputs, (g, p, *state), {"step": t, **values}
-        )
+        else on_any_leaf(function, inputs, rule.outputs, (g, p, *state), step=t, **values)
         for g, p, t, values, *state in zip(
             leaves.grads, leaves.params, leaves.steps, leaves.hyper, *leaves.slots
         )
@@ -52,25 +50,17 @@ def computed(stored: torch.dtype) -> torch.dtype:
     return torch.float32 if stored in _HALF else stored
 
 
-def on_leaf(
-    function: Callable[..., Any], inputs: Sequence[bool], outputs: Sequence[bool]
-) -> Callable[..., Any]:
-    """A function of a leaf's tensors (True) and scalars, for a leaf of any kind."""
-
-    def promoted(*given: Any) -> Sequence[Any]:
-        return _promoted(function, inputs, outputs, given, {})
-
-    return promoted
-
-
-def _promoted(
+def on_any_leaf(
     function: Callable[..., Any],
     inputs: Sequence[bool],
     outputs: Sequence[bool],
     given: Sequence[Any],
-    hyper: dict[str, Any],
+    /,  # hyperparameters may have these names
+    **hyper: Any,
 ) -> tuple[Any, ...]:
-    """The rule on a half or 0-d leaf, or in forward mode.
+    """What a rule makes of a leaf, be it half, 0-d, or in forward mode.
+
+    ``inputs`` and ``outputs`` say which are the leaf's tensors; others are scalars.
 
     eps = 1e-8 is zero in float16, and 0 / 0 would follow: a half leaf is worked on in
     float32, as kernels do in their registers. A 0-d leaf would take part in type

@@ -99,15 +99,13 @@ class RuleCall:
     def _step(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         signature, rows = self.signature, self._rows(tensors)
         streams = [tensors[column] for column in signature.columns]
-        on_leaf = reference.on_leaf(
-            signature.rule.flat(signature.kinds), signature.inputs, signature.rule.outputs
-        )
+        rule, outputs = signature.rule.flat(signature.kinds), signature.rule.outputs
 
         def function(*inputs: Any) -> tuple[Tensor, ...]:
             # Tensors alone: vmap takes no number, which a scalar slot may be.
             return tuple(
                 x if isinstance(x, Tensor) else _float64(x, inputs[1].device)
-                for x in on_leaf(*inputs)
+                for x in reference.on_any_leaf(rule, signature.inputs, outputs, inputs)
             )
 
         made: list[Sequence[Any]] = []
