@@ -86,7 +86,7 @@ FLOORS = {
     "funcopt.stepping.vectors": 2,
     "funcopt.stepping.one_vector": 1.1,
     "funcopt.stepping.pages": 1.1,
-    "funcopt.stepping.live": 0,
+    "funcopt.stepping.live": 1.8,
     "funcopt.stepping.totals": 3.9,
     "funcopt.stepping.step_cache": 3.95,
     "funcopt.stepping.sparse_rows": 3.9,

@@ -25,7 +25,7 @@ from funcopt.execution.executor_choice import ENGINES, LeafGroup
 from funcopt.execution.executor_path import ExecutorPath
 from funcopt.execution.fast_path import AutogradPath, FastPath, ReferencePath, WholePath
 from funcopt.execution.group_paths import GroupPaths
-from funcopt.execution.leaves import Leaves
+from funcopt.execution.leaves import Leaves, put
 from funcopt.execution.rule_call import RuleCall
 from funcopt.types import Tensor
 
@@ -70,10 +70,7 @@ def step(
     paths = _paths(leaves, groups, by_rows=False) if free else None
     columns: list[list[Any]] = [[None] * len(leaves.params) for _ in leaves.rule.outputs]
     for group in groups:
-        some = leaves.pick(group.which)
-        for column, values in zip(columns, _run(some, group, donate)):
-            for i, value in zip(group.which, values):
-                column[i] = value
+        put(columns, group.which, _run(leaves.pick(group.which), group, donate))
     if not paths:
         return columns, None
     in_place = partial(step, donate=True)

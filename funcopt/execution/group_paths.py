@@ -5,7 +5,7 @@ from typing import Any
 
 from funcopt.execution.executor import Column
 from funcopt.execution.fast_path import FastPath
-from funcopt.execution.leaves import Leaves
+from funcopt.execution.leaves import Leaves, put
 from funcopt.execution.levels import differentiating
 from funcopt.execution.native import objects
 from funcopt.execution.rule import Rule
@@ -64,7 +64,5 @@ class GroupPaths(FastPath):
             if columns is None:
                 return None
             written = donate
-            for whole, column in zip(made, columns):
-                for i, x in zip(which, column or ()):  # none, of what was written over
-                    whole[i] = x
+            put(made, which, columns)
         return made

@@ -11,6 +11,18 @@ from funcopt.execution.rule import Kinds, Rule
 from funcopt.types import Tensor
 
 
+def put(
+    columns: Sequence[list[Any]], which: Sequence[int], new: Sequence[Column]
+) -> None:
+    """Write what is new of some leaves, of these numbers, into columns of all.
+
+    A column that is None or lacks at the end was written in place, and stays.
+    """
+    for column, values in zip(columns, new):
+        for i, value in zip(which, values or ()):
+            column[i] = value
+
+
 @dataclass(frozen=True)
 class Leaves:
     """A rule's arguments in columns: each has an entry for every leaf."""

@@ -12,7 +12,7 @@ import torch
 
 from funcopt.execution import donation, reference
 from funcopt.execution.executor import Column
-from funcopt.execution.leaves import Leaves
+from funcopt.execution.leaves import Leaves, put
 from funcopt.types import Tensor
 
 #: elements of a leaf up to which a stack is faster, where the rule does not say: on a CPU
@@ -52,9 +52,7 @@ def step(leaves: Leaves, apart: bool = True) -> list[Column]:
     for which in stacks:
         some = leaves.pick(which)
         made = _together(some, apart) if len(which) > 1 else reference.step(some)
-        for column, values in zip(columns, made):
-            for i, value in zip(which, values):
-                column[i] = value
+        put(columns, which, made)
     return list(columns)
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from funcopt.execution.leaves import put
+
 
 def which_step(grads: Sequence[Any], params: Sequence[Any]) -> list[int] | None:
     """Which leaves have a gradient; None says all."""
@@ -24,9 +26,7 @@ def merged(
     if live is None:
         return new
     whole = [list(column) for column in columns]
-    for column, values in zip(whole, new):
-        for i, value in zip(live, values or ()):  # none, of what was written over
-            column[i] = value
+    put(whole, live, new)
     return whole
 
 
