@@ -5,19 +5,16 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import compress, islice
 from operator import itemgetter
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from funcopt.execution import reference
-from funcopt.execution.executor import Column, Executor, Rows
+from funcopt.execution.executor import Column, Engine, Executor, Rows
 from funcopt.execution.launch_cache import LaunchCache
 from funcopt.execution.program import Program
 from funcopt.execution.rule import Kinds, Rule
 from funcopt.types import Tensor
-
-#: makes a program ready for a dtype that leaves are stored in
-Engine: TypeAlias = Callable[[Program, torch.dtype], Executor]
 
 _MOST = 64  # signatures kept that follow from one
 
@@ -95,11 +92,12 @@ class CallSignature:
         return replace(self, _derived={}, **changes)
 
     def _once(self, key: Any, make: Callable[[Any], "CallSignature"]) -> "CallSignature":
-        if key not in self._derived:
+        found = self._derived.get(key)
+        if found is None:
             if len(self._derived) >= _MOST:
                 self._derived.clear()
-            self._derived[key] = make(key)
-        return self._derived[key]
+            found = self._derived[key] = make(key)
+        return found  # another thread may have cleared them
 
     def arranged(self, streams: Sequence[Column], rows: Rows) -> list[Tensor]:
         """The tensors of a call, in the order of the inputs."""

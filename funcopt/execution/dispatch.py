@@ -108,18 +108,14 @@ def _path(
 ) -> FastPath | None:
     """A fast path for steps like this one, if its leaves go one way as they are."""
     elements = leaves.rule.streams(group.kinds)
-    if levels.in_forward_mode():
+    if levels.in_forward_mode() or executor_choice.untouchable(leaves):
         return None
     if group.choice.transformed and group.choice.name == "reference":
-        if executor_choice.untouchable(leaves):
-            return None
         return ReferencePath(leaves.rule, group.kinds, len(leaves.params))
     if levels.inside() or elements and which is not None:
         return None
     if group.choice.name not in ENGINES:
         if leaves.rule.sums or group.choice.transformed or elements:
-            return None
-        if executor_choice.untouchable(leaves):
             return None
         run = partial(_run_whole, group.choice.name)
         return WholePath(leaves.rule, group.kinds, len(leaves.params), run, which)

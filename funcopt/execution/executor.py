@@ -27,6 +27,8 @@ Rows: TypeAlias = Sequence[Sequence[Any]]
 Direct: TypeAlias = Callable[
     [Sequence[Tensor], bytes, Rows, Sequence[Column] | None], Sequence[Column] | None
 ]
+#: makes a program ready for a dtype that leaves are stored in
+Engine: TypeAlias = Callable[[Program, torch.dtype], "Executor"]
 
 
 @dataclass(frozen=True, eq=False)

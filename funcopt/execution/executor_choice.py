@@ -10,8 +10,7 @@ import torch
 
 from funcopt.errors import ExecutionError
 from funcopt.execution import levels, reference, stacked
-from funcopt.execution.call_signature import Engine
-from funcopt.execution.executor import BuildError, Column, Executor, PerTask
+from funcopt.execution.executor import BuildError, Column, Engine, Executor, PerTask
 from funcopt.execution.foreach import Foreach
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.native import objects
@@ -150,16 +149,14 @@ def groups(leaves: Leaves, name: str | None = None) -> list[LeafGroup]:
     forbidden = None if plain and not _is_watched() else untouchable(leaves)
     transformed = levels.differentiating(()) or (asked and torch.is_grad_enabled())
     followed = transformed and levels.followed(leaves.tensors())
+    kernels, whole = forbidden, transformed and not leaves.rule.elementwise
+    if whole:
+        kernels = f"{leaves.rule.name} needs each leaf, and each task's, whole"
+    if leaves.rule.sums and (whole or forced == "stacked"):
+        forced = None  # what is forced is the step, not its totals
     made = []
     for (dtype, device, kind), which in _alike(leaves, alike).items():
-        whole = transformed and not leaves.rule.elementwise
-        if leaves.rule.sums and (whole or forced == "stacked"):
-            forced = None  # what is forced is the step, not its totals
-        kernels = forbidden
-        if whole:
-            kernels = f"{leaves.rule.name} needs each leaf, and each task's, whole"
-        reasons = dict.fromkeys(ENGINES, kernels)
-        some = leaves.pick(which)
+        some, reasons = leaves.pick(which), dict.fromkeys(ENGINES, kernels)
         if not leaves.rule.elementwise or forced:
             reasons["stacked"] = forbidden or stacked.refuses(some, bool(forced))
         least = _least_worth(some) if followed and not forced else 0

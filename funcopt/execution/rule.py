@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 
 from funcopt.execution import trace
-from funcopt.execution.executor import BuildError, Executor
+from funcopt.execution.executor import BuildError, Engine, Executor
 from funcopt.execution.outside import undisturbed
 from funcopt.execution.program import Function, Program
 from funcopt.execution.recycle import Recycler
@@ -156,12 +156,7 @@ class Rule:
             dtype,
         )
 
-    def executor(
-        self,
-        engine: Callable[[Program, torch.dtype], Executor],
-        program: Program,
-        stored: torch.dtype,
-    ) -> Executor:
+    def executor(self, engine: Engine, program: Program, stored: torch.dtype) -> Executor:
         """The program made ready by ``engine``, once.
 
         Raises:
