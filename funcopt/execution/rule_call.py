@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from funcopt.execution import layout, reference
+from funcopt.execution import layout, own_dtype, reference
 from funcopt.execution.call_signature import CallSignature, scalars_in
 from funcopt.types import Tensor
 
@@ -57,9 +57,9 @@ class RuleCall:
             if not tasks and all(map(is_, alike, streams)):
                 signature.launches.learn(signature.executor, streams, signature.which)
         outputs: list[Tensor] = []
-        for column, stream, rows in zip(found, signature.outputs, signature.output_rows):
+        for column, stream, own in zip(found, signature.outputs, signature.output_rows):
             outputs += (
-                column if stream else [self._as_tensor(column[r], device) for r in rows]
+                column if stream else [self._as_tensor(column[r], device) for r in own]
             )
         return outputs
 
@@ -80,18 +80,14 @@ class RuleCall:
         of = RuleCall(signature.of, tuple(row[:scalars] for row in self.rows))
         given, more = tensors[:count], tensors[count:]
         if signature.what == "jvp":
-            # Not torch.func.jvp: this may already be inside of forward mode.
             moving = [signature.wanted[i] for i, _ in signature.of.places]
 
             def function(*some: Tensor) -> tuple[Tensor, ...]:
                 rest = iter(some)
                 return of.plain(*(next(rest) if m else x for x, m in zip(given, moving)))
 
-            pulled: Any = torch.func.vjp(function, *compress(given, moving))
-            outputs, pull = pulled
-            anything = tuple(map(torch.ones_like, outputs))
-            return torch.func.vjp(lambda *u: pull(u), *anything)[1](more)
-        found = torch.func.vjp(of.plain, *given)[1](more)
+            return own_dtype.pushed(function, [*compress(given, moving)], more)
+        found = own_dtype.pulled(of.plain, given, more)
         return tuple(
             g for g, (i, _) in zip(found, signature.of.places) if signature.wanted[i]
         )
