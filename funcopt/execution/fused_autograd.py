@@ -26,7 +26,7 @@ def run(call: RuleCall, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return call.plain(*tensors)
     if batched.is_vmapped():
         return batched.unbatched(run, call, tensors)
-    if not _followed(tensors):
+    if not (levels.differentiating(tensors) and levels.followed(tensors)):
         try:
             _ = call.signature.executor
         except (UntraceableError, BuildError):  # of a derivative: the step was tried
@@ -48,20 +48,6 @@ def record(call: RuleCall, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """
     recorded: Any = super(torch.autograd.Function, _Recorded)
     return recorded.apply(call, *tensors)
-
-
-def _followed(tensors: Sequence[Tensor]) -> bool:
-    """Whether a derivative may be asked of these very tensors.
-
-    `levels.differentiating` says yes within any open forward-mode level.
-    """
-    if not levels.differentiating(tensors):
-        return False
-    if levels.inside():
-        return True
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return True
-    return any(map(levels.has_tangent, tensors))
 
 
 def _pulled(

@@ -159,7 +159,7 @@ def norms_inexact(tensors: Iterable[Any]) -> bool:
 def _followed_below(tensors: Iterable[Any]) -> bool:
     """Whether autograd or forward mode follows one of the tensors below every level."""
     found = [bottom(t) for t in tensors if isinstance(t, Tensor)]
-    return _by_autograd(found) or any(map(has_tangent, found))
+    return _by_autograd(found) or any(map(_has_own_tangent, found))
 
 
 def _by_autograd(tensors: Iterable[Any]) -> bool:
@@ -228,14 +228,14 @@ def of_inference(tensors: Iterable[Tensor]) -> bool:
 def is_tracked(tensor: Tensor) -> bool:
     """Whether this tensor carries a gradient or a tangent, at any transform level."""
     while True:
-        if tensor.requires_grad or has_tangent(tensor):
+        if tensor.requires_grad or _has_own_tangent(tensor):
             return True
         if not _functorch.is_functorch_wrapped_tensor(tensor):
             return False
         tensor = _functorch.get_unwrapped(tensor)
 
 
-def has_tangent(tensor: Tensor) -> bool:
+def _has_own_tangent(tensor: Tensor) -> bool:
     """Whether it carries a tangent itself; of a batch what is within it does.
 
     torch has no batching rule to look for one.
@@ -273,4 +273,4 @@ def is_transformed(tensor: Tensor) -> bool:
         if alive and _functorch.is_gradtrackingtensor(tensor) and is_tracked(tensor):
             return True
         tensor = _functorch.get_unwrapped(tensor)
-    return has_tangent(tensor)
+    return _has_own_tangent(tensor)
