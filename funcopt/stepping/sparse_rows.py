@@ -130,8 +130,6 @@ def _replaced(old: Sequence[Any], new: Sequence[Any], at: Sequence[At]) -> list[
 def _written(old: Sequence[Any], new: Sequence[Any], at: Sequence[At]) -> list[Any]:
     with torch.no_grad():
         for x, y, i in zip(old, new, at):
-            if i is not None:
+            if i is not None:  # others were written in place
                 x.index_put_(i, y)
-            elif x is not y:
-                x.copy_(y)
     return list(old)
