@@ -14,7 +14,7 @@ import torch
 from funcopt import tree
 from funcopt.errors import StructureError
 from funcopt.execution import levels
-from funcopt.types import Tensor, Tree
+from funcopt.types import HALF, Tensor, Tree
 
 Trees: TypeAlias = Mapping[str, Tree]
 Function: TypeAlias = Callable[[Trees], Trees]
@@ -144,8 +144,7 @@ def widened(value: Any) -> Any:
 
     For what many add up in: bfloat16 would keep the first 256 of equal gradients.
     """
-    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if half else value
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
 class SmoothLeaves:

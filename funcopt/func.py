@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from funcopt import select, tree
 from funcopt.flat_function import FlatFunction
 from funcopt.list_vmap import Randomness, list_vmap
-from funcopt.types import Tensor, Tree
+from funcopt.types import HALF, Tensor, Tree
 
 __all__ = ["exact_norms", "vmap"]
 
@@ -242,7 +242,7 @@ def _along(value: Tensor, x: Tensor, first: int) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     """Half precision as float32, as torch's kernels compute."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in HALF else x
 
 
 def _both(running: Sequence[Tensor | None]) -> bool:

@@ -1,4 +1,4 @@
-"""The type names that annotations use, and which tensors are plain."""
+"""The type names that annotations use, and which tensors are plain, which dtypes half."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -29,6 +29,9 @@ LossFunction: TypeAlias = Callable[..., Any]
 InitFunction: TypeAlias = Callable[[Tree], State]
 UpdateFunction: TypeAlias = Callable[..., tuple[Tree, State]]
 HyperMapping: TypeAlias = Mapping[str, HyperValue]
+
+#: dtypes in which steps and sums would lose too much
+HALF = (torch.float16, torch.bfloat16)
 
 #: tensors whose operations are torch's own
 PLAIN = {Tensor, torch.nn.Parameter}

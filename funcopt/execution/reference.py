@@ -8,9 +8,7 @@ import torch
 from funcopt.execution import donation, levels
 from funcopt.execution.executor import Column
 from funcopt.execution.leaves import Leaves
-from funcopt.types import Tensor
-
-_HALF = (torch.float16, torch.bfloat16)
+from funcopt.types import HALF, Tensor
 
 
 def step(leaves: Leaves) -> list[Column]:
@@ -20,7 +18,7 @@ def step(leaves: Leaves) -> list[Column]:
     dual = levels.in_forward_mode()
     rows = [
         _apart(function(g, p, *state, step=t, **values), (g, p, *state), given)
-        if p.ndim and p.dtype not in _HALF and not dual
+        if p.ndim and p.dtype not in HALF and not dual
         else on_any_leaf(function, inputs, rule.outputs, (g, p, *state), step=t, **values)
         for g, p, t, values, *state in zip(
             leaves.grads, leaves.params, leaves.steps, leaves.hyper, *leaves.slots
@@ -47,7 +45,7 @@ def _apart(
 
 def computed(stored: torch.dtype) -> torch.dtype:
     """The dtype that a leaf is worked on in."""
-    return torch.float32 if stored in _HALF else stored
+    return torch.float32 if stored in HALF else stored
 
 
 def on_any_leaf(

@@ -12,9 +12,7 @@ from funcopt.checks import check_gradients, check_keys
 from funcopt.errors import HyperparameterTypeError, LeafError
 from funcopt.execution import donation
 from funcopt.optimizer import Optimizer, check_optimizer
-from funcopt.types import State, Tensor, Tree
-
-_HALF = (torch.float16, torch.bfloat16)
+from funcopt.types import HALF, State, Tensor, Tree
 
 
 def master_weights(opt: Optimizer, *, stochastic: bool = False) -> Optimizer:
@@ -78,7 +76,7 @@ class _MasterWeights:
     def init(self, params: Tree) -> State:
         if self.stochastic:
             _check_rounding(params)
-        master = tree.map(lambda p: p.float() if p.dtype in _HALF else None, params)
+        master = tree.map(lambda p: p.float() if p.dtype in HALF else None, params)
         return {"optimizer": self.opt.init(_stepped(master, params)), "master": master}
 
     def update(
@@ -118,7 +116,7 @@ class _MasterWeights:
                 return w.to(p.dtype)
             return p if w is was else _at_random(w, generator)
 
-        master = tree.map(lambda p, w: w if p.dtype in _HALF else None, params, new)
+        master = tree.map(lambda p, w: w if p.dtype in HALF else None, params, new)
         made = tree.map(rounded, new, old, params), {"optimizer": inner, "master": master}
         return donation.write_over((params, state), made) if donate else made
 
