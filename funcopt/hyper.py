@@ -8,7 +8,7 @@ from typing import Any, final
 
 import torch
 
-from funcopt import tree
+from funcopt import select, tree
 from funcopt.errors import (
     HyperparameterError,
     HyperparameterTypeError,
@@ -43,7 +43,7 @@ class Hyper:
 
     def __post_init__(self) -> None:
         # A copy: what the caller does to his dict later is not this optimizer's affair.
-        object.__setattr__(self, "value", tree.map(lambda x: x, self.value))
+        object.__setattr__(self, "value", select.copied(self.value))
 
     def arguments(self, name: str, value: HyperValue) -> dict[str, HyperValue]:
         """The rule's arguments that ``value`` for ``name`` sets, numbers checked."""

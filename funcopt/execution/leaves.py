@@ -11,6 +11,11 @@ from funcopt.execution.rule import Kinds, Rule
 from funcopt.types import Tensor
 
 
+def identity(value: Any) -> Any:
+    """What equal values share: of a tensor its id, for tensors are not compared."""
+    return id(value) if isinstance(value, Tensor) else value
+
+
 def put(
     columns: Sequence[list[Any]], which: Sequence[int], new: Sequence[Column]
 ) -> None:
@@ -84,8 +89,7 @@ class Leaves:
         rows: list[tuple[Any, ...]] = []
         which = []
         for values, *own in zip(self.hyper, *numbers):
-            each = (id(x) if isinstance(x, Tensor) else x for x in own)
-            key = (same[id(values)], *each)
+            key = (same[id(values)], *map(identity, own))
             if key not in index:
                 index[key] = len(rows)
                 rows.append((*own, *(as_vector(values[name]) for name in names)))

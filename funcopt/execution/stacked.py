@@ -12,7 +12,7 @@ import torch
 
 from funcopt.execution import donation, reference
 from funcopt.execution.executor import Column
-from funcopt.execution.leaves import Leaves, put
+from funcopt.execution.leaves import Leaves, identity, put
 from funcopt.types import Tensor
 
 #: elements of a leaf up to which a stack is faster, where the rule does not say: on a CPU
@@ -63,11 +63,11 @@ def _stacks(leaves: Leaves, fewest: int) -> list[list[int]]:
     """
     params, found = leaves.params, {}
     values = {
-        key: tuple(map(_identity, values.values()))
+        key: tuple(map(identity, values.values()))
         for key, values in leaves.distinct_hyper.items()
     }
     alike = [values[id(hyper)] for hyper in leaves.hyper]
-    numbers = [map(_identity, column) for column in leaves.numbers]
+    numbers = [map(identity, column) for column in leaves.numbers]
     for i, key in enumerate(zip((p.shape for p in params), alike, *numbers)):
         found.setdefault(key, []).append(i)
     made: list[list[int]] = []
@@ -77,10 +77,6 @@ def _stacks(leaves: Leaves, fewest: int) -> list[list[int]]:
             some = which[i : i + each]
             made += [some] if len(some) >= min(fewest, each) else [[j] for j in some]
     return made
-
-
-def _identity(x: Any) -> Any:
-    return id(x) if isinstance(x, Tensor) else x
 
 
 def _places(p: Tensor, most: int, count: int) -> int:

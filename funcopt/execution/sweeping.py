@@ -93,7 +93,7 @@ def _with_sums(
                 values[name] = 0.0
             for row, value in zip(which, column):
                 env[row][name] = env[row][name] + value
-        return list(env), which
+        return env, which
     each = [list(env[row]) for row in which]
     for name, column in zip(names, sums):
         for values, value in zip(each, column):

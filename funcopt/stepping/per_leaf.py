@@ -10,6 +10,7 @@ import torch
 
 from funcopt import select, tree
 from funcopt.errors import HyperparameterError, HyperparameterTypeError
+from funcopt.execution.leaves import identity
 from funcopt.hyper import Hyper, unknown
 from funcopt.schedules.schedule import Schedule
 from funcopt.types import HyperMapping, HyperValue, Tensor
@@ -140,9 +141,7 @@ class Hypers:
                 value = arguments[name]
                 if isinstance(value, Schedule):
                     value = _at(value, max(first - 1, 0))
-                if isinstance(value, Tensor) and (value.ndim or value.is_complex()):
-                    return None
-                if not isinstance(value, (Tensor, Real)):
+                if _is_leaf_shaped(value) or not isinstance(value, (Tensor, Real)):
                     return None
                 shared[name] = _scalar(value, name)
         return shared
@@ -167,11 +166,7 @@ def _interned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if torch.compiler.is_compiling():
         return rows
     known: dict[Any, dict[str, Any]] = {}
-    return [known.setdefault(tuple(map(_identity, row.values())), row) for row in rows]
-
-
-def _identity(value: Any) -> Any:
-    return id(value) if isinstance(value, Tensor) else value
+    return [known.setdefault(tuple(map(identity, row.values())), row) for row in rows]
 
 
 def _is_constant(value: HyperValue) -> bool:

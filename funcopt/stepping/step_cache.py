@@ -102,6 +102,8 @@ class StepCache:
         always: LeafValues | None,
     ) -> None:
         self._scalar, self._measures, self._always = scalar, measures, always
+        #: of the columns ``p, *slots``, which are numbers
+        self._numbers = (False, *scalar.values())
         self._all: tuple[Entry, ...] = ()  # the last found first
 
     def keep(
@@ -170,7 +172,7 @@ class StepCache:
                 new = found.counted(steps) if donate else steps + entry.one
                 return entry.structure, columns, new
             tensors.append(steps)
-        some, count = len(tensors) - 1 - sum(self._scalar.values()), entry.count
+        some, count = len(tensors) - 1 - sum(self._numbers), entry.count
         steps, *others = tensors[some:]
         del tensors[some:]
         read = concrete.scalars_of if levels.inside() else torch.Tensor.tolist
@@ -188,8 +190,7 @@ class StepCache:
             old, tensors = gaps.whole(tensors), gaps.live(tensors)
             hyper = entry.of_live(values(entry.structure, old[0], counts), always)
             slots, scalars = iter(old), iter(numbers)
-            of = (False, *self._scalar.values())
-            old = [next(scalars if each else slots) for each in of]
+            old = [next(scalars if each else slots) for each in self._numbers]
             numbers = [[*picked(column, live)] for column in numbers]
         if ways.were_complex:
             if donate:
@@ -207,7 +208,7 @@ class StepCache:
         if ways.were_complex and not donate:
             columns = [
                 column if number else complex_leaves.rejoined(column, ways.were_complex)
-                for column, number in zip(columns, (False, *self._scalar.values()))
+                for column, number in zip(columns, self._numbers)
             ]
         if always and live is None and not ways.were_complex:
             ways.settled[donate] = path.settled(hyper, donate)
