@@ -80,6 +80,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "returns a closed over": (lambda g, p, lr: (OUTSIDE,), "no argument of the rule"),
     "unknown": (lambda g, p, lr: (p - torch.erf(g),), "aten.erf is not among the"),
+    "NaN left out": (lambda g, p, lr: (torch.fmax(g, p),), "aten.fmax is not among"),
     "random": (lambda g, p, lr: (p - torch.rand_like(g),), "aten.rand.* is not among"),
     "along the leaf": (lambda g, p, lr: (p - g.cumsum(0),), "cumsum is not among"),
     "mean": (lambda g, p, lr: (p - g.mean(),), "aten.mean is not among"),

@@ -62,8 +62,8 @@ _SAME = {
     "logical_and", "logical_or", "logical_not", "reciprocal", "pow", "lerp", "sum",
     "sigmoid", "addcmul",
 }  # fmt: skip
-_OTHER = {"sgn": "sign", "fmax": "maximum", "bitwise_and": "logical_and",
-          "bitwise_or": "logical_or", "bitwise_not": "logical_not"}  # fmt: skip
+_OTHER = {"sgn": "sign", "bitwise_and": "logical_and", "bitwise_or": "logical_or",
+          "bitwise_not": "logical_not"}  # fmt: skip
 # The value is the argument's: shapes and dtypes of streams and scalars are known.
 _UNCHANGED = {
     "detach", "alias", "to", "clone", "contiguous", "_to_copy", "view", "_unsafe_view",
@@ -81,7 +81,6 @@ _SPECIAL = {
     "clamp_min", "clamp_max", "linalg_vector_norm",
 }  # fmt: skip
 _KNOWN = _SAME | _SPECIAL | _UNCHANGED | _FILLED.keys() | _OTHER.keys()
-_CHECKS = {"is_same_size", "_has_same_storage_numel"}  # autograd's own, of shapes alone
 
 
 class _Recorder(TorchDispatchMode):
@@ -106,8 +105,6 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in _CHECKS:
-            return func(*args, **kwargs)
         inplace = name.endswith("_") and not name.endswith("__")
         name = name.rstrip("_") if inplace else name
         if name == "_local_scalar_dense":
@@ -149,16 +146,21 @@ class _Recorder(TorchDispatchMode):
             if isinstance(filling, Tensor):
                 return self._as(self._number(filling), stream)
             return self._filled(float(filling), stream)
-        if name in _UNCHANGED:
-            pair = args[0].dtype, out.dtype
+        if name in _UNCHANGED or name == "copy":
+            given = args[1] if name == "copy" else args[0]
+            pair = given.dtype, out.dtype
             if stream and INTEGERS[self.dtype] in pair:
-                return self._recast(name == "view", args[0], out)
+                return self._recast(name == "view", given, out)
+            value = self._as(self._number(given), stream)
             if pair[0] is not pair[1]:
                 self._check_cast(*pair, stream)
-            return self._as(self._number(args[0]), stream)
-        if name == "copy":
-            return self._as(self._number(args[1]), stream)
+                if stream and pair[0] is torch.bool:  # lists add truths as truths
+                    both = self._filled(1.0, False), self._filled(0.0, False)
+                    return self._op("where", (value, *both), True)
+            return value
         name = _OTHER.get(name, name)
+        if name == "add" and boolean and stream:
+            name = "logical_or"  # two truths are one
         if name == "rsub":
             name, args = "sub", (args[1], args[0], *args[2:])
         if name == "masked_fill":
@@ -187,10 +189,7 @@ class _Recorder(TorchDispatchMode):
         return self._op(name, tuple(numbers), stream, boolean)
 
     def _check_cast(self, old: torch.dtype, new: torch.dtype, stream: bool) -> None:
-        """A leaf is computed in one dtype, and a scalar in float64 whatever is cast.
-
-        A bool becomes the number 0 or 1, which is how it is kept.
-        """
+        """A leaf is computed in one dtype, and a scalar in float64 whatever is cast."""
         kept = new is self.dtype if stream else new.is_floating_point
         if not kept:
             raise UntraceableError(
