@@ -7,11 +7,7 @@ from typing import Any, TypeAlias
 
 from funcopt.execution import fused_autograd, layout, reference
 from funcopt.execution.call_signature import CallSignature
-from funcopt.execution.executor import (
-    Column,
-    PerTask,
-    Rows,
-)
+from funcopt.execution.executor import Column, PerTask, Rows
 from funcopt.execution.guarded_cache import GuardedCache, distinct
 from funcopt.execution.leaves import Leaves
 from funcopt.execution.levels import differentiating

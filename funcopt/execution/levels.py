@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from funcopt.types import Tensor
 
 _VMAP, _JVP = _functorch.TransformType.Vmap, _functorch.TransformType.Jvp
+_FUNCTIONALIZE = _functorch.TransformType.Functionalize
 
 
 def inside() -> bool:
@@ -80,9 +81,7 @@ def without_functions() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    stack = _functorch.get_interpreter_stack() or ()
-    kinds = (level.key() for level in stack)
-    return _functorch.TransformType.Functionalize in kinds or in_nested_forward_mode()
+    return _FUNCTIONALIZE in _running() or in_nested_forward_mode()
 
 
 def only_forward(tensors: Iterable[Any]) -> bool:

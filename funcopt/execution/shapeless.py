@@ -42,9 +42,8 @@ class _Watch(TorchFunctionMode):
         if args and isinstance(args[0], Tensor) and args[0].ndim:
             if name in ("ndim", "dim"):
                 return _Some()
-            along = len(args) > _ALONG.get(
-                name, len(args)
-            ) or not named.keys().isdisjoint(("dim", "axis"))
+            most = _ALONG.get(name, len(args))
+            along = len(args) > most or not named.keys().isdisjoint(("dim", "axis"))
             if name in _ASKING or along:
                 _refuse()
         return func(*args, **named)
