@@ -25,7 +25,7 @@ def _running() -> list[Any]:
 
 def depth() -> int:
     """How many transforms of torch.func are running, one within the other."""
-    return len(_running())
+    return len(_functorch.get_interpreter_stack() or ())
 
 
 def vmaps() -> int:
@@ -149,14 +149,18 @@ def norms_inexact(tensors: Iterable[Any]) -> bool:
     if torch.compiler.is_compiling():
         return False
     kinds = _running()
+    if not kinds:
+        return False
     derivatives = [i for i, kind in enumerate(kinds) if kind != _VMAP]
     if len(derivatives) > 1 or derivatives and _VMAP in kinds[derivatives[0] :]:
         return True
-    return bool(kinds) and _followed_below(tensors)
+    return _followed_below(tensors)
 
 
 def _followed_below(tensors: Iterable[Any]) -> bool:
     """Whether autograd or forward mode follows one of the tensors below every level."""
+    if not in_forward_mode():
+        return _by_autograd(tensors)
     found = [bottom(t) for t in tensors if isinstance(t, Tensor)]
     return _by_autograd(found) or any(map(_has_own_tangent, found))
 
