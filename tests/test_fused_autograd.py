@@ -20,6 +20,7 @@ from funcopt import tree
 from funcopt.execution import executor_choice
 from funcopt.execution.launch_cache import LaunchCache
 from funcopt.execution.rule_call import RuleCall
+from funcopt.hyper import Hyper
 from funcopt.types import Tree
 
 FAST = ["foreach", "native"]
@@ -665,6 +666,40 @@ def test_no_graph_where_none_is_asked_for(name: str):
         assert not step_of(p.requires_grad_(), name)[0].requires_grad
     with torch.inference_mode():
         assert step_of(p.detach(), name)[0].is_inference()
+
+
+def bent(g: Tensor, p: Tensor, m: Tensor, *, step: Any, lr: Any) -> tuple[Any, ...]:
+    m = torch.lerp(m, torch.tanh(g * p), 0.5)  # aten.tanh_backward is in no kernel
+    return p - lr * m * (1 + p * p), m
+
+
+BENT = fo.elementwise(
+    bent, name="bent", slots={"m": torch.ones_like}, hyper={"lr": Hyper(0.1)}
+)
+DIFFERENTIATED: dict[str, Callable[[Any], Callable[[Tensor], Any]]] = {
+    "reverse": grad,
+    "reverse over reverse": lambda f: jacrev(jacrev(f)),
+    "forward": lambda f: lambda p: jvp(f, (p,), (p + 1,)),
+    "forward over reverse": hessian,
+    "for each task": lambda f: lambda p: vmap(jacrev(jacrev(f)))(torch.stack([p, 2 * p])),
+    "autograd": lambda f: lambda p: functional.hessian(f, p),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENTIATED)
+@pytest.mark.parametrize("name", FAST)
+def test_a_derivative_that_no_kernel_has_is_torchs(name: str, what: str):
+    """Of the first order too where another is asked of it."""
+    p = random_like(torch.empty(4, dtype=torch.float64), 1)
+
+    def found(execution: str) -> Any:
+        def loss(p: Tensor) -> Tensor:
+            new, state = BENT.update(2 * p, BENT.init(p), p, execution=execution)
+            return new.square().sum() + state["m"].sin().sum()
+
+        return DIFFERENTIATED[what](loss)(p)
+
+    assert_close(found(name), found("reference"), 1e-12)
 
 
 def test_a_tensor_of_inference_mode_may_have_a_tangent():

@@ -26,15 +26,16 @@ def run(call: RuleCall, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return call.plain(*tensors)
     if batched.is_vmapped():
         return batched.unbatched(run, call, tensors)
-    if not (levels.differentiating(tensors) and levels.followed(tensors)):
-        try:
-            _ = call.signature.executor
-        except (UntraceableError, BuildError):  # of a derivative: the step was tried
-            return call.plain(*tensors)
-        return call.execute(tensors, recycle=call.signature.of is None)
-    # Third order; and where torch would lose the derivative.
-    if call.signature.what in ("second_vjp", "jvp") or levels.without_functions():
+    followed = levels.differentiating(tensors) and levels.followed(tensors)
+    third = call.signature.what in ("second_vjp", "jvp")
+    if followed and (third or levels.without_functions()):
+        return call.plain(*tensors)  # where torch would lose it, too
+    try:
+        _ = call.signature.executor
+    except (UntraceableError, BuildError):  # of a derivative: the step was tried
         return call.plain(*tensors)
+    if not followed:
+        return call.execute(tensors, recycle=call.signature.of is None)
     if levels.inside() or levels.in_forward_mode():
         return _Transformed.apply(call, *tensors)
     return _Recorded.apply(call, *tensors)
