@@ -159,12 +159,14 @@ def _run(leaves: Leaves, group: LeafGroup, donate: bool) -> Sequence[Column]:
         columns = _transformed(_signature(leaves, group), streams, rows)
         # A level of forward mode that another thread has opened is this one's, too.
         return _written_over(leaves, columns) if donate else columns
-    alike, donated = layout.alike(streams), [leaves.params, *leaves.state]
+    executor, alike = _executor(group), layout.alike(streams)
+    donated = [leaves.params, *leaves.state]
     in_place = donate and all(map(is_, streams, alike))
     out = donated if in_place else None
     if out is None and group.choice.name == "native":  # what writes where it is told to
-        out = leaves.rule.recycler.columns(Maker(alike[1]), sum(leaves.rule.outputs))
-    columns = _executor(group)(alike, rows, which, out=out, tasks=leaves.tasks)
+        written = sum(map(executor.program.is_stream, executor.program.outputs))
+        out = leaves.rule.recycler.columns(Maker(alike[1]), written)
+    columns = executor(alike, rows, which, out=out, tasks=leaves.tasks)
     if in_place:
         torch.autograd.graph.increment_version([x for c in donated for x in c])
     return _written_over(leaves, columns) if donate and not in_place else columns
