@@ -292,6 +292,12 @@ CASES = [
             "0-d",
         ),
         (
+            "tensor in a number per leaf, in place",
+            lambda x: step(x, FADING, lr=torch.ones(1), donate=True),
+            "fading's 'rate'",
+            "0-d",
+        ),
+        (
             "label without optimizer",
             lambda x: fo.partition({"a": SGD}, {"layer": "a", "scale": "z"}).init(
                 x.params

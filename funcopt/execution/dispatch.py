@@ -161,10 +161,12 @@ def _run(leaves: Leaves, group: LeafGroup, donate: bool) -> Sequence[Column]:
         return _written_over(leaves, columns) if donate else columns
     executor, alike = _executor(group), layout.alike(streams)
     donated = [leaves.params, *leaves.state]
+    written = sum(map(executor.program.is_stream, executor.program.outputs))
+    if written != len(donated):  # a number per leaf has elements: refused behind this
+        donate = False
     in_place = donate and all(map(is_, streams, alike))
     out = donated if in_place else None
     if out is None and group.choice.name == "native":  # what writes where it is told to
-        written = sum(map(executor.program.is_stream, executor.program.outputs))
         out = leaves.rule.recycler.columns(Maker(alike[1]), written)
     columns = executor(alike, rows, which, out=out, tasks=leaves.tasks)
     if in_place:
