@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from funcopt import tree
+from funcopt import derivatives, tree
 from funcopt.execution import autocast, levels
 from funcopt.types import Tensor
 
@@ -113,18 +113,15 @@ def pulled(
 ) -> tuple[Tensor, ...]:
     """The gradients of a function by its tensors, made `apart`."""
 
+    def of_list(values: Sequence[Tensor]) -> Sequence[Tensor]:
+        out = function(*values)
+        return out if isinstance(out, tuple) else (out,)
+
     def back(*given: Tensor) -> tuple[Tensor, ...]:
         values, bars = given[: len(tensors)], given[len(tensors) :]
-        if levels.differentiating(given):
-            made: Any = torch.func.vjp(function, *values)
-            out, pull = made
-            return pull(bars if isinstance(out, tuple) else bars[0])
-        # What torch.func does not, plain autograd works within saved tensors' hooks.
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in values]
-            out = function(*leaves)
-        return torch.autograd.grad(
-            out, leaves, bars, allow_unused=True, materialize_grads=True
+        found = derivatives.pull(of_list, values, bars, range(len(values)))
+        return tuple(
+            torch.zeros_like(x) if g is None else g for x, g in zip(values, found)
         )
 
     return apart(back, *map(levels.alive, tensors), *cotangents)
