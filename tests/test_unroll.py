@@ -974,14 +974,17 @@ def tied(grads: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("remat", [None, "step"])
+@pytest.mark.parametrize("steps", [1, 2])
 def test_what_the_loss_closes_over_is_constant_also_where_a_step_gives_it_back(
-    remat: Any,
+    steps: int, remat: Any
 ):
-    opt = fo.elementwise(late, name="late", slots={}, hyper={})
+    """The start itself in the first step, and what that one gives back in the second."""
+    late_one = fo.elementwise(late, name="late", slots={}, hyper={})
+    opt = late_one if steps == 2 else fo.sgd(lr=0.5)
 
     def outer(theta: Tensor) -> Tensor:
         fixed = theta if remat is None else theta.detach()
-        run = fo.unroll(opt, lambda p, _: p * fixed, theta, steps=2, remat=remat)
+        run = fo.unroll(opt, lambda p, _: p * fixed, theta, steps=steps, remat=remat)
         return run.params
 
     theta = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
