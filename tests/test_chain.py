@@ -65,7 +65,7 @@ def without_nans(grads: Leaves, params: Leaves) -> Leaves:
     return [torch.nan_to_num(g, nan=0.0, posinf=torch.inf) for g in grads]
 
 
-def in_region(new: Leaves, old: Leaves, ratio: Any = 0.05, floor: Any = 0.9) -> Leaves:
+def in_region(new: Leaves, old: Leaves, ratio: Any = 0.05, floor: Any = 1.5) -> Leaves:
     found = []
     for p, q in zip(old, new):
         longest = float(ratio) * max(norm([p]).item(), float(floor))
@@ -137,7 +137,7 @@ LINKS = {
     ),
     "zero_nans": Link(fo.zero_nans, without_nans),
     "trust_region": Link(
-        fo.trust_region, in_region, before=False, hyper={"ratio": 0.05, "floor": 0.9}
+        fo.trust_region, in_region, before=False, hyper={"ratio": 0.05, "floor": 1.5}
     ),
     "non_negative": onto("non_negative", True),
     "box": onto("box", True, low=-0.4, high=0.9),
