@@ -248,6 +248,17 @@ def test_muons_derivative_is_that_of_its_iteration_unrounded(shape: tuple[int, .
     assert 1e-6 < (found[torch.bfloat16][2] - found[None][2]).abs().max() < 1e-2
 
 
+def test_muons_step_within_forward_modes_is_the_step_outside():
+    """Rounded as bfloat16's products are, though its derivative is not."""
+    opt, (g, p) = fo.muon(lr=0.1), random_like([torch.empty(6, 3).double()] * 2, 8)
+
+    def step(g: Tensor) -> Tensor:
+        return opt.update(g, opt.init(p), p)[0]
+
+    found = jvp(lambda g: jvp(step, (g,), (g,))[0], (g,), (g,))[0]
+    assert torch.equal(found, step(g))
+
+
 @pytest.mark.parametrize("shape", [(20, 64), (64, 20), (32, 32)], ids=str)
 def test_float32_makes_bfloat16s_products(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
