@@ -849,6 +849,8 @@ def test_what_has_no_class_is_refused():
     for opt in (chained, fo.partition({"a": fo.sgd()}, "a"), fo.lbfgs()):
         with pytest.raises(TypeError, match="no class of funcopt.torch_optim"):
             fo.to_torch(opt, [torch.ones(2)])
+    with pytest.raises(fo.ExecutionError, match="'0' has a number for each element"):
+        fo.to_torch(fo.sgd(lr=torch.tensor([0.1, 0.2])), [torch.ones(2)])
     with pytest.raises(TypeError, match="from_torch takes"):
         fo.from_torch(torch.optim.lr_scheduler)  # pyright: ignore[reportArgumentType]
 
