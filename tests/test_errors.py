@@ -1221,6 +1221,12 @@ COMPOSED = [
             "lbfgs's state['d']", "float64", "float32",
         ),
         (
+            "history that is no tensor",
+            lambda x: step(x, fo.lbfgs(), loss_fn=total, state={
+                **fo.lbfgs().init(x.params), "d": 1.0}),
+            "lbfgs's state['d']", "float,", "float32",
+        ),
+        (
             "leaves on two devices",
             lambda x: fo.lbfgs().init(
                 with_weight(x.params, torch.ones(2, device="meta"))),
