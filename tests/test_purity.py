@@ -12,6 +12,7 @@ from trees import random_like
 
 import funcopt as fo
 from funcopt import tree
+from funcopt.hyper import Hyper
 from funcopt.types import Tree
 
 DTYPES = [torch.float32, torch.bfloat16]  # worked on as they are; as float32
@@ -71,6 +72,26 @@ def test_init_and_update(case: Case, dtype: torch.dtype, requires_grad: bool):
         assert_no_sharing(*result, grads, state, params, hyper)
         params, state = result
     seen.assert_untouched()
+
+
+@pytest.mark.parametrize("execution", ["native", "foreach", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_rule_that_gives_back_what_it_is_given(dtype: torch.dtype, execution: str):
+    """The gradient for a slot, and a slot as it was: each has memory of its own."""
+    opt = fo.elementwise(
+        lambda g, p, last, first, *, step, lr: (p - lr * last, g, first),
+        name="late",
+        slots={"last": torch.zeros_like, "first": torch.clone},
+        hyper={"lr": Hyper(0.1)},
+    )
+    params = {"w": torch.ones(2, 3, dtype=dtype), "b": torch.ones((), dtype=dtype)}
+    state = opt.init(params)
+    for seed in range(2):
+        grads = random_like(params, seed)
+        new = opt.update(grads, state, params, execution=execution)
+        assert_no_sharing(*new, grads, state, params)
+        params, state = new
+    assert all(map(torch.equal, tensors(state["last"]), tensors(grads)))
 
 
 @pytest.fixture
