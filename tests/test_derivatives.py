@@ -341,6 +341,10 @@ CORNERS: dict[str, tuple[fo.Optimizer, dict[str, Any]]] = {
     "no learning rate": (fo.asgd(), {"lr": 0.0}),
     "sgld without noise": (fo.sgld(noise=0.5), {"temperature": 0.0, "lr": 0.0}),
     "sophia, no estimate": (fo.sophia_g(), {"hessian": -1.0, "rho": 0.0}),
+    "schedule-free without a rate, by its root": (
+        fo.schedule_free_sgd(),
+        {"lr": 0.0, "weight_lr_power": 0.5},
+    ),
     "madgrad at rest": (fo.madgrad(), {"lr": 0.0, "eps": 1e-6, "momentum": 0.0}),
 }
 
@@ -367,6 +371,8 @@ def test_finite_in_the_corners(corner: str, dtype: torch.dtype):
     slopes = grad(outer)(point)
     for path, slope in zip(tree.paths(tree.flatten(slopes)[1]), tree.leaves(slopes)):
         assert slope.isfinite().all(), path
+    along = tree.map(torch.ones_like, point)
+    assert jvp(outer, (point,), (along,))[1].isfinite()
 
 
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning")
