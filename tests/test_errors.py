@@ -1139,6 +1139,11 @@ COMPOSED = [
         ("lookahead of 0", lambda x: fo.lookahead(0), "k", "0"),
         ("lookahead of half", lambda x: fo.lookahead(0.5), "k", "0.5"),  # pyright: ignore[reportArgumentType]
         ("alpha of 2", lambda x: fo.chain(SGD, fo.lookahead(2, 2.0)), "alpha", "[0, 1]"),
+        ("a debiased average of elements",
+         lambda x: step(x, fo.chain(SGD, fo.ema(
+             {"layer": 0.5, "scale": torch.full((4,), 0.5)}))),
+         "decay at 'scale'", "(4,)", "one number per leaf"),
+        ("moves clipped below 1", lambda x: fo.adafactor(d=0.5), "d must be", "[1, inf)"),
         ("no calls", lambda x: fo.accumulate(SGD, 0), "k", "0"),
         ("True calls", lambda x: fo.accumulate(SGD, True), "k", "True"),
         ("rates of elements, of which few have a gradient",
