@@ -247,6 +247,12 @@ def test_windows_of_a_swarm_add_up(name: str, objective: Any):
     assert same == (name == "es_single")  # pes draws anew for each window
     assert carry is not None and carry["perturbations"]["hyper"]["lr"].shape == (3,)
     assert carry["params"]["w"].shape == (6, 3)
+    # From the end it begins anew, and nothing of what was drawn before has a part.
+    anew, first = (
+        call(given, LR, window=2, generator=seeded(2), carry=at, **how).grads
+        for at in (carry, None)
+    )
+    assert torch.equal(anew["hyper"]["lr"], first["hyper"]["lr"])
 
 
 def test_a_swarm_is_the_formula_written_out():
