@@ -317,16 +317,18 @@ def test_a_swarm_draws_the_same_in_each_training(name: str, chunk_size: int | No
     assert found.carry["buffers"]["mean"].shape == (4, 4)
 
 
-@pytest.mark.parametrize("eta", [HYPER, {"hyper": ETA["hyper"]}], ids=["both", "hyper"])
-def test_hypergradient_descent_is_a_window_of_one_step(eta: Any):
-    given, carry = problem(), None
-    if "meta" not in eta:
-        plain = {"weights": torch.ones(6).double()}
+@pytest.mark.parametrize("form", ["both", "hyper", "no outer loss"])
+def test_hypergradient_descent_is_a_window_of_one_step(form: str):
+    given, carry, eta = problem(), None, HYPER
+    if form != "both":
+        eta, plain = {"hyper": ETA["hyper"]}, {"weights": torch.ones(6).double()}
         given = replace(
             given,
             inner_loss=lambda p, b, **more: inner(p, b, plain, **more),
             outer_loss=lambda p, b, **more: outer(p, b, None, **more),
         )
+    if form == "no outer loss":  # buffers go on by the step's loss, not by its
+        given = replace(given, outer_loss=None)
     for _ in range(3):
         one, other = (
             at_seed(call, given, eta, carry=carry)
