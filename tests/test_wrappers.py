@@ -210,14 +210,16 @@ def test_masters_step_in_float32(make: Any, dtype: torch.dtype):
         assert_same(params, tree.map(lambda w: w.to(dtype), expected))
 
 
-def test_other_leaves_have_no_master():
-    opt = fo.master_weights(fo.sgd(lr=0.1))
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_other_leaves_have_no_master_and_are_not_rounded(stochastic: bool):
+    opt = fo.master_weights(fo.sgd(lr=0.1), stochastic=stochastic)
     params = {"half": torch.ones(2).bfloat16(), "full": torch.ones(2)}
     state = opt.init(params)
     assert state["master"]["full"] is None
-    new, later = opt.update(params, state, params)
+    given = {"generator": torch.Generator()} if stochastic else {}
+    new, later = opt.update(params, state, params, **given)
     assert later["master"]["full"] is None
-    assert new["full"].tolist() == pytest.approx([0.9, 0.9])
+    assert torch.equal(new["full"], params["full"] - 0.1 * params["full"])
 
 
 def test_stochastic_rounding_is_right_in_the_mean():
