@@ -338,12 +338,13 @@ def test_adafactors_derivative_past_its_bounds():
     assert torch.autograd.gradcheck(lambda g, p: opt.update(g, state, p)[0], given)
 
 
+@pytest.mark.parametrize("eps", [1e-4, 1e-30])  # whose square is 0 in float32
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_shampoo_is_finite_at_equal_eigenvalues(dtype: torch.dtype):
+def test_shampoo_is_finite_at_equal_eigenvalues(dtype: torch.dtype, eps: float):
     """A gradient that is zero, one of equal singular values, one of rank one."""
     one = torch.eye(3, dtype=dtype)
     for g in (0 * one, one, torch.ones_like(one)):
-        opt, p = fo.shampoo(), torch.zeros_like(one)
+        opt, p = fo.shampoo(eps=eps), torch.zeros_like(one)
 
         def outer(g: Tensor, opt: Any = opt, p: Tensor = p) -> Tensor:
             new, state = opt.update(g, opt.init(p), p)

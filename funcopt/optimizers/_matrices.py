@@ -195,7 +195,7 @@ class InverseRoot(torch.autograd.Function):
 def _regularized(x: Tensor) -> tuple[Tensor, float, Tensor]:
     """x's norm (1 for 0), what is added to eigenvalues, relative to it; the identity."""
     squares = (x * x).sum((-2, -1), keepdim=True)
-    scale = torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 1.0)
+    scale = torch.where(squares > 0, squares, 1.0).sqrt()
     ridge = max(x.shape[-1], 1) * torch.finfo(x.dtype).eps
     return scale, ridge, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
 
