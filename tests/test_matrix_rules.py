@@ -430,6 +430,10 @@ def test_a_basis_that_nothing_determines_is_a_constant(
         (slope,) = torch.autograd.grad(both(x), x)
         assert slope.isfinite().all()
         assert slope.any() == (x.detach()[0, 1] == 1)  # a rank of one has a direction
+        if not compiled:  # and forward mode takes the same for constant
+            along = random_like(one, 7)
+            ahead = jvp(both, (x.detach(),), (along,))[1]
+            assert abs(ahead - (slope * along).sum()) <= 1e-5 * slope.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
