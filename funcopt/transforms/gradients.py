@@ -43,7 +43,7 @@ def zero_nans() -> GradientStage:
 
 
 def _centralize(g: Tensor, p: Tensor, *, step: Any) -> tuple[Tensor, ...]:
-    if g.ndim < 2 or not g.numel():
+    if g.ndim < 2:
         return (g,)
     return (g - g.mean(tuple(range(1, g.ndim)), keepdim=True),)
 
