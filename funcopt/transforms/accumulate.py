@@ -146,9 +146,7 @@ def _ready(mean: Tree, given: Tensor, grads: Tree, params: Tree) -> Tree:
     return tree.unflatten(
         structure,
         [
-            None
-            if p is None or (g is None if isinstance(n, Tensor) else not n)
-            else x.to(p.dtype)
+            None if (g is None if isinstance(n, Tensor) else not n) else x.to(p.dtype)
             for x, n, g, p in rows
         ],
     )
