@@ -782,6 +782,7 @@ def test_lbfgs_goes_over_and_back():
     for _ in range(2):
         one.step(closure(one))
     opt, params, state = one.functional()
+    assert not any(x.requires_grad for x in tree_of.leaves((params, state)))
 
     def loss_fn(params: Any) -> Tensor:
         return sum(((p - 1) ** 4).sum() for p in params[0])  # pyright: ignore
