@@ -823,6 +823,19 @@ def test_a_gradient_kept_for_the_next_step_is_not_taken_for_one_by_the_weights()
     assert torch.allclose(one, other, rtol=1e-12)
 
 
+@pytest.mark.parametrize("outer", [score, None], ids=["an outer loss", "none"])
+def test_each_step_of_hypergradient_descent_goes_by_its_own_gradient(outer: Any):
+    """And the outer loss's is not taken for it, though it is by the same parameters."""
+    given, carry = replace(problem(), outer_loss=outer), None
+    for _ in range(3):
+        one = fo.meta.hypergradient_descent(given, LR, carry=carry)
+        other = fo.meta.truncated(given, LR, window=1, carry=carry)
+        slopes, ends = zip(*((e.grads["hyper"], e.carry["params"]) for e in (one, other)))
+        assert torch.allclose(slopes[0]["lr"], slopes[1]["lr"], rtol=1e-12)
+        assert torch.allclose(ends[0]["w"], ends[1]["w"], rtol=1e-12)
+        carry = one.carry
+
+
 def test_the_way_back_goes_through_constraints():
     constrain = fo.meta.constrained({"init": {"w": fo.meta.exp(), "scale": None}})
     free = {"init": PARAMS}
