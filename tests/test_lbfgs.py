@@ -383,6 +383,21 @@ def test_what_nobody_follows(problem: str, donate: bool, history_size: int, sear
 
 
 @searches
+@pytest.mark.parametrize(
+    "flags", [{"tolerance_grad": 10.0}, {"tolerance_grad": 0.1}], ids=str
+)
+def test_it_stops_as_early_where_nobody_follows(search: Any, flags: Any):
+    loss, params, rate = PROBLEMS["quadratic"]
+    opt = fo.lbfgs(1.0 if search else rate, line_search_fn=search, **flags)
+    expected, known = run(opt, loss, params, 2)
+    with torch.no_grad():
+        found, state = run(opt, loss, params, 2)
+    assert state["n_iter"] == known["n_iter"] < 2 * 20
+    assert state["func_evals"] == known["func_evals"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@searches
 @pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
 def test_vectors_of_many_pages(donate: bool, search: Any):
     """Their memory comes from the system; all else is as with few numbers."""
