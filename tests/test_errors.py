@@ -1143,6 +1143,7 @@ COMPOSED = [
          lambda x: step(x, fo.chain(SGD, fo.ema(
              {"layer": 0.5, "scale": torch.full((4,), 0.5)}))),
          "decay at 'scale'", "(4,)", "one number per leaf"),
+        ("shampoo from nothing", lambda x: fo.shampoo(eps=0.0), "eps > 0", "0.0"),
         ("moves clipped below 1", lambda x: fo.adafactor(d=0.5), "d must be", "[1, inf)"),
         ("no calls", lambda x: fo.accumulate(SGD, 0), "k", "0"),
         ("True calls", lambda x: fo.accumulate(SGD, True), "k", "True"),
