@@ -463,6 +463,7 @@ def test_soaps_axes():
     assert sides(precondition_1d=True) == [29, 9, 12, 1, 0, 1]
     assert sides(merge_dims=True) == [100, 0, 64, 0, 0, 0]
     assert sides(merge_dims=True, max_precond_dim=4) == [4, 0, 16 + 4, 0, 0, 0]
+    assert sides(merge_dims=True, max_precond_dim=1) == [0, 0, 0, 0, 0, 0]
 
 
 def test_soap_takes_a_rate_for_each_number():
