@@ -217,6 +217,35 @@ def test_a_stage_does_what_is_said_of_it(name: str):
     assert differ or name == "zero_nans"
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+def test_what_is_cautious_moves_where_its_step_and_the_gradient_agree(maximize: bool):
+    """A gradient of 0 agrees with no step, and what moves makes up for what does not."""
+    inner = fo.sgd(lr=0.1, momentum=0.9, maximize=maximize)
+    opt = fo.cautious(inner, maximize=maximize)
+    p, sign = random_like(torch.empty(6).double(), 1), -1.0 if maximize else 1.0
+    state = opt.init(p)
+    counts = []
+    for k in range(STEPS):
+        g = random_like(p, 50 + k) * (torch.arange(6) != k)
+        step = p - inner.update(g, state, p)[0]
+        agree = sign * step * g > 0
+        expected = p - step * agree / max(agree.sum().item() / 6, 1e-3)
+        p, state = opt.update(g, state, p)
+        assert_close(p, expected, 1e-14)
+        counts.append(agree.sum().item())
+    assert min(counts) < 5 and max(counts) > 1
+    still, _ = opt.update(0 * p, state, p)
+    assert torch.equal(still, p)
+
+
+def test_what_is_cautious_makes_up_for_no_more_than_a_thousand():
+    opt, p, g = fo.cautious(fo.sgd(lr=0.1)), torch.zeros(2500), torch.zeros(2500)
+    for agreeing, factor in ((2, 1000.0), (5, 500.0)):
+        g[:agreeing] = 1.0
+        new, _ = opt.update(g, opt.init(p), p)
+        assert_close(new, -0.1 * factor * g, 1e-6)
+
+
 def test_nans_are_zeros():
     opt = fo.chain(fo.zero_nans(), fo.sgd(lr=1.0))
     grads = torch.tensor([torch.nan, torch.inf, 2.0])
