@@ -274,6 +274,19 @@ def test_kernels_run_the_whole_chain(name: str, dtype: torch.dtype, executor: st
     assert_moved(found[0], params, everywhere=False)
 
 
+def test_lookahead_goes_back_after_every_k_steps():
+    opt, sgd = fo.chain(fo.sgd(lr=0.1), fo.lookahead(2, 0.3)), fo.sgd(lr=0.1)
+    p = slow = expected = random_like(torch.empty(3).double(), 1)
+    state = opt.init(p)
+    for k in range(STEPS):
+        g = random_like(p, 50 + k)
+        p, state = opt.update(g, state, p)
+        expected = sgd.update(g, sgd.init(expected), expected)[0]
+        if k % 2:
+            slow = expected = slow + 0.3 * (expected - slow)
+        assert_close([p, opt.eval_params(state, p)], [expected, slow], 1e-14)
+
+
 def test_noise_fades_and_is_asked_for():
     opt, p = fo.chain(fo.add_noise(eta=0.25, gamma=2.0), fo.sgd(lr=1.0)), torch.zeros(3)
     noise, state = torch.tensor([1.0, -2.0, 0.0]), opt.init(torch.zeros(3))
