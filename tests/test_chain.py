@@ -501,12 +501,16 @@ def test_an_optimizer_that_asks_for_the_loss():
 
 
 def test_the_stages_of_a_chain_of_chains_keep_their_place():
-    inner = fo.chain(fo.clip_by_value(0.5), fo.sgd(lr=0.1))
-    outer = fo.chain(fo.add_decayed_weights(0.2), inner, fo.ema(0.5))
-    flat = fo.chain(
-        fo.add_decayed_weights(0.2), fo.clip_by_value(0.5), fo.sgd(lr=0.1), fo.ema(0.5)
-    )
-    assert_same(steps(outer, mixed()), steps(flat, mixed()))
+    for several in (
+        (fo.clip_by_value(0.5),),
+        (fo.clip_by_global_norm(0.5), fo.clip_by_value(0.2), fo.normalize()),
+    ):
+        inner = fo.chain(*several, fo.sgd(lr=0.1))
+        outer = fo.chain(fo.add_decayed_weights(0.2), inner, fo.ema(0.5))
+        flat = fo.chain(
+            fo.add_decayed_weights(0.2), *several, fo.sgd(lr=0.1), fo.ema(0.5)
+        )
+        assert_same(steps(outer, mixed()), steps(flat, mixed()))
 
 
 def test_a_partition_is_clipped_by_the_norm_of_all():
