@@ -195,6 +195,17 @@ def test_a_part_that_asks_for_the_loss_is_given_the_whole_tree(
     assert loss(new) < loss(PARAMS)
 
 
+def test_a_donation_that_one_part_refuses_is_none_to_the_others():
+    halves = {"a": fo.sgd(lr=0.1), "b": fo.sgd(lr=0.1)}
+    opt = fo.partition(halves, {"x": "a", "y": "b"})
+    params = {"x": torch.ones(2), "y": torch.ones(2)}
+    state = opt.init(params)
+    grads = {"x": torch.ones(2), "y": params["y"][:]}
+    with pytest.raises(fo.ExecutionError, match="share memory"):
+        opt.update(grads, state, params, donate=True)
+    assert params["x"].tolist() == [1.0, 1.0] and not state["a"]["step"].any()
+
+
 # freeze --------------------------------------------------------------------------------
 
 FROZEN: dict[str, Any] = {
