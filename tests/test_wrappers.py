@@ -436,6 +436,9 @@ def test_what_is_evaluated_goes_by_what_a_step_was_given(name: str):
         for g in gradients(params, 3):
             p, state = opt.update(g, state, p, **given, **rate, **more)
         found.append(opt.eval_params(state, p, **given))
+        if name == "sam":  # what is evaluated is not what was climbed to
+            climbed = opt.eval_params(state, p, **given, **more, rho=0.3)
+            assert_same(climbed, found[-1])
         other = opt.eval_params(state, p, momentum=0.9)
         assert_moved(other, found[-1], everywhere=False)
         with pytest.raises(fo.UnknownHyperparameterError, match="'nesterov'"):
