@@ -137,6 +137,8 @@ def test_named_values():
     assert abs(fo.meta.softplus()(f64(0.0)) - torch.log(f64(2.0))) < 1e-15
     assert fo.meta.sigmoid()(f64(0.0)) == 0.5
     assert fo.meta.box(-0.5, 2.0)(f64(0.0)) == 0.75
+    ends = fo.meta.box(0.3, 0.9)(f64(-1e4, 1e4)).tolist()
+    assert ends == [0.3, 0.9]  # where 0.3 + (0.9 - 0.3) is past the end
     assert abs(fo.meta.one_minus_exp().inverse(f64(0.999)) + 6.907755278982137) < 1e-13
     assert 1e307 < fo.meta.exp()(f64(1e4)) < inf
     assert repr(fo.meta.box(0.0, 2.0)) == "box(0.0, 2.0)"
