@@ -245,7 +245,8 @@ def test_windows_of_a_swarm_add_up(name: str, objective: Any):
         total = total / 2
     same = torch.allclose(total, whole.grads["hyper"]["lr"], rtol=1e-11)
     assert same == (name == "es_single")  # pes draws anew for each window
-    assert carry is not None and carry["perturbations"]["hyper"]["lr"].shape == (3,)
+    kept = {"pes": "perturbation_sums", "es_single": "perturbations"}[name]
+    assert carry is not None and carry[kept]["hyper"]["lr"].shape == (3,)
     assert carry["params"]["w"].shape == (6, 3)
     # From the end it begins anew, and nothing of what was drawn before has a part.
     anew, first = (
@@ -705,14 +706,28 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], type[Exception], list[st
     ),
     *(
         (
-            lambda name=name: CALLS[name](
-                problem(), LR, carry=fo.meta.pes(problem(), LR, **HOW).carry
+            lambda name=name, maker=maker: CALLS[name](
+                problem(), LR, carry=maker(problem(), LR, **HOW).carry
             ),
             fo.StructureError,
             ValueError,
             [name, "a swarm"],
         )
-        for name in ("reverse", "es")
+        for name, maker in [
+            ("reverse", fo.meta.pes),
+            ("es", fo.meta.pes),
+            ("es_single", fo.meta.pes),  # what it keeps is the sum of several draws
+            ("pes", fo.meta.es_single),
+        ]
+    ),
+    *(
+        (
+            lambda size=size: CALLS["es"](problem(), LR, chunk_size=size),
+            fo.HyperparameterError,
+            ValueError,
+            ["chunk_size", "whole number", repr(size)],
+        )
+        for size in (0, 2.5, True)
     ),
 ]
 

@@ -890,6 +890,9 @@ def test_there_is_no_such_execution():
     for use in (
         lambda: opt.update(p, opt.init(p), p, execution="cuda"),
         lambda: fo.execution("cuda").__enter__(),
+        lambda: torch.compile(opt.update, backend="eager")(
+            p, opt.init(p), p, execution="cuda"
+        ),
     ):
         with pytest.raises(fo.ExecutionError, match="native, .*foreach, .*reference"):
             use()

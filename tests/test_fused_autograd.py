@@ -620,6 +620,31 @@ def test_only_one_is_followed(name: str, asked: str):
         assert b.any() or not b.numel()
 
 
+@pytest.mark.parametrize("form", ["a rate for each leaf", "a rate"])
+@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_a_leaf_of_which_nothing_is_asked_has_no_gradient(
+    name: str, case: Case, form: str
+):
+    """None as of the reference, for by zeros an outer optimizer would decay it."""
+    found = []
+    for each in (name, "reference"):
+        params = random_like({"a": torch.empty(3), "b": torch.empty(2, 2)}, 1)
+        state, grads = warm_state(case, params), random_like(params, 2)
+        rates = {"a": number(0.1), "b": number(0.2)}
+        lr = rates if form == "a rate for each leaf" else rates["b"]
+        inputs = [*tree.leaves([params, grads]), *tree.leaves(lr)]
+        for x in inputs:
+            x.requires_grad_()
+        new, _ = case.optimizer().update(grads, state, params, lr=lr, execution=each)
+        slopes = torch.autograd.grad(new["b"].square().sum(), inputs, allow_unused=True)
+        found.append(slopes)
+    missing = [slope is None for slope in found[0]]
+    assert missing == [slope is None for slope in found[1]] and missing[0]
+    for a, b in zip(*found):
+        assert b is None or (b.any() and relative(a, b) <= 1e-6)
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_saves_its_inputs_and_nothing_else(name: str):
     params = random_like([torch.empty(100, 3), torch.empty(41)], 1)

@@ -177,6 +177,14 @@ class CallSignature:
     def output_streams(self) -> list[bool]:
         return [self.outputs[i] for i, _ in self.output_places]
 
+    def reached(self, cotangents: Sequence[Any]) -> list[bool]:
+        """For each tensor of a step's list, whether what is not None comes down to it."""
+        given = zip(self.output_places, cotangents)
+        ends = [(self.outputs[k], at) for (k, at), c in given if c is not None]
+        leaves = {at for stream, at in ends if stream}
+        rows = {self.which[at] if stream else at for stream, at in ends}
+        return [at in (leaves if self.inputs[i] else rows) for i, at in self.places]
+
     @cached_property
     def columns(self) -> list[slice]:
         """Where in the list the tensors of each input stream are."""

@@ -51,6 +51,8 @@ def step(
     """
     written = [leaves.params, *leaves.state, vectors]
     if torch.compiler.is_compiling():  # the plain rule is what the compiler fuses
+        if name:
+            executor_choice.known(name)
         if donate:
             given = [x for values in leaves.hyper for x in values.values()]
             donation.check(leaves.grads, written, given)

@@ -72,7 +72,7 @@ def execution(name: str) -> Iterator[None]:
         ...     opt.update(p, opt.init(p), p)[0]
         tensor([0.5000, 0.5000])
     """
-    token = _forced.set(_known(name))
+    token = _forced.set(known(name))
     try:
         yield
     finally:
@@ -90,7 +90,8 @@ def observed() -> Iterator[list["LeafGroup"]]:
         _observer.reset(token)
 
 
-def _known(name: str) -> str:
+def known(name: str) -> str:
+    """The name, if it is one of `NAMES`; raises ExecutionError if not."""
     if name not in NAMES:
         raise ExecutionError(
             f"there is no execution '{name}'; it is one of {', '.join(NAMES)}"
@@ -140,7 +141,7 @@ def groups(leaves: Leaves, name: str | None = None) -> list[LeafGroup]:
     Raises:
         ExecutionError: that one refuses; the message says why.
     """
-    forced = _known(name) if name else _forced.get()
+    forced = known(name) if name else _forced.get()
     look = objects.load().look
     plain, alike, asked = look(leaves.grads, leaves.params, *leaves.state)
     scalars = leaves.scalars()

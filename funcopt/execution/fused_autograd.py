@@ -66,11 +66,19 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx: Any, call: RuleCall, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(call.signature.of is not None)
         return tuple(call.execute(tensors))
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        return _pulled(ctx, ctx.saved_tensors, cotangents)
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, given = ctx.saved_tensors, [c for c in cotangents if c is not None]
+        if len(given) == len(cotangents):
+            return _pulled(ctx, saved, given)
+        # As without kernels, a leaf of which nothing is asked has no gradient: by zeros
+        # an outer optimizer would decay it.
+        _, *found = _pulled(ctx, saved, ctx.call.with_zeros(cotangents, saved))
+        reached = ctx.call.signature.reached(cotangents)
+        return None, *(g if asked else None for g, asked in zip(found, reached))
 
 
 class _Transformed(torch.autograd.Function):

@@ -63,6 +63,21 @@ class RuleCall:
             )
         return outputs
 
+    def with_zeros(
+        self, cotangents: Sequence[Tensor | None], tensors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The cotangents of a step with these tensors, zeros for None."""
+        signature, params = self.signature, tensors[self.signature.columns[1]]
+        shape = (signature.tasks,) if signature.tasks else ()
+
+        def zeros(output: int, at: int) -> Tensor:
+            if signature.outputs[output]:
+                return torch.zeros_like(params[at])
+            return torch.zeros(shape, dtype=torch.float64, device=params[0].device)
+
+        given = zip(cotangents, signature.output_places)
+        return [zeros(*place) if c is None else c for c, place in given]
+
     def _as_tensor(self, value: Any, device: torch.device) -> Tensor:
         if not isinstance(value, Tensor):
             value = _float64(value, device)

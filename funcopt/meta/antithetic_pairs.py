@@ -40,13 +40,16 @@ class AntitheticPairs:
         particles: int,
         generator: torch.Generator,
         chunk_size: int | None,
+        memory: str = "perturbations",
     ) -> None:
         check_count("particles", particles)
+        if chunk_size is not None:
+            check_count("chunk_size", chunk_size)
         # Half precision would round ε, and the sum of them, and what is averaged.
         self.given = tree.detach(eta)
         self.problem, self.eta = problem, tree.map(widened, self.given)
         self.particles, self.generator = particles, generator
-        self.chunk_size = chunk_size
+        self.chunk_size, self.memory = chunk_size, memory
         leaves, structure = tree.flatten(eta)
         widths = select.per_leaf(sigma, structure, "sigma")
         for path, x, width in zip(tree.paths(structure), leaves, widths):
@@ -61,14 +64,14 @@ class AntitheticPairs:
         return tree.map(lambda z, s: (s * z).to(z.dtype), normal, self.sigma)
 
     def kept(self, carry: Carry | None) -> Tree:
-        """The perturbations that a carry goes on with; None where none were drawn."""
+        """What a carry remembers of perturbations; None where none were drawn."""
         if carry is None or not stands_at(self.problem, carry):
             return None
-        if "perturbations" not in carry:
+        if self.memory not in carry:
             return None
-        perturbations = carry["perturbations"]
+        perturbations = carry[self.memory]
         check_remembered("perturbations", perturbations, self.eta)
-        found = tree.leading_axis(perturbations, "perturbations")
+        found = tree.leading_axis(perturbations, self.memory)
         if found != self.particles:
             raise StructureError(
                 f"the carry holds {found} pairs of particles, but particles="
@@ -86,7 +89,7 @@ class AntitheticPairs:
         both = tree.map(lambda x, e: torch.cat([x + e, x - e]), self.eta, noise)
         at, apart = None, False
         if carry is not None and start:
-            at, apart = standing(carry), "perturbations" in carry
+            at, apart = standing(carry), self.memory in carry
             if not apart:
                 at = tree.map(lambda x: x.expand(2 * pairs, *x.shape), at)
 
@@ -117,7 +120,7 @@ class AntitheticPairs:
                     lambda x: (x.var(0) / pairs).sqrt() if x.numel() else x[0], each
                 )
                 diagnostics["standard_error"] = alike(errors, self.given)
-        end = {**end, "step": start + count, "perturbations": weight}
+        end = {**end, "step": start + count, self.memory: weight}
         grads = alike(tree.map(lambda x: x.mean(0), each), self.given)
         return Estimate(values.mean(), grads, diagnostics, end)
 

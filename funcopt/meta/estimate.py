@@ -121,7 +121,7 @@ def check_eta(name: str, problem: Problem, eta: Tree, carry: Carry | None = None
             f"has come to the end, or use {_quoted([*_MEMORY])}, whose own carries "
             "remember"
         )
-    if _MEMORY.get(name) != "perturbations":
+    if _MEMORY.get(name) not in carry:
         check_alone(name, carry)
 
 
@@ -142,7 +142,7 @@ def check_keys(eta: Tree, least: int = 0) -> None:
 
 def check_alone(name: str, carry: Carry) -> None:
     """Raise where a carry stands for many trainings."""
-    if "perturbations" in carry:
+    if not carry.keys().isdisjoint(_SWARMS):
         raise StructureError(
             f"{name} goes on from one training, and this carry holds a swarm of them; "
             "begin with carry=None, or with one by fo.meta.advance"
@@ -186,9 +186,10 @@ def check_no_level(name: str, values: Tree) -> None:
 #: by what the carry of some keeps how the state depends on eta
 _MEMORY: Mapping[str, str] = {
     "forward": "tangents",
-    "pes": "perturbations",
+    "pes": "perturbation_sums",
     "es_single": "perturbations",
 }
+_SWARMS = {"perturbation_sums", "perturbations"}
 
 
 def _quoted(names: Sequence[str]) -> str:

@@ -116,7 +116,7 @@ def pes(
 
     Returns:
         An `Estimate`; value and diagnostics as by `es`, of the window. The carry holds
-        all trainings along a leading axis [2N], and ``"perturbations"`` ξ [N, ...].
+        all trainings along a leading axis [2N], and ``"perturbation_sums"`` ξ [N, ...].
 
     Raises:
         StructureError: a carry of another number of particles, with another eta, or of
@@ -142,7 +142,9 @@ def pes(
         True
     """
     check_eta("pes", problem, eta, carry)
-    pairs = AntitheticPairs(problem, eta, sigma, particles, generator, chunk_size)
+    pairs = AntitheticPairs(
+        problem, eta, sigma, particles, generator, chunk_size, "perturbation_sums"
+    )
     noise, kept = pairs.draw(), pairs.kept(carry)
     total = noise if kept is None else tree.map(torch.add, kept, noise)
     return pairs.estimate(noise, total, carry, window)
