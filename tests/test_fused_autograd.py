@@ -693,13 +693,47 @@ def test_no_graph_where_none_is_asked_for(name: str):
         assert step_of(p.detach(), name)[0].is_inference()
 
 
+class Hyperbolic(torch.autograd.Function):
+    """tanh, with a derivative by an operation that is in no kernel."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        return cotangents[0] / torch.cosh(ctx.saved_tensors[0]) ** 2
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0] / torch.cosh(ctx.saved_tensors[0]) ** 2
+
+
 def bent(g: Tensor, p: Tensor, m: Tensor, *, step: Any, lr: Any) -> tuple[Any, ...]:
-    m = torch.lerp(m, torch.tanh(g * p), 0.5)  # aten.tanh_backward is in no kernel
+    m = torch.lerp(m, Hyperbolic.apply(g * p), 0.5)
     return p - lr * m * (1 + p * p), m
 
 
-BENT = fo.elementwise(
-    bent, name="bent", slots={"m": torch.ones_like}, hyper={"lr": Hyper(0.1)}
+def gated(g: Tensor, p: Tensor, m: Tensor, *, step: Any, lr: Any) -> tuple[Any, ...]:
+    m = torch.lerp(m, torch.tanh(g * p), 0.5)
+    return p - torch.sigmoid(lr) * m * torch.sigmoid(p), m * torch.tanh(lr)
+
+
+BENT, GATED = (
+    fo.elementwise(
+        rule,
+        name=rule.__name__,
+        slots={"m": torch.ones_like},
+        hyper={"lr": Hyper(torch.tensor(0.1, dtype=torch.float64))},
+    )
+    for rule in (bent, gated)
 )
 DIFFERENTIATED: dict[str, Callable[[Any], Callable[[Tensor], Any]]] = {
     "reverse": grad,
@@ -711,20 +745,37 @@ DIFFERENTIATED: dict[str, Callable[[Any], Callable[[Tensor], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("what", DIFFERENTIATED)
-@pytest.mark.parametrize("name", FAST)
-def test_a_derivative_that_no_kernel_has_is_torchs(name: str, what: str):
-    """Of the first order too where another is asked of it."""
-    p = random_like(torch.empty(4, dtype=torch.float64), 1)
+def check_derivative(opt: fo.Optimizer, what: str, name: str) -> None:
+    at = random_like(torch.empty(4, dtype=torch.float64), 1)
 
     def found(execution: str) -> Any:
-        def loss(p: Tensor) -> Tensor:
-            new, state = BENT.update(2 * p, BENT.init(p), p, execution=execution)
+        def loss(x: Tensor) -> Tensor:
+            p, lr = x[:3], x[3]
+            new, state = opt.update(2 * p, opt.init(p), p, lr=lr, execution=execution)
             return new.square().sum() + state["m"].sin().sum()
 
-        return DIFFERENTIATED[what](loss)(p)
+        return DIFFERENTIATED[what](loss)(at)
 
     assert_close(found(name), found("reference"), 1e-12)
+
+
+@pytest.mark.parametrize("what", DIFFERENTIATED)
+@pytest.mark.parametrize("name", FAST)
+def test_a_derivative_that_no_kernel_has_is_torchs(
+    name: str, what: str, plain: list[str]
+):
+    """Of the first order too where another is asked of it."""
+    check_derivative(BENT, what, name)
+    assert plain
+
+
+@pytest.mark.parametrize("what", DIFFERENTIATED)
+@pytest.mark.parametrize("name", FAST)
+def test_what_saturates_has_kernels_of_its_derivatives(
+    name: str, what: str, plain: list[str]
+):
+    check_derivative(GATED, what, name)
+    assert not plain or "forward" in what
 
 
 def test_a_tensor_of_inference_mode_may_have_a_tangent():

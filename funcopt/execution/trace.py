@@ -78,7 +78,7 @@ _FILLED = {
 _OF_THREE = {"lerp", "where", "addcmul"}
 _SPECIAL = {
     "full", "full_like", "fill", "scalar_tensor", "copy", "rsub", "masked_fill", "clamp",
-    "clamp_min", "clamp_max", "linalg_vector_norm",
+    "clamp_min", "clamp_max", "linalg_vector_norm", "tanh_backward", "sigmoid_backward",
 }  # fmt: skip
 _KNOWN = _SAME | _SPECIAL | _UNCHANGED | _FILLED.keys() | _OTHER.keys()
 
@@ -169,6 +169,8 @@ class _Recorder(TorchDispatchMode):
             return self._clamped(name, args, kwargs, stream)
         if name == "linalg_vector_norm":
             return self._norm(args, stream)
+        if name in ("tanh_backward", "sigmoid_backward"):
+            return self._slope(name, args, stream)
         if name == "sum":
             value = self._number(args[0])
             return (
@@ -228,6 +230,16 @@ class _Recorder(TorchDispatchMode):
             return self._op("sum", (self._op("abs", (value,), True),), False)
         squares = self._op("sum", (self._op("mul", (value, value), True),), False)
         return self._op("sqrt", (squares,), False)
+
+    def _slope(self, name: str, args: Any, stream: bool) -> int:
+        """c · (1 - y²) of tanh, c · (1 - y) · y of sigmoid, in torch's order."""
+        c, y, one = map(self._number, (*args, 1.0))
+        inner = self._is_stream(y)
+        if name == "tanh_backward":
+            square = self._op("mul", (y, y), inner)
+            return self._op("mul", (c, self._op("sub", (one, square), inner)), stream)
+        c = self._op("mul", (c, self._op("sub", (one, y), inner)), stream)
+        return self._op("mul", (c, y), stream)
 
     def _number(self, value: Any, integers: bool = False) -> int:
         """The number of a tensor's value, or of a literal."""
