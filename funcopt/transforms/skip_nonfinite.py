@@ -78,7 +78,8 @@ class _SkipNonfinite:
             donation.check_trees(grads, state, params)
         finite = _all_finite(grads, state["skipped"].device)
 
-        def step(grads: Tree, donate: bool) -> tuple[Tree, State]:
+        # Dynamo evaluates the annotations of an inner function, and knows no tuple[...].
+        def step(grads: Tree, donate: bool) -> Any:
             return self.opt.update(
                 grads, state["optimizer"], params, donate=donate, **given
             )
