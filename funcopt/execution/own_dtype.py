@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from funcopt import derivatives, tree
-from funcopt.execution import autocast, levels
+from funcopt import tree
+from funcopt.execution import autocast, levels, pullback
 from funcopt.types import Tensor
 
 #: whether it was on around `keeping`
@@ -119,7 +119,7 @@ def pulled(
 
     def back(*given: Tensor) -> tuple[Tensor, ...]:
         values, bars = given[: len(tensors)], given[len(tensors) :]
-        found = derivatives.pull(of_list, values, bars, range(len(values)))
+        found = pullback.pull(of_list, values, bars, range(len(values)))
         return tuple(
             torch.zeros_like(x) if g is None else g for x, g in zip(values, found)
         )

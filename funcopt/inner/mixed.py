@@ -17,10 +17,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from funcopt import derivatives
-from funcopt.derivatives import SmoothLeaves, Trees
+from funcopt.derivatives import SmoothLeaves, Trees, added
 from funcopt.errors import ExecutionError
-from funcopt.execution import concrete, levels
+from funcopt.execution import concrete, levels, pullback
 from funcopt.execution.outside import outside
 from funcopt.inner.custom_vjp import CallContext, CustomVJP, distinct
 from funcopt.inner.loss import InnerLoss
@@ -103,7 +102,7 @@ class _GradientCall:
     ) -> list[Tensor | None]:
         if not by_forward(saved):
             with explained():
-                return derivatives.pull(
+                return pullback.pull(
                     lambda smooth: self._outputs(smooth, saved, again),
                     values,
                     cotangents,
@@ -183,8 +182,8 @@ def pull(
             parts.append([s if s is None else first * s for s in slopes])
             first = None
     if any(c is not None for c in (first, *rest)):
-        parts.append(derivatives.pull(results, values, [first, *rest], wanted))
-    return derivatives.added(*parts) if parts else [None] * len(wanted)
+        parts.append(pullback.pull(results, values, [first, *rest], wanted))
+    return added(*parts) if parts else [None] * len(wanted)
 
 
 def _forward_over_reverse(

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from funcopt import derivatives, tree
-from funcopt.derivatives import SmoothLeaves, Trees, widened
+from funcopt import tree
+from funcopt.derivatives import SmoothLeaves, Trees, added, widened
+from funcopt.execution import pullback
 from funcopt.inner import mixed
 from funcopt.inner.custom_vjp import CallContext, CustomVJP, distinct
 from funcopt.inner.loop import CARRY, Loop, Record, Unrolled, carried
@@ -126,11 +127,11 @@ class _LoopCall:
                 for j in shared:
                     entries[j].append(widened(by_place[j]))
                     if not self._sliced[j]:
-                        (sums[j],) = derivatives.added([sums[j]], entries[j][-1:])
+                        (sums[j],) = added([sums[j]], entries[j][-1:])
                         entries[j].clear()
             if i:
                 of_state = kept_bars[(i - 1) * self.carried : i * self.carried]
-                ahead = derivatives.added(ahead, of_state)
+                ahead = added(ahead, of_state)
         check_alike(losses, again)
         for j in shared:
             if self._sliced[j]:
@@ -181,7 +182,7 @@ class _LoopCall:
 
         explained = mixed.explained() if self.loop.step.mixed else nullcontext()
         with drawing_again(rng), explained:
-            return derivatives.pull(step, values, bars, back)
+            return pullback.pull(step, values, bars, back)
 
     def _pull_mixed(
         self,
@@ -210,7 +211,7 @@ class _LoopCall:
             # of the carry the buffers, which come last, are the loss's
             made = self.carried - self.inputs.names().count("buffers")
             wanted = [*back, *range(count, count + len(slopes))]
-            first = derivatives.pull(update, [*values, *slopes], bars[:made], wanted)
+            first = pullback.pull(update, [*values, *slopes], bars[:made], wanted)
         again.append(loss)
 
         def results(values: Tensors) -> list[Tensor]:
@@ -223,7 +224,7 @@ class _LoopCall:
         second = mixed.pull(
             results, values, self.params, back, first[len(back) :], of_results
         )
-        return derivatives.added(first[: len(back)], second)
+        return added(first[: len(back)], second)
 
 
 def _smooth(trees: Trees, names: Sequence[str]) -> list[Tensor]:
