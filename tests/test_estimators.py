@@ -775,6 +775,14 @@ def test_a_derivative_by_what_a_problem_holds_is_refused(name: str, what: str):
         grad(value)(f64(1.0))
 
 
+def test_a_derivative_of_the_metasmoothness_is_refused():
+    def value(scale: Tensor) -> Tensor:
+        return fo.meta.metasmoothness(problem(), {"hyper": {"lr": scale}}, LR, h=1e-3)
+
+    with pytest.raises(fo.GradientLostError, match="^metasmoothness gives numbers"):
+        grad(value)(f64(0.1))
+
+
 def test_a_derivative_by_what_a_loss_closes_over_is_refused():
     def value(scale: Tensor) -> Tensor:
         scaled = replace(problem(), inner_loss=lambda p, b: scale * fit(p, b))

@@ -89,8 +89,8 @@ _WHY: Mapping[tuple[str, str], str] = {
 
 
 def keys_seen(name: str) -> list[str]:
-    """The keys of eta that an estimator sees."""
-    return sorted({KINDS[kind][0] for kind in SEES[name]})
+    """The keys of eta that an estimator sees; what compares values alone sees all."""
+    return sorted({KINDS[kind][0] for kind in SEES.get(name, KINDS)})
 
 
 def check_eta(name: str, problem: Problem, eta: Tree, carry: Carry | None = None) -> None:

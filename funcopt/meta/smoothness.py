@@ -61,7 +61,7 @@ def metasmoothness(problem: Problem, eta: Tree, direction: Tree, h: float) -> Te
         >>> smoothness(0.01) > 0.9, smoothness(1.0) > 0.0       # the second is chaos
         (tensor(True), tensor(False))
     """
-    check_eta("es", problem, eta)  # it sees whatever values can see
+    check_eta("metasmoothness", problem, eta)
     if not 0 < h < float("inf"):
         raise HyperparameterError(f"h must be positive, got {h!r}")
 
