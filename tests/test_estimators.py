@@ -980,6 +980,7 @@ SUMMING = {
 } | dict.fromkeys(("reverse", "mixed", "forward", "first_order"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["last", "mean"])
 @pytest.mark.parametrize("name", SUMMING)
 def test_a_rate_in_half_precision_is_judged_by_all_its_steps(name: str, objective: Any):

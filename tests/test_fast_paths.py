@@ -1009,7 +1009,12 @@ _PLAIN: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("mode", ["reverse", "mixed"])
 @pytest.mark.parametrize(
     "opt",
-    [fo.sgd(), fo.adamw(), fo.muon(ns_dtype=None), fo.shampoo()],
+    [
+        fo.sgd(),
+        fo.adamw(),
+        fo.muon(ns_dtype=None),
+        pytest.param(fo.shampoo(), marks=pytest.mark.slow),
+    ],
     ids=lambda opt: opt.name,
 )
 def test_steps_are_functionalized(opt: fo.Optimizer, mode: Any, how: str):

@@ -416,6 +416,7 @@ def alive() -> int:
     return sum(issubclass(type(x), kinds) for x in gc.get_objects())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", ["loop", "vmap"])
 @pytest.mark.parametrize("options", [{}, {"remat": 1}, {"grad_mode": "mixed"}], ids=str)
 @pytest.mark.parametrize(
