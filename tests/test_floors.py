@@ -151,6 +151,7 @@ FLOORS = {
     "funcopt.meta.antithetic_pairs": 8.15,
     "funcopt.meta.dependence": 8.15,
     "funcopt.meta.constraints": 8.1,
+    "funcopt.meta.windows": 8.25,
     "funcopt.meta.*": 8.2,
     "funcopt": 9,
 }

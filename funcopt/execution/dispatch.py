@@ -54,6 +54,7 @@ def step(
         if name:
             executor_choice.known(name)
         if donate:
+            # Dynamo cannot trace the lock of the cached property behind hyper_values.
             given = [x for values in leaves.hyper for x in values.values()]
             donation.check(leaves.grads, written, given)
         plain = reference.step(leaves)
@@ -164,7 +165,7 @@ def _run(leaves: Leaves, group: LeafGroup, donate: bool) -> Sequence[Column]:
     executor, alike = _executor(group), layout.alike(streams)
     donated = [leaves.params, *leaves.state]
     written = sum(map(executor.program.is_stream, executor.program.outputs))
-    if written != len(donated):  # a number per leaf has elements: refused behind this
+    if written != len(donated):  # a number per leaf has elements: the stepper refuses it
         donate = False
     in_place = donate and all(map(is_, streams, alike))
     out = donated if in_place else None
@@ -232,9 +233,9 @@ def _written_over(leaves: Leaves, columns: Sequence[Column]) -> list[Column]:
 
 
 def _copy(old: list[Tensor], new: list[Tensor]) -> None:
-    """One by one where a compiler fuses them, or one is negated lazily.
+    """One by one where a compiler fuses them, and where one is negated lazily.
 
-    Which torch's operation on lists refuses, and Dynamo cannot ask.
+    The operation on lists refuses lazy negatives; Dynamo cannot ask whether one is.
     """
     if torch.compiler.is_compiling() or any(map(Tensor.is_neg, old)):
         for target, value in zip(old, new):

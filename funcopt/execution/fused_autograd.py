@@ -29,7 +29,7 @@ def run(call: RuleCall, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     followed = levels.differentiating(tensors) and levels.followed(tensors)
     third = call.signature.what in ("second_vjp", "jvp")
     if followed and (third or levels.without_functions()):
-        return call.plain(*tensors)  # where torch would lose it, too
+        return call.plain(*tensors)  # third order, or torch would lose the tangent
     try:
         _ = call.signature.executor
     except (UntraceableError, BuildError):  # of a derivative: the step was tried

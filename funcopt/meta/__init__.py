@@ -37,14 +37,13 @@ from funcopt.meta.problem import Problem
 from funcopt.meta.reverse_mode import (
     first_order,
     mixed,
-    random_window,
     reptile_gradient,
     reverse,
-    truncated,
 )
 from funcopt.meta.rollout import advance
 from funcopt.meta.smoothness import metasmoothness
 from funcopt.meta.tasks import value_and_grad
+from funcopt.meta.windows import random_window, truncated
 
 __all__ = [
     "Constraint",
