@@ -102,7 +102,8 @@ def environment() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        **{name: version(name) for name in ("torch", "funcopt", "matplotlib", "pillow")},
+        "torch": torch.__version__,  # with its build
+        **{name: version(name) for name in ("funcopt", "matplotlib", "pillow")},
     }
 
 
