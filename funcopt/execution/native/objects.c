@@ -267,14 +267,15 @@ static PyObject *counted(PyObject *self, PyObject *const *args, Py_ssize_t count
 }
 
 // What a tensor is in C++, but for its first pointer: who holds it, its shape, dtype and so
-// on, and whether autograd knows it; and of its memory who holds it, where and how large it
-// is. After that the two differ between versions of torch, or tell of nothing.
-enum { OF_TENSOR = 176 - 8, OF_MEMORY = 56 - 8, OF_BOTH = OF_TENSOR + OF_MEMORY };
+// on, and whether autograd knows it, up to the dispatch keys, which are the last; and of its
+// memory who holds it, where and how large it is.
+enum { OF_MEMORY = 56 - 8 };
+#define OF_BOTH (keys + OF_MEMORY)
 
 static void portray(PyObject *x, char *portrait) {
     const char *tensor = *(const char **)((char *)x + behind);
-    memcpy(portrait, tensor + 8, OF_TENSOR);
-    memcpy(portrait + OF_TENSOR, *(const char **)(tensor + storage) + 8, OF_MEMORY);
+    memcpy(portrait, tensor + 8, keys);
+    memcpy(portrait + keys, *(const char **)(tensor + storage) + 8, OF_MEMORY);
 }
 
 // snapshot(tensors): what `unheld` compares with; None of what it cannot tell of.

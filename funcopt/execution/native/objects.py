@@ -188,7 +188,7 @@ def _in_c() -> Objects:
 
 def _offset(tensors: Sequence[Tensor], of: Callable[[Tensor], int]) -> int:
     """Where in what a tensor is in C++ lies this number of it."""
-    for at in range(8, 176, 8):
+    for at in range(8, 192, 8):
         found = [ctypes.c_uint64.from_address(x._cdata + at).value for x in tensors]
         if found == [*map(of, tensors)]:
             return at
