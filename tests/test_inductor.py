@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import funcopt as fo
-from funcopt.meta.inductor import _Once
+from funcopt.meta.inductor import _Once, kernels
 
 X = torch.linspace(0.5, 2.0, 6).reshape(2, 3)
 
@@ -72,6 +72,15 @@ def test_what_is_computed_twice_is_computed_once(name: str):
         found = graph(X)
         torch.manual_seed(seed)
         assert_close(found, function(X), rtol=0, atol=0)
+
+
+def test_torch_2_11_knows_fewer_options(monkeypatch: pytest.MonkeyPatch):
+    def older(gm: Any, example_inputs: Any, *, dynamic_shapes: str) -> Any:
+        return gm
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", older)
+    graph = make_fx(exps)(X)
+    assert_close(kernels(graph, [X])(X), exps(X))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """How torch's compiler, Inductor, makes kernels of a flat graph."""
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,8 +26,14 @@ def kernels(
             graph,
             [x.detach() for x in inputs],
             dynamic_shapes="from_example_inputs",
-            donate_graph_module=True,
+            **_taken(torch._inductor.standalone_compile, donate_graph_module=True),
         )
+
+
+def _taken(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Those of the options that this torch has; 2.11 copies the graph first, always."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in known}
 
 
 class _InOrder(InductorChoices):
