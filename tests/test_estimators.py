@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcopt as fo
 from funcopt import tree
@@ -1124,3 +1125,40 @@ def test_within_autocast_only_the_losses_are_in_half(name: str):
         found = CALLS[name](given, eta)
     for x, y in zip(tree.leaves(found.grads), tree.leaves(expected.grads)):
         assert y.abs().max() > 1e-4 and torch.allclose(x, y, rtol=1e-5)
+
+
+class Accelerator(TorchDispatchMode):
+    """The device "meta" as one with numbers: what is copied from there is zeros."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        named, x = kwargs or {}, args[0] if args else None
+        if func is torch.ops.aten._to_copy.default and isinstance(x, Tensor):
+            made = {"dtype": x.dtype, "device": x.device} | named
+            if x.is_meta and made["device"].type == "cpu":
+                return torch.zeros(x.shape, dtype=made["dtype"])
+        return func(*args, **named)
+
+
+@pytest.mark.parametrize(
+    "name, key", [(n, k) for n in CALLS for k in ("hyper", "meta") if k in keys_seen(n)]
+)
+def test_numbers_of_eta_may_lie_on_the_cpu(name: str, key: str):
+    """As a learned rate does beside parameters on an accelerator."""
+
+    def weighed(p: Any, batch: Any, meta: Any = None) -> Tensor:
+        return fit(p, batch) if meta is None else meta * fit(p, batch)
+
+    data = {"params": PARAMS, "batch": TRAIN, "outer_batch": VALID}
+    data = tree.map(lambda x: x.to("meta"), data)
+    losses = {"inner_loss": weighed, "outer_loss": weighed}
+    given = replace(problem(**data), objective="mean", **losses)
+    eta = LR if key == "hyper" else {"meta": f64(0.5)}
+    with Accelerator():
+        found = CALLS[name](given, eta)
+        if key == "hyper" and name in ("forward", "pes", "es_single"):
+            begun = CALLS[name](given, eta, window=2)
+            found = CALLS[name](given, eta, carry=begun.carry)
+    assert found.value.is_meta
+    assert [x.device.type for x in tree.leaves(found.grads)] == ["cpu"]

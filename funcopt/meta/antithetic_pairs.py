@@ -17,6 +17,7 @@ from funcopt.meta.problem import (
     Problem,
     alike,
     as_given,
+    beside_params,
     go_on,
     outer_value,
     ready,
@@ -45,9 +46,10 @@ class AntitheticPairs:
         check_count("particles", particles)
         if chunk_size is not None:
             check_count("chunk_size", chunk_size)
+        self.problem, self.asked = problem, tree.detach(eta)
+        self.given = beside_params(problem, self.asked)
         # Half precision would round ε, and the sum of them, and what is averaged.
-        self.given = tree.detach(eta)
-        self.problem, self.eta = problem, tree.map(widened, self.given)
+        self.eta = tree.map(widened, self.given)
         self.particles, self.generator = particles, generator
         self.chunk_size, self.memory = chunk_size, memory
         leaves, structure = tree.flatten(eta)
@@ -55,7 +57,7 @@ class AntitheticPairs:
         for path, x, width in zip(tree.paths(structure), leaves, widths):
             if x is not None:
                 _check_width(width, x, path)
-        self.sigma = tree.unflatten(structure, widths)
+        self.sigma = tree.map(_beside, self.eta, tree.unflatten(structure, widths))
 
     def draw(self) -> Tree:
         """Perturbations [N, ...] of width sigma."""
@@ -106,11 +108,12 @@ class AntitheticPairs:
             values, change, end, losses = self._all(one, both, at)
             change = change.unflatten(0, (2, pairs))
             slope = (change[0] - change[1]) / 2
-            each = tree.map(
-                lambda w, s: (w * slope.view(-1, *[1] * (w.ndim - 1)) / s**2).to(w.dtype),
-                weight,
-                self.sigma,
-            )
+
+            def weighed(w: Tensor, s: Any) -> Tensor:
+                by = slope.view(-1, *[1] * (w.ndim - 1)).to(w.device)
+                return (w * by / s**2).to(w.dtype)
+
+            each = tree.map(weighed, weight, self.sigma)
             diagnostics = {
                 "losses": losses.mean(0),
                 "values": values.unflatten(0, (2, pairs)).T,
@@ -119,9 +122,9 @@ class AntitheticPairs:
                 errors = tree.map(
                     lambda x: (x.var(0) / pairs).sqrt() if x.numel() else x[0], each
                 )
-                diagnostics["standard_error"] = alike(errors, self.given)
+                diagnostics["standard_error"] = alike(errors, self.asked)
         end = {**end, "step": start + count, self.memory: weight}
-        grads = alike(tree.map(lambda x: x.mean(0), each), self.given)
+        grads = alike(tree.map(lambda x: x.mean(0), each), self.asked)
         return Estimate(values.mean(), grads, diagnostics, end)
 
     def _all(self, one: Callable[..., Any], eta: Tree, at: Tree) -> Any:
@@ -129,6 +132,10 @@ class AntitheticPairs:
         many = list_vmap(flat, randomness="same", chunk_size=self.chunk_size)
         out = many(*flat.inputs)
         return flat.rebuild(out)
+
+
+def _beside(x: Tensor, width: Any) -> Any:
+    return width.to(x.device) if isinstance(width, Tensor) else width
 
 
 def _check_width(width: Any, x: Tensor, path: str) -> None:

@@ -11,6 +11,7 @@ from funcopt.meta.estimate import Estimate, check_eta, check_remembered
 from funcopt.meta.problem import (
     Carry,
     Problem,
+    beside_params,
     drawing_ahead,
     go_on,
     outer_vjp,
@@ -78,7 +79,8 @@ def forward(
         {'hyper': {'lr': tensor(-13.5333)}}
     """
     check_eta("forward", problem, eta, carry)
-    eta = tree.detach(eta)
+    asked = tree.detach(eta)
+    eta = beside_params(problem, asked)
     start = stands_at(problem, carry)
     count = window_of(problem, start, window)
     every = _basis(eta)
@@ -120,7 +122,7 @@ def forward(
                 values.append(value)
                 for name in ("params", "buffers"):
                     grads = grads + _contracted(slopes[name], z[name])
-                grads = grads + _flat(slopes["eta"])
+                grads = grads + _flat(slopes["eta"], grads.device)
         total = torch.stack(values).sum()
         if problem.objective == "mean":
             total, grads = total / count, grads / count
@@ -128,7 +130,7 @@ def forward(
         norms = sum(squares, start=torch.zeros_like(grads)).sqrt()
     z = {**z, "eta": every}  # by which a later window knows whose tangents these are
     end = tree.detach({**at, "step": start + count, "tangents": z})
-    return Estimate(total, _like(eta, grads), {"tangent_norms": norms}, end)
+    return Estimate(total, _like(asked, grads), {"tangent_norms": norms}, end)
 
 
 def _basis(eta: Tree) -> Tree:
@@ -163,8 +165,8 @@ def _rows(tangents: Tensor) -> Tensor:
     return tangents.flatten(1) if tangents.ndim > 1 else tangents[:, None]
 
 
-def _flat(values: Tree) -> Tensor:
-    return torch.cat([x.flatten() for x in tree.present(values)])
+def _flat(values: Tree, device: torch.device) -> Tensor:
+    return torch.cat([x.flatten().to(device) for x in tree.present(values)])
 
 
 def _like(eta: Tree, flat: Tensor) -> Tree:

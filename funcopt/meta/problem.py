@@ -155,9 +155,28 @@ def ready(problem: Problem, eta: Tree) -> Tree:
     return found
 
 
+def beside_params(problem: Problem, eta: Tree) -> Tree:
+    """``eta`` for a vmap over it: on the device of the parameters, if they have one.
+
+    torch lets a number on the CPU meet tensors of any device, but no batch of numbers.
+    """
+    devices = {p.device for p in tree.present(eta.get("init", problem.params))}
+    if len(devices) != 1:
+        return eta
+    (device,) = devices
+
+    def moved(x: Tensor) -> Tensor:
+        return x if x.ndim else x.to(device)
+
+    found = {key: tree.map(moved, values) for key, values in eta.items()}
+    if "hyper" in eta:  # of which each step may take an entry
+        found["hyper"] = tree.map(lambda x: x.to(device), eta["hyper"])
+    return found
+
+
 def alike(values: Tree, like: Tree) -> Tree:
-    """The values in the dtypes of ``like``."""
-    return tree.map(lambda x, y: x.to(y.dtype), values, like)
+    """The values in the dtypes, and on the devices, of ``like``."""
+    return tree.map(torch.Tensor.to, values, like)
 
 
 def as_given(eta: Tree, like: Tree) -> Tree:
