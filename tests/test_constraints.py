@@ -168,6 +168,17 @@ def test_a_tree_of_constraints_is_a_prefix():
     assert torch.equal(named.inverse(eta)["hyper"]["betas"][0], f64(0.9))
 
 
+def test_a_constrained_tree_may_stand_for_a_branch():
+    hyper = {"lr": fo.meta.exp(), "momentum": fo.meta.sigmoid()}
+    whole = fo.meta.constrained({"init": None, "hyper": hyper})
+    nested = fo.meta.constrained({"init": None, "hyper": fo.meta.constrained(hyper)})
+    eta = {"init": f64(-1.0), "hyper": {"lr": f64(0.1), "momentum": f64(0.9)}}
+    free = nested.inverse(eta)
+    assert repr(nested) == repr(whole)
+    assert torch.allclose(free["hyper"]["lr"], f64(0.1).log())
+    assert torch.allclose(nested(free)["hyper"]["momentum"], f64(0.9))
+
+
 @pytest.mark.parametrize("name", ["reverse", "forward", "truncated", "weight", "descent"])
 def test_estimators_give_the_gradient_of_what_is_free(name: str):
     """dV/dx = dV/dy · dy/dx, of every estimator that sees a rate."""

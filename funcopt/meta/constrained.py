@@ -1,5 +1,6 @@
 """A constraint of a whole tree, from one for each branch or leaf."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from funcopt import select, tree
@@ -13,7 +14,7 @@ def constrained(constraints: Any) -> Constraint:
 
     Args:
         constraints: a prefix tree of constraints, or `by_name`; None leaves a branch as
-            it is.
+            it is. What ``constrained`` gives may stand for a branch.
 
     Returns:
         A constraint that takes a tree of unconstrained tensors to one of constrained
@@ -38,28 +39,40 @@ def constrained(constraints: Any) -> Constraint:
         >>> constrain(free)["hyper"]
         {'lr': tensor(0.1000), 'momentum': tensor(0.9000)}
     """
-    constraints = select.copied(constraints)
     for each in tree.leaves(constraints):
         if each is not None and not isinstance(each, Constraint):
             raise HyperparameterTypeError(
                 f"constrained takes a tree of constraints, such as exp(), not {each!r}"
             )
 
-    def spread(values: Tree, inverse: bool) -> Tree:
-        leaves, structure = tree.flatten(values)
-        each = select.per_leaf(constraints, structure, "constrained")
-        return tree.unflatten(
-            structure,
-            [
-                leaf
-                if leaf is None or constraint is None
-                else (constraint.inverse if inverse else constraint)(leaf)
-                for leaf, constraint in zip(leaves, each)
-            ],
-        )
-
+    whole = tree.map(_tree_of, constraints)
     return Constraint(
-        f"constrained({constraints!r})",
-        lambda x: spread(x, inverse=False),
-        lambda y: spread(y, inverse=True),
+        f"constrained({whole!r})",
+        _Spread(whole, inverse=False),
+        _Spread(whole, inverse=True),
     )
+
+
+def _tree_of(constraint: Constraint) -> Any:
+    """The tree that a constraint of a branch was made from."""
+    forward = constraint.forward
+    return forward.constraints if isinstance(forward, _Spread) else constraint
+
+
+@dataclass(frozen=True, eq=False)
+class _Spread:
+    """Each leaf by its constraint, or by the inverse of that."""
+
+    constraints: Any
+    inverse: bool
+
+    def __call__(self, values: Tree) -> Tree:
+        leaves, structure = tree.flatten(values)
+        each = select.per_leaf(self.constraints, structure, "constrained")
+        rows = zip(leaves, each)
+        return tree.unflatten(structure, [self._one(*row) for row in rows])
+
+    def _one(self, leaf: Any, constraint: Constraint | None) -> Any:
+        if leaf is None or constraint is None:
+            return leaf
+        return constraint.inverse(leaf) if self.inverse else constraint(leaf)
