@@ -114,7 +114,7 @@ class _Partition:
         leaves, structure = tree.flatten(params)
         gradients = tree.flatten_like(structure, grads, "grads")
         check_keys(state, self.optimizers, "partition")
-        if donate:  # all or nothing: a part may not step before another refuses
+        if donate:  # for all parts: one may not step before another may not be written
             donation.check_trees(gradients, leaves, state, others=overrides)
         start = leaves
         if donate and overrides.get("loss_fn"):  # a part is not to see another's step
