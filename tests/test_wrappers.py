@@ -359,6 +359,23 @@ def test_a_schedule_of_rho_goes_on_from_step_to_step(make: Any, donate: bool):
     assert_close(found[0], expected[0], 1e-13)
 
 
+def test_the_optimizers_own_rho_keeps_its_name_in_sam():
+    opt, params = fo.sam(fo.adadelta()), mixed()
+    given = {"rho": 0.3, "sam_rho": 0.4}
+    assert (opt.hyper["rho"], opt.hyper["sam_rho"]) == (0.9, 0.05)
+    g = grad(loss_fn)(params)
+
+    def end(opt: fo.Optimizer, **given: Any) -> Any:
+        return opt.update(g, opt.init(params), params, loss_fn=loss_fn, **given)
+
+    expected = end(fo.sam(fo.adadelta(rho=0.3), 0.4))
+    assert_close(end(opt, **given), expected, 1e-13)
+    assert_close(end(fo.scheduled(opt, **given)), expected, 1e-13)
+    for other in ("rho", "sam_rho"):
+        found = tree.leaves(end(opt, **{**given, other: 0.1}))
+        assert any(not torch.equal(*x) for x in zip(found, tree.leaves(expected)))
+
+
 @pytest.mark.parametrize("recorded", [False, True])
 def test_sam_of_leaves_without_gradients_stays(recorded: bool):
     """As in a partition whose other parts move: the loss is of nothing that does."""

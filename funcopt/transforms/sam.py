@@ -16,6 +16,7 @@ from funcopt.hyper import Hyper
 from funcopt.optimizer import Optimizer, check_optimizer, from_spec
 from funcopt.optimizers._parts import Number, root
 from funcopt.spec import Spec
+from funcopt.transforms.stage import joined
 from funcopt.types import HyperValue, State, Tensor, Tree
 
 
@@ -31,7 +32,8 @@ def sam(opt: Optimizer, rho: HyperValue = 0.05, *, adaptive: bool = False) -> Op
 
     Args:
         opt: the Optimizer that makes the step.
-        rho: how far away, ≥ 0.
+        rho: how far away, ≥ 0. Its name in ``update`` is ``sam_rho`` where ``opt`` has a
+            ``rho`` of its own (`adadelta`, `sophia_g`).
         adaptive: in proportion to each parameter.
 
     Returns:
@@ -65,8 +67,10 @@ def sam(opt: Optimizer, rho: HyperValue = 0.05, *, adaptive: bool = False) -> Op
 
     rule = partial(_climbed, adaptive=adaptive)
     totals = [{"norm_sq": partial(_norm_sq, adaptive=adaptive)}]
-    its = _Sam(opt, from_spec(Spec(rule, "sam", {}, {"rho": Hyper(rho)}, totals=totals)))
-    hyper = {**opt.hyper, "rho": rho, "loss_fn": None}
+    spec = Spec(rule, "sam", {}, {"rho": Hyper(rho)}, totals=totals)
+    climb = from_spec(joined([spec], None, [], "sam", taken=opt.hyper))
+    its = _Sam(opt, climb)
+    hyper = {**opt.hyper, **climb.hyper, "loss_fn": None}
     name = f"sam({opt.name})"
     return Optimizer(its.init, its.update, name, hyper, eval_params=its.eval_params)
 
@@ -100,7 +104,6 @@ class _Sam:
         *,
         donate: bool = False,
         loss_fn: Callable[[Tree], Tensor] | None = None,
-        rho: HyperValue | None = None,
         **given: Any,
     ) -> tuple[Tree, State]:
         if not callable(loss_fn):
@@ -109,7 +112,7 @@ class _Sam:
                 f"loss_fn=a function of params that gives the loss), not {loss_fn!r}"
             )
         check_keys(state, ("optimizer", "step"), "sam")
-        far = {} if rho is None else {"rho": rho}
+        far = {name: given.pop(name) for name in self.climb.hyper if name in given}
         above, climbed = self.climb.update(grads, {"step": state["step"]}, params, **far)
         steep = _gradient(loss_fn, above, grads)
         if donate:
@@ -124,7 +127,10 @@ class _Sam:
 
     def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
         check_keys(state, ("optimizer", "step"), "sam")
-        for name in ("rho", "loss_fn"):  # what is evaluated is not what was climbed to
+        for name in (
+            *self.climb.hyper,
+            "loss_fn",
+        ):  # what is evaluated is not what was climbed to
             given.pop(name, None)
         return self.opt.eval_params(state["optimizer"], params, **given)
 
