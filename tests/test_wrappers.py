@@ -376,6 +376,23 @@ def test_the_optimizers_own_rho_keeps_its_name_in_sam():
         assert any(not torch.equal(*x) for x in zip(found, tree.leaves(expected)))
 
 
+@pytest.mark.parametrize("at", ["p", "p + ε"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_within_sam_a_step_is_skipped_for_either_gradient(at: str, bad: float):
+    opt, params = fo.sam(fo.skip_nonfinite(fo.adam(lr=0.1))), small()
+    grads, add = grad(loss_fn)(params), bad if at == "p + ε" else 0.0
+    if at == "p":
+        tree.leaves(grads)[0].fill_(bad)
+    new, state = opt.update(
+        grads,
+        opt.init(params),
+        params,
+        loss_fn=lambda p: loss_fn(p) + add * tree.leaves(p)[0].sum(),
+    )
+    assert state["optimizer"]["skipped"] == 1
+    assert_close(new, params, 0)
+
+
 @pytest.mark.parametrize("recorded", [False, True])
 def test_sam_of_leaves_without_gradients_stays(recorded: bool):
     """As in a partition whose other parts move: the loss is of nothing that does."""

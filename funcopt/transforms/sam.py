@@ -48,7 +48,9 @@ def sam(opt: Optimizer, rho: HyperValue = 0.05, *, adaptive: bool = False) -> Op
 
     Note:
         A derivative through the step runs through ε, too: it is exact, and takes second
-        derivatives of the loss.
+        derivatives of the loss. `skip_nonfinite` goes within: there it sees the gradient
+        at p + ε, which is not finite where that at p is not; outside of `sam` it sees
+        that at p alone.
 
     Source:
         Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-aware minimization for efficiently
