@@ -23,7 +23,8 @@ def accumulate(opt: Optimizer, k: int) -> Optimizer:
         \text{mean}_i = \text{mean}_{i-1} + (g_i - \text{mean}_{i-1}) / i
         \qquad \text{and after } i = k: \quad \text{step}(\text{mean}_k)
 
-    For k - 1 calls parameters are returned as they are, the same tensors.
+    For k - 1 calls parameters are returned as they are, the same tensors; what is given
+    for hyperparameters is looked at, and counts, in the k-th.
 
     Args:
         opt: any Optimizer.
