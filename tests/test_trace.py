@@ -190,6 +190,31 @@ def test_what_is_refused_still_runs(name: str):
         assert found is expected
 
 
+OF_TRUTHS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "a product": lambda g, lr: (g > 0) * lr,
+    "a product of a literal": lambda g, lr: ((g > 0) * 0.1) * g,
+    "a sum": lambda g, lr: (g > 0) + 0.1,
+    "a choice": lambda g, lr: torch.where(g > 0, 0.1, 0.2),
+    "a choice of a rate": lambda g, lr: torch.where(g > 0, lr, 0.2) * g,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", OF_TRUTHS)
+def test_numbers_of_truths_have_the_digits_that_torch_gives_them(
+    name: str, dtype: torch.dtype
+):
+    def rule(g: Tensor, p: Tensor, *, step: Any, lr: Any) -> tuple[Tensor]:
+        return (p - OF_TRUTHS[name](g, lr),)
+
+    opt = fo.elementwise(rule, name="truths", slots={}, hyper={"lr": Hyper(0.1)})
+    g, p = torch.linspace(-1, 1, 8, dtype=dtype), torch.linspace(0.1, 1, 8, dtype=dtype)
+    expected, _ = opt.update(g, opt.init(p), p, execution="reference")
+    found, _ = opt.update(g, opt.init(p), p)
+    assert torch.equal(found, expected)
+    assert ("truths alone" in str(fo.plan(opt, p, g))) == (dtype is torch.float64)
+
+
 def test_a_rule_that_needs_its_leaf_whole_is_refused():
     def rule(g: Tensor, p: Tensor, *, step: Any, lr: Any) -> Any:
         return (p - lr * g,)

@@ -83,6 +83,11 @@ _SPECIAL = {
 _KNOWN = _SAME | _SPECIAL | _UNCHANGED | _FILLED.keys() | _OTHER.keys()
 
 
+def _is_of_numbers(value: Any) -> bool:
+    """Whether it is a stream that says which dtype a result has."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.dtype is not torch.bool
+
+
 class _Recorder(TorchDispatchMode):
     """Writes down each operation while it runs."""
 
@@ -158,6 +163,8 @@ class _Recorder(TorchDispatchMode):
                     both = self._filled(1.0, False), self._filled(0.0, False)
                     return self._op("where", (value, *both), True)
             return value
+        if stream and not boolean and not any(map(_is_of_numbers, args)):
+            self._check_promotion()
         name = _OTHER.get(name, name)
         if name == "add" and boolean and stream:
             name = "logical_or"  # two truths are one
@@ -196,6 +203,14 @@ class _Recorder(TorchDispatchMode):
         if not kept:
             raise UntraceableError(
                 f"a cast from {old} to {new} is not among the operations"
+            )
+
+    def _check_promotion(self) -> None:
+        """Truths and Python numbers make tensors of torch's default dtype."""
+        made = torch.get_default_dtype()
+        if made is not self.dtype:
+            raise UntraceableError(
+                f"it makes numbers of truths alone, which torch keeps in {made}"
             )
 
     def _recast(self, view: bool, given: Tensor, out: Tensor) -> int:
