@@ -243,6 +243,8 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "maximum": torch.maximum,
     "minimum": torch.minimum,
     "clamp": lambda a, b: a.clamp(-1.0, 1.0),
+    "clamp from below by zero": lambda a, b: a.clamp(min=0.0),
+    "clamp from above by zero": lambda a, b: a.clamp(max=0.0),
     "where": lambda a, b: torch.where(a > b, a, b),
     "comparisons": lambda a, b: torch.where((a <= b) & (a != b) | (a == 1), a, b),
     "not": lambda a, b: torch.where(torch.logical_not(a >= b), a, b),

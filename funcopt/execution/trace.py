@@ -233,7 +233,8 @@ class _Recorder(TorchDispatchMode):
             limit = args[i] if len(args) > i else kwargs.get(bound)
             if limit is not None:
                 which = "maximum" if bound == "min" else "minimum"
-                value = self._op(which, (value, self._number(limit)), stream)
+                # Of equals, zeros of either sign, kernels give the second: as a clamp.
+                value = self._op(which, (self._number(limit), value), stream)
         return value
 
     def _norm(self, args: Any, stream: bool) -> int:

@@ -53,13 +53,13 @@ def root(x):
 @triton.jit
 def larger(a, b):
     """The maximum; a NaN comes through, as in torch."""
-    return tl.where((a > b) | (a != a), a, b)
+    return tl.where(a != a, a, tl.where(a > b, a, b))
 
 
 @triton.jit
 def smaller(a, b):
     """The minimum; a NaN comes through, as in torch."""
-    return tl.where((a < b) | (a != a), a, b)
+    return tl.where(a != a, a, tl.where(a < b, a, b))
 
 
 @triton.jit
