@@ -8,7 +8,7 @@ import torch
 from funcopt import tree
 from funcopt.derivatives import Trees, jvp, vjp
 from funcopt.execution import levels
-from funcopt.func import exact_norms
+from funcopt.func.norms import exact_norms
 from funcopt.inner.loss import InnerLoss
 from funcopt.types import LossFunction, Tree
 

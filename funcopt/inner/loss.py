@@ -12,7 +12,7 @@ from funcopt.checks import check_function
 from funcopt.errors import LeafError, StructureError
 from funcopt.execution import autocast, levels
 from funcopt.flat_function import FlatFunction
-from funcopt.func import ConstantStatistics, exact_norms
+from funcopt.func.norms import ConstantStatistics, exact_norms
 from funcopt.types import LossFunction, Tensor, Tree
 
 #: the arguments of an inner loss, in `unroll`'s words

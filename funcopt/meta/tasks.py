@@ -15,7 +15,7 @@ from funcopt.derivatives import widened
 from funcopt.errors import ExecutionError, HyperparameterError, StructureError
 from funcopt.execution import levels
 from funcopt.flat_function import FlatFunction
-from funcopt.func import exact_norms
+from funcopt.func.norms import exact_norms
 from funcopt.inner.loss import loss_and_aux
 from funcopt.list_vmap import Randomness, list_vmap
 from funcopt.meta.compiled import Compiled
