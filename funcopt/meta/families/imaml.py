@@ -1,6 +1,5 @@
 """iMAML: adapt near θ for as long as it takes, and differentiate the minimum alone."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,36 +87,24 @@ def imaml(
     def only_loss(out: Any) -> Tensor:
         return out[0] if has_aux else out
 
-    def loss_of_query(params: Tree, batch: Tree, _: Tree, **more: Tree) -> Tensor:
-        return only_loss(loss_fn(params, batch, **more))
-
     def task_loss(theta: Tree, task: Tree) -> Any:
         support, query = pair(task)
         start = tree.detach(theta)
-        problem = Problem(
-            inner,
-            lambda *given, **more: only_loss(near(*given, **more)),
-            loss_of_query,
-            steps=steps,
-            params=start,
-            buffers=buffers,
-            batch=support,
-            outer_batch=query,
-        )
+
+        def at(params: Tree, theta: Tree) -> Tree:
+            """A leaf that stays where it starts is θ's, and is no unknown."""
+            return tree.map(lambda p, q, m: p if m else q, params, theta, moving)
+
+        def inner_loss(params: Tree, batch: Tree, theta: Tree, **more: Tree) -> Tensor:
+            return only_loss(near(at(params, theta), batch, theta, **more))
+
+        def outer_loss(params: Tree, batch: Tree, theta: Tree, **more: Tree) -> Tensor:
+            return only_loss(loss_fn(at(params, theta), batch, **more))
+
+        data: Any = {"batch": support, "outer_batch": query, "buffers": buffers}
+        problem = Problem(inner, inner_loss, outer_loss, steps, start, **data)
         eta = {"meta": start}
         moving = moving_leaves(problem, eta, go_on(problem, eta, None))
-
-        def joined(loss: LossFunction) -> LossFunction:
-            """A leaf that stays where it starts is θ's, and is no unknown."""
-
-            def of_both(params: Tree, batch: Tree, theta: Tree, **more: Tree) -> Tensor:
-                at = tree.map(lambda p, q, m: p if m else q, params, theta, moving)
-                return loss(at, batch, theta, **more)
-
-            return of_both
-
-        inner_loss, outer_loss = joined(problem.inner_loss), joined(loss_of_query)
-        problem = replace(problem, inner_loss=inner_loss, outer_loss=outer_loss)
         found = implicit(problem, eta, iterations=iterations, damping=damping)
         # The value, and a slope of zero height: its gradient by θ is what was found.
         slopes = tree.map(
