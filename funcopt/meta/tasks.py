@@ -3,9 +3,10 @@
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -23,7 +24,7 @@ from funcopt.meta.ranks import Part, over_ranks
 from funcopt.types import Tensor, Tree
 
 #: theta and a batch of tasks → the means of losses and gradients, and each task's aux
-Means = Mapping[str, Callable[[Tree, Tree], tuple[Tensor, Tree, Tree]]]
+Ways: TypeAlias = Mapping[str, Callable[[Tree, Tree], tuple[Tensor, Tree, Tree]]]
 
 
 def value_and_grad(
@@ -119,91 +120,102 @@ def value_and_grad(
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
 
-    def value_and_aux(theta: Tree, task: Tree) -> tuple[Tensor, Tree]:
-        return loss_and_aux(task_loss(theta, task), has_aux, "task_loss")
+    mean = _Mean(task_loss, tasks, chunk_size, has_aux, randomness, process_group)
+    ways: Ways = {"loop": mean.alone, "vmap": mean.together}
+    plain = partial(mean, ways)
+    if not compile:
+        return plain
+    whole = Compiled(plain, "meta-step")
+    by_parts = partial(mean, {n: Compiled(way, "meta-step") for n, way in ways.items()})
 
-    def alone(theta: Tree, batch: Tree) -> tuple[Tensor, Tree, Tree]:
-        flat = FlatFunction(value_and_aux, theta, tree.map(itemgetter(0), batch))
+    def compiled(theta: Tree, batch: Tree) -> tuple[Any, Tree]:
+        if process_group is not None:
+            return by_parts(theta, batch)
+        done = whole.again(theta, batch)
+        if done is not None:
+            return done
+        _, size, count = mean.at_once(theta, batch)
+        return (by_parts if size < count else whole)(theta, batch)
+
+    return compiled
+
+
+@dataclass(frozen=True, eq=False)
+class _Mean:
+    """The mean loss of a batch of tasks, and its gradient; see `value_and_grad`."""
+
+    task_loss: Callable[[Tree, Tree], Any]
+    tasks: Literal["vmap", "loop", "auto"]
+    chunk_size: int | None
+    has_aux: bool
+    randomness: Randomness
+    process_group: Any
+
+    def __call__(self, ways: Ways, theta: Tree, batch: Tree) -> tuple[Any, Tree]:
+        part, group = partial(self.total, ways, theta, batch), self.process_group
+        added, dtypes, count, aux = part() if group is None else over_ranks(part, group)
+        found = tree.map(lambda x, dtype: (x / count).to(dtype), added, dtypes)
+        loss, grads = found["loss"], found["theta"]
+        return ((loss, aux) if self.has_aux else loss), grads
+
+    def total(self, ways: Ways, theta: Tree, batch: Tree) -> Part:
+        """The sums over these tasks, their dtypes, the number of tasks, and their aux.
+
+        The sums of half precision are wider: so many numbers would not be there in it.
+        """
+        path, size, count = self.at_once(theta, batch)
+        several = size < count
+        seed = torch.get_rng_state() if several and self.randomness == "same" else None
+        # A derivative of the meta-gradient is one that torch has wrong of norm layers.
+        given = [*tree.leaves(theta), *tree.leaves(batch)]
+        exact = exact_norms if levels.derivative_outside(given) else nullcontext
+        one, added, auxes = None, None, []
+        for start in range(0, count, size):
+            if seed is not None:
+                torch.set_rng_state(seed)
+            some = itemgetter(slice(start, start + size))
+            with exact():
+                chunk = tree.map(some, batch) if several else batch
+                loss, grads, aux = ways[path](theta, chunk)
+            one = {"loss": loss, "theta": grads}
+            weight = min(size, count - start)
+            parts = tree.map(lambda x, n=weight: widened(x) * n, one)
+            added = tree.map(torch.add, added, parts) if start else parts
+            auxes.append(aux)
+        if self.process_group is not None:
+            check_no_graph(tree.leaves(added), "a sum over ranks", "theta or a task")
+        aux = tree.map(lambda *rows: torch.cat(rows), *auxes) if several else auxes[0]
+        return added, tree.map(lambda x: x.dtype, one), count, aux
+
+    def at_once(self, theta: Tree, batch: Tree) -> tuple[str, int, int]:
+        """How the tasks are run, how many of them at once, and how many there are."""
+        check_floats(theta, "theta")
+        count = tree.leading_axis(batch, "tasks")
+        if not count:
+            raise StructureError(
+                "tasks has 0 entries in its leading axis; give one or more"
+            )
+        path = choose(theta, count) if self.tasks == "auto" else self.tasks
+        return path, 1 if path == "loop" else self.chunk_size or count, count
+
+    def alone(self, theta: Tree, batch: Tree) -> tuple[Tensor, Tree, Tree]:
+        """Of the one task that the batch holds."""
+        flat = FlatFunction(self._one, theta, tree.map(itemgetter(0), batch))
         grads, out = flat.grad(*flat.inputs)
         loss, aux = flat.rebuild(out)
         return loss, flat.like_first(grads), tree.map(lambda x: x.unsqueeze(0), aux)
 
-    def together(theta: Tree, batch: Tree) -> tuple[Tensor, Tree, Tree]:
-        flat = FlatFunction(value_and_aux, theta, batch)
-        many = list_vmap(flat.grad, (None, 0), randomness=randomness)
+    def together(self, theta: Tree, batch: Tree) -> tuple[Tensor, Tree, Tree]:
+        """Of all the batch's tasks, under vmap."""
+        flat = FlatFunction(self._one, theta, batch)
+        many = list_vmap(flat.grad, (None, 0), randomness=self.randomness)
         with _explained():
             grads, out = many(*flat.inputs)
         loss, aux = flat.rebuild(out)
         return loss.mean(0), flat.like_first([g.mean(0) for g in grads]), aux
 
-    def at_once(theta: Tree, task_batch: Tree) -> tuple[str, int, int]:
-        """How the tasks are run, how many of them at once, and how many there are."""
-        check_floats(theta, "theta")
-        count = tree.leading_axis(task_batch, "tasks")
-        if not count:
-            raise StructureError(
-                "tasks has 0 entries in its leading axis; give one or more"
-            )
-        path = choose(theta, count) if tasks == "auto" else tasks
-        return path, 1 if path == "loop" else chunk_size or count, count
-
-    def total(means: Means, theta: Tree, task_batch: Tree) -> Part:
-        """The sums over these tasks, their dtypes, the number of tasks, and their aux.
-
-        The sums of half precision are wider: so many numbers would not be there in it.
-        """
-        path, size, count = at_once(theta, task_batch)
-        several = size < count
-        seed = torch.get_rng_state() if several and randomness == "same" else None
-        added: Tree = None
-        auxes: list[Tree] = []
-        # A derivative of the meta-gradient is one that torch has wrong of norm layers.
-        given = [*tree.leaves(theta), *tree.leaves(task_batch)]
-        exact = exact_norms if levels.derivative_outside(given) else nullcontext
-        for start in range(0, count, size):
-            if seed is not None:
-                torch.set_rng_state(seed)
-            some = slice(start, start + size)
-            with exact():
-                loss, grads, aux = means[path](
-                    theta,
-                    tree.map(itemgetter(some), task_batch) if several else task_batch,
-                )
-            weight = min(size, count - start)
-            one = {"loss": loss, "theta": grads}
-            parts = tree.map(lambda x, n=weight: widened(x) * n, one)
-            added = tree.map(torch.add, added, parts) if start else parts
-            auxes.append(aux)
-        if process_group is not None:
-            check_no_graph(tree.leaves(added), "a sum over ranks", "theta or a task")
-        aux = tree.map(lambda *rows: torch.cat(rows), *auxes) if several else auxes[0]
-        return added, tree.map(lambda x: x.dtype, one), count, aux
-
-    def mean(means: Means, theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
-        part = partial(total, means, theta, task_batch)
-        alone = process_group is None
-        added, dtypes, count, aux = part() if alone else over_ranks(part, process_group)
-        found = tree.map(lambda x, dtype: (x / count).to(dtype), added, dtypes)
-        loss, grads = found["loss"], found["theta"]
-        return ((loss, aux) if has_aux else loss), grads
-
-    means: Means = {"loop": alone, "vmap": together}
-    plain = partial(mean, means)
-    if not compile:
-        return plain
-    whole = Compiled(plain, "meta-step")
-    by_parts = partial(mean, {n: Compiled(f, "meta-step") for n, f in means.items()})
-
-    def compiled(theta: Tree, task_batch: Tree) -> tuple[Any, Tree]:
-        if process_group is not None:
-            return by_parts(theta, task_batch)
-        done = whole.again(theta, task_batch)
-        if done is not None:
-            return done
-        _, size, count = at_once(theta, task_batch)
-        return (by_parts if size < count else whole)(theta, task_batch)
-
-    return compiled
+    def _one(self, theta: Tree, task: Tree) -> tuple[Tensor, Tree]:
+        return loss_and_aux(self.task_loss(theta, task), self.has_aux, "task_loss")
 
 
 @contextmanager
