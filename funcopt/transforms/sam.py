@@ -129,11 +129,8 @@ class _Sam:
 
     def eval_params(self, state: State, params: Tree, **given: Any) -> Tree:
         check_keys(state, ("optimizer", "step"), "sam")
-        for name in (
-            *self.climb.hyper,
-            "loss_fn",
-        ):  # what is evaluated is not what was climbed to
-            given.pop(name, None)
+        climbed_by = *self.climb.hyper, "loss_fn"  # what is evaluated has not climbed
+        given = {name: x for name, x in given.items() if name not in climbed_by}
         return self.opt.eval_params(state["optimizer"], params, **given)
 
 
