@@ -245,6 +245,23 @@ def test_dynamo_compiles_an_unroll_as_one_graph(hyper: Any):
     assert_close(compiled(*given), grad(end)(*given))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
+def test_dynamo_compiles_an_unroll_with_buffers():
+    opt, net = fo.sgd(lr=0.1), batch_norm_net()
+    params, buffers = split(net)
+
+    def end(p: Any, x: Tensor, y: Tensor) -> tuple[Any, Any]:
+        run = fo.unroll(opt, norm_loss(net), p, (x, y), steps=2, buffers=buffers)
+        return run.losses.sum(), (run.params, run.buffers)
+
+    given = params, random(3, 8, 3, seed=1), random(3, 8, 1, seed=2)
+    slope = vmap(grad(end, argnums=1, has_aux=True), in_dims=(None, 0, 0))
+    torch._dynamo.reset()
+    compiled = torch.compile(slope, fullgraph=True, backend="eager")
+    assert_close(compiled(*given), slope(*given))
+
+
 @pytest.mark.parametrize("name", INNER)
 def test_forward_mode_is_reverse_mode(name: str):
     at = everything(name)
@@ -885,6 +902,46 @@ def test_buffers_are_batched_by_whatever_is(batched: str):
     expected = torch.stack([end({**inputs, batched: row}) for row in rows])
     assert torch.allclose(found, expected, rtol=1e-12)
     assert (expected[0] != expected[1]).all()
+
+
+def table_loss(norm: Callable[..., Tensor], k: int) -> Callable[..., Tensor]:
+    """With statistics for each step (MAML++): a row of one table, a column of another."""
+
+    def loss(p: Tensor, x: Tensor, *, buffers: Any) -> Tensor:
+        table = buffers["mean"][k], buffers["var"][:, k]
+        images = torch.stack([x, x.square()], dim=-1)
+        seen = norm(images * p[:, None], *table, p, None, True)
+        return (seen + F.batch_norm(images, *table, p)).sin().square().mean()
+
+    return loss
+
+
+@pytest.mark.parametrize("norm", [F.batch_norm, F.instance_norm])
+@pytest.mark.parametrize("grad_mode", ["reverse", "mixed"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_statistics_under_vmap_are_written_wherever_they_lie(
+    norm: Callable[..., Tensor], axis: int, grad_mode: Any
+):
+    """torch's batching rule writes into a copy where they do not lie side by side."""
+
+    def end(p: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Any]:
+        buffers = {"mean": mean, "var": mean.t() ** 2 + 1}
+        total = p.sum() * 0
+        for k in range(2):
+            run = fo.unroll(
+                fo.sgd(lr=0.1), table_loss(norm, k), p, x, steps=2, buffers=buffers,
+                grad_mode=grad_mode,
+            )  # fmt: skip
+            p, buffers, total = run.params, run.buffers, total + run.losses.sum()
+        return total + p.square().sum(), buffers
+
+    p, x, mean = random(3, seed=1), random(4, 8, 3, seed=2), random(4, 2, 3, seed=3)
+    slope = grad(end, has_aux=True)
+    rows = [slope(p, *one) for one in zip(x, mean)]
+    expected = tree.map(lambda *r: torch.stack(r), *rows)
+    given = p, x, mean.movedim(0, axis).contiguous()
+    assert_close(vmap(slope, in_dims=(None, 0, axis))(*given), expected)
+    assert (expected[1]["mean"] != mean).all()
 
 
 def test_gradients_reach_through_the_buffers():

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from funcopt.execution import levels
 from funcopt.types import HALF, Tensor
 
 
@@ -197,23 +199,36 @@ class _ExactNorms(TorchFunctionMode):
         return exact(*args, **(kwargs or {}))
 
 
-class ConstantStatistics(TorchFunctionMode):
-    """Running statistics count as constants in a norm, as they do in a module's.
+class RunningStatistics(TorchFunctionMode):
+    """Running statistics are constants in a norm, and are written wherever they lie.
 
     torch's kernels write them without a derivative, and refuse those that require grad,
-    or have a tangent: as the buffers do that a differentiated loop carries.
+    or have a tangent: as the buffers do that a differentiated loop carries. And under
+    vmap they write into a copy, which is lost, of statistics that do not lie one after
+    another: a row of a table with one for each step, say.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        named = kwargs or {}
-        if func in (F.batch_norm, F.instance_norm):
-            args = [*args[:1], *map(_detached, args[1:3]), *args[3:]]
-            running = ("running_mean", "running_var")
-            named = {n: _detached(x) if n in running else x for n, x in named.items()}
-        return func(*args, **named)
+        if func not in _NAMES:
+            return func(*args, **(kwargs or {}))
+        names = _NAMES[func]
+        call = dict(zip(names, args)) | (kwargs or {})
+        kept = {n: call[n].detach() for n in names[1:3] if call.get(n) is not None}
+        batched = torch.compiler.is_compiling() or levels.vmaps()
+        if not (batched and call.get(names[5], func is F.instance_norm)):
+            return func(**call | kept)
+        lying = torch.contiguous_format
+        written = {n: x.clone(memory_format=lying) for n, x in kept.items()}
+        out = func(**call | written)
+        for name, x in kept.items():
+            x.copy_(written[name])
+        return out
 
 
-def _detached(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x.detach()
+#: what each takes: the input, two running statistics, weight, bias, whether to renew them
+_NAMES = {
+    norm: [*signature(_EXACT[norm]).parameters]
+    for norm in (F.batch_norm, F.instance_norm)
+}

@@ -12,7 +12,7 @@ from funcopt.checks import check_function
 from funcopt.errors import LeafError, StructureError
 from funcopt.execution import autocast, levels
 from funcopt.flat_function import FlatFunction
-from funcopt.func.norms import ConstantStatistics, exact_norms
+from funcopt.func.norms import RunningStatistics, exact_norms
 from funcopt.types import LossFunction, Tensor, Tree
 
 #: the arguments of an inner loss, in `unroll`'s words
@@ -72,9 +72,15 @@ def called(
     # vmap that batches the data: batch norm writes into it in place.
     zero = _zero_of(tree.leaves((params, batch, extra)))
     buffers = tree.map(lambda b: b + zero.to(b.dtype), buffers)
-    followed = any(levels.is_tracked(b) for b in tree.leaves(buffers) if b is not None)
-    with ConstantStatistics() if followed else nullcontext():
+    with RunningStatistics() if _in_transform(buffers) else nullcontext():
         return loss_fn(params, batch, *extra, buffers=buffers), buffers
+
+
+def _in_transform(buffers: Tree) -> bool:
+    """Whether a derivative or vmap knows of these; a compiler cannot say."""
+    if torch.compiler.is_compiling() or levels.vmaps():
+        return True
+    return any(map(levels.is_tracked, tree.present(buffers)))
 
 
 def loss_and_aux(out: Any, has_aux: bool, name: str) -> tuple[Tensor, Tree]:
