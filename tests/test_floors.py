@@ -22,7 +22,7 @@ FLOORS = {
     "funcopt.tree": 1,
     "funcopt.checks": 2,
     "funcopt.normal": 2.1,
-    "funcopt.func.norms": 0.5,
+    "funcopt.func.norms": 1.1,
     "funcopt.func.tree_vmap": 4.1,
     "funcopt.func": 4.2,
     "funcopt.conditions": 4,
