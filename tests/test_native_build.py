@@ -6,7 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import funcopt as fo
-from funcopt.execution.native import driver, objects
+from funcopt.execution.native import build, driver, objects
 from funcopt.execution.native import source as c_source
 from funcopt.hyper import Hyper
 
@@ -61,8 +61,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The compiler runs."""
-    from funcopt.execution.native import build
-
     runs: list[Any] = []
     original = subprocess.run
 
@@ -268,6 +266,11 @@ def writing_nonsense(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("CC", script(tmp_path / "odd", text))
 
 
+def hanging(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(build, "_SECONDS", 0.05)
+    patch.setenv("CC", script(tmp_path / "hangs", "exec sleep 5"))
+
+
 def no_program(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cc").write_bytes(b"\x00\x01")
     (tmp_path / "cc").chmod(0o700)
@@ -293,6 +296,7 @@ HINDRANCES: dict[str, tuple[Callable[..., None], str]] = {
     "dies": (dying, "the compiler .*dies failed"),
     "writes nothing": (writing_nothing, "."),
     "writes nonsense": (writing_nonsense, "."),
+    "hangs": (hanging, "the compiler .*hangs did not run: .* timed out"),
     "no program": (no_program, "the compiler .*cc did not run"),
     "turned off": (turned_off, "turned off: FUNCOPT_NATIVE=0"),
     "no driver": (without_driver, "the compiler .* failed"),
@@ -313,12 +317,16 @@ def test_without_kernels_foreach_and_a_sentence(
     assert not cache.exists() or not list(cache.iterdir())  # nothing is left behind
 
 
-def test_cc_is_asked_first(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_cc_is_asked_first_by_the_name_that_it_gives(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A link may lead to a program that is all compilers, as ccache, by their names."""
     found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    log = tmp_path / "log"
-    monkeypatch.setenv("CC", script(tmp_path / "mine", f'echo x >> {log}; {found} "$@"'))
+    log, mine = tmp_path / "log", tmp_path / "mine"
+    mine.symlink_to(script(tmp_path / "all", f'echo $0 >> {log}; {found} "$@"'))
+    monkeypatch.setenv("CC", str(mine))
     run()
-    assert log.exists()
+    assert log.read_text().split() == [str(mine)]
 
 
 def test_another_compiler_is_another_kernel(
@@ -331,13 +339,41 @@ def test_another_compiler_is_another_kernel(
     assert len(compiled) == len(list(cache.iterdir())) == 2
 
 
-def test_another_torch_is_another_kernel(
-    cache: Path, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_a_kernel_is_of_one_source_compiler_machine_and_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    run()
-    monkeypatch.setattr(torch, "__version__", "2.99.0")
-    run()
-    assert len(compiled) == len(list(cache.iterdir())) == 2
+    compiler = tmp_path / "cc"
+    compiler.touch()
+
+    def key(source: str = "a", flags: Sequence[str] = ()) -> str:
+        return build._key(source, flags) + build._key_of(str(compiler))
+
+    keys = [key(), key("b"), key(flags=["-O1"])]
+    for text, time in (("one", 1), ("another", 1), ("another", 2)):
+        compiler.write_text(text)
+        os.utime(compiler, (time, time))
+        keys.append(key())
+    for owner, name, other in (
+        (torch, "__version__", "2.99.0"),
+        (build, "_own_version", lambda: "99"),
+        (build, "_machine", lambda: "another"),
+        (build, "_FLAGS", ("-O2",)),
+    ):
+        monkeypatch.setattr(owner, name, other)
+        keys.append(key())
+    assert len({*keys}) == len(keys) == 10
+
+
+def test_machines_differ_in_what_their_processors_can_do(monkeypatch: pytest.MonkeyPatch):
+    """And where no file tells, as on a Mac, they are those of one kind."""
+    found = []
+    for text in ("model: x\nflags: sse2", "model: x\nflags: sse2 avx2", "model: x"):
+        monkeypatch.setattr(Path, "read_text", lambda *_, text=text: text)
+        found.append(build._machine.__wrapped__())
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "Path", lambda name: Path("/nowhere"))
+    found.append(build._machine.__wrapped__())
+    assert len({*found}) == 3 and found[2] == found[3]
 
 
 def test_without_torchs_openmp(cache: Path, monkeypatch: pytest.MonkeyPatch):
@@ -359,8 +395,6 @@ def test_without_torchs_openmp(cache: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_sentence_for_a_folder_without_room(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from funcopt.execution.native import build
-
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")
 

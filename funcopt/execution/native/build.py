@@ -117,7 +117,7 @@ def _compiler() -> str | None:
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         found = name and shutil.which(name)
         if found:
-            return os.path.realpath(found)
+            return found  # not what a link leads to: ccache goes by its name
     return None
 
 
