@@ -486,6 +486,13 @@ def test_powers_are_those_of_python():
         assert abs(float(got) - exact) <= 1.2e-16 * max(exact, 1e-30)
 
 
+def odd_pairs(dtype: torch.dtype) -> Tensor:
+    """Each with each: of both signs, whole and not, tiny, huge, infinite, NaN."""
+    some = [0, 1, -1, 2, -3, 2.5, -0.5, 1e-30, 1e30, np.inf, -np.inf, np.nan]
+    odd = torch.tensor(some, dtype=dtype)
+    return torch.cartesian_prod(odd, odd)
+
+
 @pytest.mark.parametrize("name", ["exp", "log", "tanh", "sigmoid", "rsqrt", "reciprocal",
                                   "sign", "atan2", "pow"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -494,9 +501,7 @@ def test_other_operations(name: str, dtype: torch.dtype):
     binary = name in ("atan2", "pow")
     program = trace(lambda x, y: (function(x, y) if binary else function(x),),
                     (True, True), dtype)  # fmt: skip
-    x, y = torch.randn(300, dtype=dtype), torch.randn(300, dtype=dtype)
-    x[:2] = torch.tensor([0.0, float("nan")])
-    x = x.abs() if name in ("log", "rsqrt", "pow") else x
+    x, y = torch.cat([odd_pairs(dtype), torch.randn(300, 2, dtype=dtype)]).T.contiguous()
     expected = function(x, y) if binary else function(x)
     (found,) = Triton(program, dtype)([[x], [y]], [[]], [0])
     torch.testing.assert_close(

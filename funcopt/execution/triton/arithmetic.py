@@ -156,11 +156,13 @@ def power(a, b):
     whole = tl.floor(exponent) == exponent
     odd = whole & (tl.floor(exponent * 0.5) * 2 != exponent)
     value = tl.where((base < 0) & odd, -value, value)
-    value = tl.where((base < 0) & ~whole, float("nan"), value)
+    finite = tl.abs(base) < float("inf")  # an infinite base has all powers
+    value = tl.where((base < 0) & finite & ~whole, float("nan"), value)
     value = tl.where((base == 0) & (exponent > 0), 0.0, value)
     value = tl.where((base == 0) & (exponent < 0), float("inf"), value)
     value = tl.where((base != base) | (exponent != exponent), float("nan"), value)
-    value = tl.where((exponent == 0) | (base == 1), 1.0, value)
+    turned = (base == -1) & (tl.abs(exponent) == float("inf"))
+    value = tl.where((exponent == 0) | (base == 1) | turned, 1.0, value)
     return value.to(a.dtype)
 
 
