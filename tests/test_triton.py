@@ -20,9 +20,11 @@ pytest.importorskip("triton", reason="Triton has no release for this system")
 
 from row import Case  # noqa: E402
 from table import ELEMENTWISE_ENDS, ELEMENTWISE_MIXES, rule_of  # noqa: E402
+from test_execution import OPERATIONS  # noqa: E402
 from trees import relative  # noqa: E402
 
 import funcopt as fo  # noqa: E402
+from funcopt.bits import bits, of_bits  # noqa: E402
 from funcopt.execution.executor import BuildError  # noqa: E402
 from funcopt.execution.native import objects  # noqa: E402
 from funcopt.execution.program import Program  # noqa: E402
@@ -491,6 +493,24 @@ def odd_pairs(dtype: torch.dtype) -> Tensor:
     some = [0, 1, -1, 2, -3, 2.5, -0.5, 1e-30, 1e30, np.inf, -np.inf, np.nan]
     odd = torch.tensor(some, dtype=dtype)
     return torch.cartesian_prod(odd, odd)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_operations_on_odd_numbers(dtype: torch.dtype):
+    """All in one kernel."""
+
+    def every(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        powers = [x**k for k in (0.5, 1.0, 2.0, -0.5, -1.0)]
+        choices = [torch.where(x == y, x, torch.inf), torch.where(x < y, -torch.inf, y)]
+        found = [operation(x, y) for operation in OPERATIONS.values()]
+        return *found, *powers, *choices, of_bits(bits(x) + 1)
+
+    program = trace(every, (True, True), dtype)
+    x, y = odd_pairs(dtype).T.contiguous()
+    found = Triton(program, dtype)([[x], [y]], [[]], [0])
+    eps = torch.finfo(dtype).eps  # torch's root is as far from the right one
+    for (got,), expected in zip(found, every(x, y), strict=True):
+        torch.testing.assert_close(got, expected, rtol=eps, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["exp", "log", "tanh", "sigmoid", "rsqrt", "reciprocal",
