@@ -255,6 +255,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a condition copied": lambda a, b: (torch.zeros_like(a).copy_(a < b) + 1) * b,
     "lerp": lambda a, b: torch.lerp(a, b, 0.1),
     "lerp from the end": lambda a, b: torch.lerp(a, b, 0.9),
+    "lerp past the start": lambda a, b: torch.lerp(a, b, -0.7),
     "addcmul": lambda a, b: torch.addcmul(a, a, b),
     "addcmul by a number": lambda a, b: torch.addcmul(a, b, b, value=0.1),
 }

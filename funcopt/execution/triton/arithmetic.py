@@ -121,8 +121,7 @@ def angle(y, x):
     up, right = tl.abs(y.to(tl.float64)), tl.abs(x.to(tl.float64))
     steep = up > right
     ratio = tl.where(steep, right, up) / tl.where(steep, up, right)
-    ratio = tl.where((up == 0) & (right == 0), 0.0, ratio)
-    ratio = tl.where(up == right, tl.where(up == 0, 0.0, 1.0), ratio)  # inf / inf too
+    ratio = tl.where(up == right, tl.where(up == 0, 0.0, 1.0), ratio)  # 0 / 0, inf / inf
     half = ratio > 0.41421356237309503
     t = tl.where(half, (ratio - 1) / (ratio + 1), ratio)
     z = t * t
@@ -134,7 +133,6 @@ def angle(y, x):
     value = tl.where(half, quarter + value, value)
     value = tl.where(steep, 2 * quarter - value, value)
     value = tl.where(x < 0, 4 * quarter - value, value)
-    value = tl.where((x != x) | (y != y), float("nan"), value)
     return tl.where(y < 0, -value, value).to(y.dtype)
 
 
