@@ -114,7 +114,7 @@ class Printer:
         if not sweep.outputs and not sweep.sums:
             return ""
         read = sorted(program.streams_read(sweep))
-        first = len(self.streams) + sum(len(p.outputs) for p in program.passes[:k])
+        first = len(self.streams)  # one sweep writes all
         columns = {f"a{v}": self.streams.index(v) for v in read}
         columns |= {f"b{j}": first + j for j in range(len(sweep.outputs))}
         values = [program.op(s).args[0] for s in sweep.sums]
