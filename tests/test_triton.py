@@ -465,7 +465,7 @@ def test_a_layout_is_of_its_sizes_rows_and_tasks():
         (x, two, [1, 0], {}),
         (x, two, [0, 0], {"pooled": True}),
         (x, one, [0, 0], {"pooled": True}),
-        (x, two, [0, 1], {"pooled": True}),
+        (x, two, [1, 0], {"pooled": True}),
         (x, two, [0, 1], {"tasks": 2}),
         (x, two, [0, 1], {"tasks": 4}),
     ):
@@ -475,7 +475,8 @@ def test_a_layout_is_of_its_sizes_rows_and_tasks():
             assert all(map(torch.equal, a, b)) and len(a) == len(b)
     first = executor._layout(x[0], [0, 1], 2, 0, False)
     for n in range(40):
-        executor._layout([torch.empty(n)], [0], 1, 0, False)
+        made = executor._layout([torch.empty(n)], [0], 1, 0, False)
+        assert executor._layout([torch.empty(n)], [0], 1, 0, False) is made
         assert executor._layout(x[0], [0, 1], 2, 0, False) is first
     assert len(executor._layouts) == kernels._LAYOUTS
 
