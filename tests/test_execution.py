@@ -1,5 +1,6 @@
 """Every executor computes what the reference computes: every rule, dtype and layout."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from trees import assert_close, assert_moved, mixed, random_like, relative
 
 import funcopt as fo
 from funcopt import tree
-from funcopt.execution import dispatch
+from funcopt.execution import dispatch, scalars
 from funcopt.execution.native import kernels as native
 from funcopt.hyper import Hyper
 from funcopt.optimizers.madgrad import cube_root
@@ -280,6 +281,26 @@ def test_operations_on_odd_numbers(name: str, what: str, dtype: torch.dtype):
         expected, found = expected + 0.0, found + 0.0
     assert_bits(found, expected)
     assert expected.isfinite().any() and (expected.isnan().any() or what == "sign")
+
+
+@pytest.mark.parametrize("name", scalars._NUMBERS)
+def test_numbers_are_computed_as_tensors_are(name: str):
+    """Where Python computes them at all: else tensors do."""
+    text = scalars._NUMBERS[name]
+    count = max(text.count("{}"), *(k for k in (1, 2, 3) if f"{{{k - 1}}}" in text), 1)
+    letters = "a, b, c"[: 3 * count - 2]
+    compute = scalars._compiled(letters, [f"return {text.format(*letters.split(', '))}"])
+    computed = 0
+    for values in itertools.product((0.0, 1.0, -1.0, 2.5, -0.3, math.nan), repeat=count):
+        try:
+            found = compute(*values)
+        except (ArithmeticError, ValueError):
+            continue
+        tensors = [torch.tensor(x, dtype=torch.float64) for x in values]
+        expected = scalars._TENSORS[name](*tensors).item()
+        assert found == pytest.approx(expected, rel=1e-15, abs=1e-15, nan_ok=True), values
+        computed += 1
+    assert computed > 2
 
 
 # --- layouts

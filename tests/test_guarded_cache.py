@@ -79,6 +79,14 @@ def test_as_many_are_alike_each_in_its_place(count: int):
         assert cache.get([*some[1:], some[0]]) is None
 
 
+def test_the_latest_of_many_are_known():
+    cache: GuardedCache[int] = GuardedCache()
+    kinds = [[torch.ones(n)] for n in range(11)]
+    for n, kind in enumerate(kinds):
+        cache.put(kind, n)
+    assert [*map(cache.get, kinds)] == [None] * 3 + [*range(3, 11)]
+
+
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "none": nullcontext,
     "inference mode": torch.inference_mode,

@@ -227,6 +227,12 @@ def test_other_shapes_are_other_tensors():
         assert all([x.shape for x in c] == [x.shape for x in like] for c in found)
 
 
+def test_other_counts_are_other_tensors():
+    recycler, like = Recycler(), [large(0, SMALL)]
+    for k in range(12):
+        assert len(recycler.columns(Maker(like), 1 + k % 3)) == 1 + k % 3
+
+
 def test_no_more_than_two_sets_of_a_kind_are_held():
     recycler, kinds = Recycler(), [[large(k) for k in range(n)] for n in (1, 4, 2)]
     for like in kinds:
@@ -283,7 +289,7 @@ def test_of_more_axes_than_a_tensor_holds_itself_none_is_kept():
     for _ in range(4):
         ((made,),) = recycler.columns(Maker(like), 1)
         assert made.stride() == like[0].stride()
-        made.transpose_(1, 4)
+        made.transpose_(0, 1)  # contiguous still
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])

@@ -459,7 +459,7 @@ def test_a_layout_is_of_its_sizes_rows_and_tasks():
     executor, x = Triton(program, torch.float32), leaves((4, 6), (4, 5))[:1]
     y = [[a.reshape(-1)[:k] for a, k in zip(c, (8, 20))] for c in x]
     one, two = [[0.5]], [[0.5], [0.25]]
-    for streams, rows, which, how in (
+    cases: list[tuple[Any, Any, list[int], dict[str, Any]]] = [
         (x, two, [0, 1], {}),
         (y, two, [0, 1], {}),
         (x, two, [1, 0], {}),
@@ -468,7 +468,8 @@ def test_a_layout_is_of_its_sizes_rows_and_tasks():
         (x, two, [1, 0], {"pooled": True}),
         (x, two, [0, 1], {"tasks": 2}),
         (x, two, [0, 1], {"tasks": 4}),
-    ):
+    ]
+    for streams, rows, which, how in cases:
         found = executor(streams, rows, which, **how)
         expected = Triton(program, torch.float32)(streams, rows, which, **how)
         for a, b in zip(found, expected):
