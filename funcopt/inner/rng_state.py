@@ -75,6 +75,7 @@ def check_alike(losses: Tensor, again: Mapping[int, Tensor]) -> None:
         raise ExecutionError(
             "with remat and grad_mode='mixed', steps are made again on the way back, and "
             "a loss was not what it had been: loss_fn draws from a generator of its own, "
-            "or changes something outside. torch's own generators are set back; hand "
+            "reads what changes outside, such as a variable of the loop around it, or "
+            "changes it. torch's own generators are set back; hand "
             "other random numbers in as batches="
         )
