@@ -156,6 +156,25 @@ def test_one_graph_for_each_kind_of_inputs(traced: Any):
     assert len(calls) == len(traced) == 4
 
 
+def test_one_graph_for_each_structure_device_and_default_dtype(traced: Any):
+    def task_loss(theta: Any, task: Tensor) -> Tensor:
+        (only,) = theta.values()
+        return (only * task * torch.ones(2)).sum()
+
+    meta = fo.meta.value_and_grad(task_loss, tasks="vmap", compile=True)
+    for _ in range(2):
+        for name in ("a", "b"):
+            assert meta({name: ONE}, TABLE)[1] == {name: 2.0}
+    assert compiled._kind(TABLE) != compiled._kind(TABLE.to("meta"))
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        meta({"a": ONE}, TABLE)
+    finally:
+        torch.set_default_dtype(default)
+    assert len(traced) == 3
+
+
 def test_threads_compile_one_after_another(traced: Any):
     """What traces, and the compiler, change what is the process's; each shape once."""
     inside, most, found = [], [], {}
@@ -186,7 +205,7 @@ def test_threads_compile_one_after_another(traced: Any):
 def test_the_oldest_graph_makes_room(traced: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiled, "_MOST_GRAPHS", 2)
     meta = fo.meta.value_and_grad(lambda t, x: (t * x).sum(), tasks="vmap", compile=True)
-    for count in (3, 4, 5, 4, 5, 3):
+    for count in (3, 4, 3, 5, 3, 4):  # of the last two used, one is 3
         meta(torch.ones(()), torch.ones(count))
     assert len(traced) == 4
 
@@ -521,6 +540,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         fo.GradientLostError,
         r"but a tensor that it closes over requires grad",
     ),
+    "a graph of theta, whose value is asked for": (
+        lambda: with_loop(asks_for_a_value)(CLOSED, TWO),
+        fo.GradientLostError,
+        "an input requires grad",
+    ),
     "a transform": (
         lambda: torch.func.grad(lambda t: with_loop(times)(t, TWO)[0])(ONE),
         fo.GradientLostError,
@@ -543,7 +567,10 @@ def test_what_is_refused(name: str, traced: Any):
 
 
 def test_what_is_refused_is_so_after_a_graph_was_made(traced: Any):
-    meta = fo.meta.value_and_grad(times, tasks="vmap", compile=True)
+    held = torch.ones(())
+    meta = fo.meta.value_and_grad(
+        lambda t, x: held * times(t, x), tasks="vmap", compile=True
+    )
     meta(ONE, TWO)
     for theta, kind in ((ONE.as_subclass(Odd), fo.LeafError), (1.0, fo.LeafError)):
         with pytest.raises(kind):
@@ -551,6 +578,10 @@ def test_what_is_refused_is_so_after_a_graph_was_made(traced: Any):
     for given in ((ONE.clone().requires_grad_(), TWO), (ONE, TWO * CLOSED)):
         with pytest.raises(fo.GradientLostError, match="an input requires grad"):
             meta(*given)
+    held.requires_grad_()
+    with pytest.raises(fo.GradientLostError, match="a tensor that it closes over"):
+        meta(ONE, TWO)
+    held.requires_grad_(False)
     with pytest.raises(fo.GradientLostError, match="a transform"):
         torch.func.grad(lambda t: meta(t, TWO)[0])(ONE)
     assert meta(ONE, TWO) == (1.0, 1.0) and len(traced) == 1
