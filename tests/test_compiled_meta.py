@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from threading import Thread
 from typing import Any
 
@@ -519,6 +520,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: with_loop(lambda t, x: times(t, x) * SCALE.item())(ONE, TWO),
         fo.CompileError,
         r"cannot be compiled: .*SCALE\.item\(\)",
+    ),
+    "a value that torch asks for": (
+        lambda: with_loop(partial(F.gaussian_nll_loss, var=TWO))(TWO, TABLE),
+        fo.CompileError,
+        r"cannot be compiled: [^,]*\. A compiled function sees no values",
     ),
     "an error of one's own": (
         lambda: with_loop(broken)(ONE, TWO),

@@ -286,7 +286,8 @@ def _place(error: Exception) -> str:
     """The last line of the user's that led to the error."""
     own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if not frame.filename.startswith(own)]
+    # of code that was made and not written, there is no line to show
+    theirs = [x for x in frames if x.line and not x.filename.startswith(own)]
     if not theirs:
         return ""
     return f", at {theirs[-1].filename}:{theirs[-1].lineno} ({theirs[-1].line})"
