@@ -23,7 +23,8 @@ from funcopt.types import HyperValue, Tensor
 class Hyper:
     """One declared hyperparameter: its value, the range of a number given for it.
 
-    The range is [``low``, ``below``), or [``low``, ``most``] where ``most`` is given.
+    The range is [``low``, ``below``), or [``low``, ``most``] where ``most`` is given;
+    with ``over`` without ``low`` itself.
     ``parts`` names the rule's arguments where the public one is a tuple of values
     (``betas`` → ``beta1, beta2``); ``optional`` are the places among them where None may
     stand, which leaves that argument to the rule's own default. ``scalar`` are the places
@@ -36,6 +37,7 @@ class Hyper:
     low: float = 0.0
     below: float = math.inf
     most: float | None = None
+    over: bool = False
     parts: tuple[str, ...] = ()
     wanted: str = ""
     optional: tuple[int, ...] = ()
@@ -75,9 +77,10 @@ class Hyper:
                 continue
             if isinstance(atom, Real) and not isinstance(atom, bool):
                 if not self._allows(float(atom)):
+                    lower = f"{'(' if self.over else '['}{self.low:g}"
                     upper = f"{self.below:g})" if self.most is None else f"{self.most:g}]"
                     raise HyperparameterError(
-                        f"{name} must be in [{self.low:g}, {upper}, got {atom}"
+                        f"{name} must be in {lower}, {upper}, got {atom}"
                     )
             elif callable(atom) and not isinstance(atom, torch.nn.Module):
                 raise HyperparameterTypeError(
@@ -92,6 +95,8 @@ class Hyper:
         return value
 
     def _allows(self, number: float) -> bool:
+        if self.over and number == self.low:
+            return False
         if self.most is not None:
             return self.low <= number <= self.most
         return self.low <= number < self.below

@@ -15,6 +15,7 @@ from table import ROWS
 
 import funcopt as fo
 from funcopt import optimizers
+from funcopt.transforms.stage import GradientStage, ParameterStage
 
 # Its classes are generated: they have torch.optim's arguments, and a page of the docs.
 GENERATED = {"torch_optim"}
@@ -80,6 +81,86 @@ def test_every_argument_is_described_once(name: str):
     arguments = sections(CALLABLES[name]).get("Args", "")
     described = re.findall(r"^    (\w+): \S", arguments, re.M)
     assert described == parameters(CALLABLES[name])
+
+
+SGD = fo.sgd(lr=0.1)
+#: for arguments without a default, by their names
+GIVEN: dict[str, Any] = {
+    **dict.fromkeys(("opt", "optimizer"), SGD),
+    **dict.fromkeys(("value", "init_value", "peak_value", "max_lr", "max_norm"), 1.0),
+    **dict.fromkeys(("max_value", "threshold", "power", "ratio", "weight_decay"), 1.0),
+    **dict.fromkeys(("end_value", "gamma", "decay_rate", "decay", "base_lr", "eta"), 0.5),
+    **dict.fromkeys(("step_size", "total_steps", "transition_steps", "decay_steps"), 9),
+    **dict.fromkeys(("total_iters", "T_max", "T_0", "warmup_steps", "k"), 3),
+    "lr_lambda": float,
+    "milestones": [3],
+    "boundaries_and_scales": {3: 0.5},
+}
+MADE = [*optimizers.__all__, *fo.transforms.__all__]
+MADE += [f"schedules.{name}" for name in fo.schedules.__all__]
+OF_LISTS = ("milestones", "boundaries_and_scales")  # it is their elements' range
+PHASED = ("schedules.linear_one_cycle", "transition_steps")  # one for each phase, too
+#: an end or two: [0, 1), ≥ 0, > 0, 0 to 99
+RANGE = re.compile(r"in \[(\d), (\d)([\])])|(≥|≤|>|over) (\d)\b|(\d) to (\d+)")
+
+
+def ends(found: Any, whole: bool) -> tuple[list[float], list[float]]:
+    """Of a documented range what is still in it, and what no longer is."""
+    low, high, bracket, sign, only, least, most = found.groups()
+    one = 1 if whole else 1e-9
+    if sign == "≤":
+        return [int(only)], [int(only) + one]
+    odd = [] if whole else [float("nan")]
+    if sign == "≥":
+        return [int(only)], [int(only) - one, *odd, *([] if whole else [float("inf")])]
+    if sign:
+        return [int(only) + one], [int(only), *odd]
+    low, high = int(low or least), int(high or most)
+    if bracket == ")":
+        return [low, high - one], [low - one, high, *odd]
+    return [low, high], [low - one, high + one, *odd]
+
+
+def ranges() -> dict[tuple[str, str], Any]:
+    """Of makers' arguments, the ranges that their docstrings tell."""
+    found = {}
+    for maker in MADE:
+        text = sections(NAMES[maker]).get("Args", "")
+        for name, words in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, re.M):
+            told = RANGE.search(" ".join(words.split()))
+            if told and name not in OF_LISTS and (maker, name) != PHASED:
+                found[maker, name] = told
+    return found
+
+
+def takes(maker: str, name: str, place: int | None, value: Any) -> bool:
+    """Whether the maker takes the value (at a place of a tuple)."""
+    known = inspect.signature(NAMES[maker]).parameters
+    given = {n: GIVEN[n] for n in known if known[n].default is known[n].empty}
+    if place is not None:
+        default = known[name].default
+        value = (*default[:place], value, *default[place + 1 :])
+    try:
+        made = NAMES[maker](**{**given, name: value})
+        if isinstance(made, GradientStage | ParameterStage):  # a chain's optimizer looks
+            fo.chain(*((made, SGD) if isinstance(made, GradientStage) else (SGD, made)))
+    except fo.HyperparameterError:
+        return False
+    return True
+
+
+def test_a_range_is_what_is_told():
+    """Its ends are taken, and what is just beyond them is refused."""
+    found = ranges()
+    assert len(found) > 200
+    for (maker, name), told in found.items():
+        known = inspect.signature(NAMES[maker]).parameters[name]
+        inside, outside = ends(told, whole="int" in str(known.annotation))
+        several = isinstance(known.default, tuple)
+        for place in range(len(known.default)) if several else [None]:
+            for values, wanted in ((inside, True), (outside, False)):
+                for x in values:
+                    assert takes(maker, name, place, x) is wanted, (maker, name, place, x)
 
 
 @pytest.mark.parametrize("name", CALLABLES)
@@ -162,6 +243,66 @@ def test_a_factory_takes_what_torch_optim_takes(ours: Any, theirs: Any):
     }
     found = {n: p.default for n, p in inspect.signature(ours).parameters.items()}
     assert found == wanted and list(found) == list(wanted)
+
+
+#: of the others the papers' and their authors', optax's, or customary ones
+OTHERS: dict[str, dict[str, Any]] = {
+    "adabelief": dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-16),
+    "adam_atan2": dict(lr=1e-4, betas=(0.9, 0.99), a=1.27, b=1.0),
+    "adan": dict(lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8),
+    "ademamix": dict(lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=2.0, eps=1e-8),
+    "adopt": dict(lr=1e-3, betas=(0.9, 0.9999), eps=1e-6, clip=True),
+    "amsgrad": dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8),
+    "dog": dict(lr=1.0, reps_rel=1e-6, eps=1e-8),
+    "lamb": dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01),
+    "lars": dict(lr=1.0, momentum=0.9, trust_coefficient=1e-3),
+    "lion": dict(lr=1e-4, betas=(0.9, 0.99)),
+    "madgrad": dict(lr=0.01, momentum=0.9, eps=1e-6),
+    "mars_adamw": dict(lr=3e-3, betas=(0.95, 0.99), eps=1e-8, gamma=0.025),
+    "novograd": dict(lr=1e-3, betas=(0.95, 0.98), eps=1e-8),
+    "prodigy": dict(lr=1.0, betas=(0.9, 0.999), eps=1e-8, d0=1e-6, d_coef=1.0)
+    | dict(decoupled_weight_decay=True),
+    "schedule_free_adamw": dict(lr=0.0025, betas=(0.9, 0.999), eps=1e-8)
+    | dict(weight_lr_power=2.0),
+    "schedule_free_sgd": dict(lr=1.0, momentum=0.9, weight_lr_power=2.0),
+    "sgld": dict(lr=1e-3, temperature=1.0),
+    "shampoo": dict(lr=0.1, eps=1e-4, precondition_frequency=1),
+    "signsgd": dict(lr=1e-4),
+    "signum": dict(lr=1e-4, beta=0.9),
+    "soap": dict(lr=3e-3, betas=(0.95, 0.95), eps=1e-8, weight_decay=0.01)
+    | dict(precondition_frequency=10, max_precond_dim=10000),
+    "sophia_g": dict(lr=1e-4, betas=(0.965, 0.99), rho=0.04, eps=1e-12, weight_decay=0.1)
+    | dict(hessian=-1.0),
+    "yogi": dict(lr=0.01, betas=(0.9, 0.999), eps=1e-3, initial_accumulator_value=1e-6),
+    "add_noise": dict(gamma=0.55),
+    "clip_by_global_norm": dict(eps=1e-6),
+    "ema": dict(debias=True),
+    "lookahead": dict(k=5, alpha=0.5),
+    "sam": dict(rho=0.05),
+    "trust_region": dict(floor=1e-3),
+    "schedules.cosine_decay": dict(exponent=1.0),
+    "schedules.cosine_one_cycle": dict(pct_start=0.3, div_factor=25.0)
+    | dict(final_div_factor=1e4),
+    "schedules.linear_one_cycle": dict(pct_start=0.3, pct_final=0.85, div_factor=25.0)
+    | dict(final_div_factor=1e4),
+    "schedules.piecewise_interpolate": dict(interpolate_type="linear"),
+    "schedules.warmup_cosine_decay": dict(exponent=1.0),
+    "meta.es": dict(particles=1),
+}
+
+
+def defaults(maker: str) -> dict[str, Any]:
+    """Those that are not nothing: neither 0, False nor None."""
+    known = inspect.signature(NAMES[maker]).parameters.items()
+    return {n: p.default for n, p in known if p.default is not p.empty and p.default}
+
+
+def test_other_defaults_are_the_sources():
+    of_torch = {ours.__name__ for ours, _ in IN_TORCH} | {"muon"}  # and test_schedules.py
+    others = [*optimizers.__all__, *fo.transforms.__all__]
+    found = {name: defaults(name) for name in others if name not in of_torch}
+    found |= {name: defaults(name) for name in OTHERS}
+    assert {name: told for name, told in found.items() if told} == OTHERS
 
 
 # The import, in a process of its own ---------------------------------------------------

@@ -109,6 +109,6 @@ def adam_atan2(
             "betas": Hyper(betas, below=1.0, parts=("beta1", "beta2")),
             "weight_decay": Hyper(weight_decay),
             "a": Hyper(a),
-            "b": Hyper(b),
+            "b": Hyper(b, over=True),
         },
     )

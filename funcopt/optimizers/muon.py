@@ -1,6 +1,7 @@
 """Muon: momentum of a matrix, orthogonalized."""
 
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def muon(
         raise HyperparameterError(
             f"adjust_lr_fn is 'original' or 'match_rms_adamw', not {adjust_lr_fn!r}"
         )
-    if len(ns_coefficients) != 3 or not 0 <= ns_steps < 100 or eps < 0:
+    if len(ns_coefficients) != 3 or not 0 <= ns_steps < 100 or not 0 <= eps < inf:
         raise HyperparameterError(
             "muon takes three ns_coefficients, ns_steps in [0, 100) and eps ≥ 0, got "
             f"{ns_coefficients}, {ns_steps} and {eps}"

@@ -178,7 +178,7 @@ def prodigy(
             "betas": Hyper(betas, below=1.0, parts=("beta1", "beta2"), scalar=(0, 1)),
             "eps": Hyper(eps),
             "weight_decay": Hyper(weight_decay),
-            "d0": Hyper(d0, scalar=(0,)),
+            "d0": Hyper(d0, over=True, scalar=(0,)),
             "d_coef": Hyper(d_coef, scalar=(0,)),
             **optional,
         },

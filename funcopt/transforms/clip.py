@@ -135,7 +135,7 @@ def clip_by_block_rms(threshold: HyperValue) -> GradientStage:
         >>> opt.update(torch.tensor([3.0, 3.0]), opt.init(p), p)[0]
         tensor([-1., -1.])
     """
-    hyper = {"threshold": Hyper(threshold)}
+    hyper = {"threshold": Hyper(threshold, over=True)}
     spec = Spec(
         _clip_by_block_rms, "clip_by_block_rms", {}, hyper, elementwise=False, norms=True
     )
