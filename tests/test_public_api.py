@@ -259,6 +259,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "lion": dict(lr=1e-4, betas=(0.9, 0.99)),
     "madgrad": dict(lr=0.01, momentum=0.9, eps=1e-6),
     "mars_adamw": dict(lr=3e-3, betas=(0.95, 0.99), eps=1e-8, gamma=0.025),
+    "muon": dict(lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True, eps=1e-7)
+    | dict(ns_coefficients=(3.4445, -4.775, 2.0315), ns_steps=5, ns_dtype=torch.bfloat16),
     "novograd": dict(lr=1e-3, betas=(0.95, 0.98), eps=1e-8),
     "prodigy": dict(lr=1.0, betas=(0.9, 0.999), eps=1e-8, d0=1e-6, d_coef=1.0)
     | dict(decoupled_weight_decay=True),
@@ -287,7 +289,15 @@ OTHERS: dict[str, dict[str, Any]] = {
     | dict(final_div_factor=1e4),
     "schedules.piecewise_interpolate": dict(interpolate_type="linear"),
     "schedules.warmup_cosine_decay": dict(exponent=1.0),
-    "meta.es": dict(particles=1),
+    **dict.fromkeys(
+        ("meta.es", "meta.es_single", "meta.pes"), dict(sigma=0.1, particles=32)
+    ),
+    "meta.anil": dict(adapted="head*"),
+    "meta.cavia": dict(adapted="context*"),
+    "meta.imaml": dict(strength=2.0, iterations=5),
+    "meta.implicit": dict(solver="cg", iterations=10, step_size=1.0),
+    "meta.weight_update_implicit": dict(iterations=10),
+    "meta.value_and_grad": dict(tasks="auto", randomness="error"),
 }
 
 
@@ -298,7 +308,7 @@ def defaults(maker: str) -> dict[str, Any]:
 
 
 def test_other_defaults_are_the_sources():
-    of_torch = {ours.__name__ for ours, _ in IN_TORCH} | {"muon"}  # and test_schedules.py
+    of_torch = {ours.__name__ for ours, _ in IN_TORCH}
     others = [*optimizers.__all__, *fo.transforms.__all__]
     found = {name: defaults(name) for name in others if name not in of_torch}
     found |= {name: defaults(name) for name in OTHERS}
