@@ -359,8 +359,8 @@ def test_reptile_in_minibatches():
         return x[:4].view(2, 2, 2), y[:4].view(2, 2)
 
     theta, task = params(), one(tasks_of_test, 0)
-    kind = family("reptile", steps=2, batches=halves)
-    grads = torch.func.grad(kind.task_loss)(theta, task)
+    kind = family("reptile", None, loss_and_worst, steps=2, batches=halves, has_aux=True)
+    grads, _ = torch.func.grad(kind.task_loss, has_aux=True)(theta, task)
     x, y = halves(task)
     single = family("maml", steps=1)
     end = single.adapt(single.adapt(theta, (x[0], y[0])).params, (x[1], y[1])).params
@@ -486,7 +486,7 @@ def test_the_last_steps_weight_alone_is_the_plain_loss():
     last = partial(kind.task_loss, weights=fo.meta.step_weights(STEPS, 1.0))
     theta = theta_of("lslr")
     plain, weighted = (
-        fo.meta.value_and_grad(judged)(theta, tasks_of_test)
+        fo.meta.value_and_grad(judged, tasks="loop")(theta, tasks_of_test)
         for judged in (kind.task_loss, last)
     )
     close(weighted, plain)
@@ -515,7 +515,9 @@ def test_a_task_is_a_pair_or_a_dict(name: str):
         kind.task_loss(theta, {"query": query, "support": support}),
         kind.task_loss(theta, [support, query]),
     )
-    for task in ((support, query, query), {"train": support, "test": query}, support[0]):
+    more = {"support": support, "query": query, "valid": query}
+    of_others = {"train": support, "test": query}
+    for task in ((support, query, query), more, of_others, support[0]):
         with pytest.raises(fo.StructureError, match="a pair .support, query."):
             kind.task_loss(theta, task)
 
@@ -556,6 +558,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
         lambda: family("reptile").task_loss(params(), ({"n": 3}, {"n": ONES})),
         fo.StructureError,
         r"'n' is 3 in support and \[2\] in query",
+    ),
+    "the same number for data": (
+        lambda: family("reptile").task_loss(params(), ({"n": 3}, {"n": 3})),
+        fo.StructureError,
+        "'n' is 3 in support and 3 in query",
     ),
     "data that the support has not": (
         lambda: family("reptile").task_loss(params(), ({"y": ONES}, {"m": ONES})),
@@ -621,6 +628,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
         lambda: family("metasgd", fo.sgd(lr=fo.Schedule(float))).init(params()),
         fo.HyperparameterError,
         "learned rate of 'body.bias' starts from a number, not .*Schedule",
+    ),
+    "a rate for each weight": (
+        lambda: family("metasgd", fo.sgd(lr=ONES)).init({"w": ONES}),
+        fo.HyperparameterError,
+        "learned rate of 'w' starts from a number, not tensor",
     ),
     "rates of torch.optim": (
         lambda: family("metasgd", OF_TORCH).init(params()),
