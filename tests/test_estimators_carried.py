@@ -433,6 +433,13 @@ def test_imaml_carries_batch_norm(outside: str):
     close(slopes(buffers=STATISTICS), slopes(), 1e-10)
     family = fo.meta.imaml(normed, fo.sgd(lr=0.1), steps=2, buffers=STATISTICS)
     run = family.adapt(PARAMS, task[0])
+
+    def noted(p: Any, batch: Any, *, buffers: Any) -> Any:
+        seen = buffers["mean"].clone()
+        return normed(p, batch, buffers=buffers), seen
+
+    kind = fo.meta.imaml(noted, fo.sgd(lr=0.1), steps=2, buffers=STATISTICS, has_aux=True)
+    close(kind.task_loss(PARAMS, task)[1], run.buffers["mean"])
     assert (run.buffers["mean"] - STATISTICS["mean"]).abs().min() > 1e-3
     assert STATISTICS["mean"].abs().max() == 0
 

@@ -395,6 +395,19 @@ def test_imaml_at_the_minimum_is_the_closed_form():
     close(grads, unrolled)
 
 
+def test_imaml_damps_the_curvature():
+    """½(φ - 1)², λ = 1: φ* = ½, and λ / (1 + λ + damping) of its slope there."""
+    kind = fo.meta.imaml(
+        lambda p, goal: 0.5 * (p - goal).square().sum(),
+        fo.sgd(lr=0.5),
+        steps=1,
+        strength=1.0,
+        damping=2.0,
+    )
+    task = torch.ones(1), torch.ones(1)
+    close(torch.func.grad(kind.task_loss)(torch.zeros(1), task), torch.tensor([-0.125]))
+
+
 def test_weights_anneal_to_the_last_step():
     weights = [fo.meta.step_weights(5, t) for t in (0.0, 0.3, 0.9, 1.0, 7.0)]
     for w in weights:
@@ -678,6 +691,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[fo.FuncoptError], str]] = {
         lambda: family("imaml", strength=0.0),
         fo.HyperparameterError,
         "strength must be positive, got 0.0",
+    ),
+    "a pull that is no number": (
+        lambda: family("imaml", strength=math.nan),
+        fo.HyperparameterError,
+        "strength must be positive, got nan",
     ),
     "annealing before it begins": (
         lambda: fo.meta.step_weights(3, -0.1),
