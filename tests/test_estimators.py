@@ -250,11 +250,12 @@ def test_windows_of_a_swarm_add_up(name: str, objective: Any):
     assert carry is not None and carry[kept]["hyper"]["lr"].shape == (3,)
     assert carry["params"]["w"].shape == (6, 3)
     # From the end it begins anew, and nothing of what was drawn before has a part.
+    eta = {**LR, "init": PARAMS}
     anew, first = (
-        call(given, LR, window=2, generator=seeded(2), carry=at, **how).grads
+        call(given, eta, window=2, generator=seeded(2), carry=at, **how).grads
         for at in (carry, None)
     )
-    assert torch.equal(anew["hyper"]["lr"], first["hyper"]["lr"])
+    assert all(map(torch.equal, tree.leaves(anew), tree.leaves(first)))
 
 
 def test_a_swarm_is_the_formula_written_out():
@@ -335,8 +336,8 @@ def test_random_windows_are_seeded_and_within_bounds():
 
 def test_metasmoothness_is_the_formula_written_out():
     """Three trainings; of the parameters' changes, how many keep their sign."""
-    eta = {"hyper": {"lr": f64(0.9)}}
-    along = {"hyper": {"lr": f64(2.0)}}
+    eta = {"hyper": {"lr": f64(0.9)}, "meta": None}
+    along = {"hyper": {"lr": f64(2.0)}, "meta": None}
 
     def rough(p: Tensor, _: Any) -> Tensor:
         return torch.cos(3 * p).sum()
@@ -536,11 +537,14 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], type[Exception], list[st
         TypeError,
         ["random_window", "generator", "None"],
     ),
-    (
-        lambda: fo.meta.metasmoothness(problem(), LR, LR, 0.0),
-        fo.HyperparameterError,
-        ValueError,
-        ["h ", "0.0"],
+    *(
+        (
+            lambda h=h: fo.meta.metasmoothness(problem(), LR, LR, h),
+            fo.HyperparameterError,
+            ValueError,
+            ["h ", f"{h}"],
+        )
+        for h in (0.0, float("inf"))
     ),
     *(
         (
