@@ -283,6 +283,11 @@ def test_a_swarm_is_the_formula_written_out():
         assert torch.allclose(found.value, torch.cat([ahead, behind]).mean(), rtol=1e-12)
         assert found.diagnostics["values"].shape == (4, 2)
         assert torch.allclose(found.diagnostics["values"][:, 0], ahead, rtol=1e-12)
+    lone = CALLS["es"](
+        problem(fo.sgd()), LR, generator=seeded(3), sigma=0.05, particles=1
+    )
+    assert torch.allclose(lone.grads["hyper"]["lr"], each[0], rtol=1e-10)
+    assert "standard_error" not in lone.diagnostics  # one pair tells of none
 
 
 def test_a_width_for_each_meta_parameter():

@@ -111,7 +111,7 @@ class AntitheticPairs:
 
             def weighed(w: Tensor, s: Any) -> Tensor:
                 by = slope.view(-1, *[1] * (w.ndim - 1)).to(w.device)
-                return (w * by / s**2).to(w.dtype)
+                return w * by / s**2
 
             each = tree.map(weighed, weight, self.sigma)
             diagnostics = {
