@@ -268,9 +268,15 @@ def test_a_swarm_is_the_formula_written_out():
     ahead = torch.stack([value(0.2 + e) for e in noise])
     behind = torch.stack([value(0.2 - e) for e in noise])
     each = noise * (ahead - behind) / (2 * 0.05**2)
-    for chunk_size in (None, 3):
+    for chunk_size, chunks in ((None, 1), (3, 3)):  # of eight trainings
+        calls = []
+
+        def noted(p: Any, batch: Any, calls: list[None] = calls) -> Tensor:
+            calls.append(None)
+            return fit(p, batch)
+
         found = fo.meta.es(
-            problem(fo.sgd()),
+            replace(problem(fo.sgd()), inner_loss=noted),
             LR,
             generator=seeded(3),
             sigma=0.05,
@@ -282,6 +288,7 @@ def test_a_swarm_is_the_formula_written_out():
         assert torch.allclose(error, each.std() / 2, rtol=1e-10)
         assert torch.allclose(found.value, torch.cat([ahead, behind]).mean(), rtol=1e-12)
         assert found.diagnostics["values"].shape == (4, 2)
+        assert len(calls) == chunks * STEPS
         assert torch.allclose(found.diagnostics["values"][:, 0], ahead, rtol=1e-12)
     lone = CALLS["es"](
         problem(fo.sgd()), LR, generator=seeded(3), sigma=0.05, particles=1
@@ -611,6 +618,12 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], type[Exception], list[st
         fo.HyperparameterError,
         ValueError,
         ["sigma", "'wide'"],
+    ),
+    (
+        lambda: fo.meta.es(problem(), LR, generator=seeded(), sigma=torch.ones(1)),
+        fo.HyperparameterError,
+        ValueError,
+        ["sigma", "'hyper.lr'", "[1]", "[]"],
     ),
     (
         lambda: fo.meta.es(
