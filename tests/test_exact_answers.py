@@ -218,13 +218,17 @@ L2 = {"meta": f64(PENALTY)}
 
 
 def penalised() -> fo.meta.Problem:
-    def inner(x: Tensor, _: Any, l2: Tensor) -> Tensor:
-        return 0.5 * (x - CENTRE) ** 2 + 0.5 * l2 * x**2
+    """The minimum is that of the last batches; the first bends more."""
+
+    def inner(x: Tensor, bend: Tensor, l2: Tensor) -> Tensor:
+        return 0.5 * bend * (x - CENTRE) ** 2 + 0.5 * l2 * x**2
 
     def outer(x: Tensor, _: Any, l2: Tensor) -> Tensor:
         return 0.5 * (x - TARGET) ** 2
 
-    return fo.meta.Problem(fo.sgd(lr=0.5), inner, outer, 80, f64(0.0))
+    bends = torch.ones(80, dtype=torch.float64)
+    bends[0] = 3.0
+    return fo.meta.Problem(fo.sgd(lr=0.5), inner, outer, 80, f64(0.0), batches=bends)
 
 
 def test_a_penalty_by_conjugate_gradients_in_one_step():
