@@ -238,6 +238,9 @@ def test_a_penalty_by_conjugate_gradients_in_one_step():
     assert found.diagnostics["gradient_norm"] < 1e-12
     more = fo.meta.implicit(penalised(), L2, iterations=5)  # there is nothing left to do
     assert close(more.grads["meta"], TRUTH) and not more.diagnostics["indefinite"]
+    carry = fo.meta.advance(penalised(), L2, 30)
+    rest = fo.meta.implicit(penalised(), L2, carry=carry)
+    assert close(rest.grads["meta"], TRUTH) and rest.carry["step"] == 80
 
 
 @pytest.mark.parametrize("terms", [1, 2, 7, 60])
