@@ -94,9 +94,38 @@ def test_squares_out_of_range_are_not_taken(scale: float):
         lambda p, _, force: 0.5 * (bends * p) @ p + force @ p,
         lambda p, _, force: scale * (wanted @ p),
     )
-    found = fo.meta.implicit(problem, {"meta": torch.zeros(3)})
+    found, early = (
+        fo.meta.implicit(problem, {"meta": torch.zeros(3)}, iterations=n) for n in (10, 1)
+    )
     assert_close(found.grads["meta"] / scale, -wanted / bends, rtol=1e-5, atol=0)
     assert found.diagnostics["residual"] < 1e-5
+    # wanted - wantedᵀwanted / wantedᵀH wanted · H wanted is (½, 0, -½)
+    assert early.diagnostics["residual"].item() == pytest.approx(12**-0.5, rel=1e-5)
+
+
+def test_after_the_end_nothing_grows():
+    """The first direction bends down; of the second, a thousand times as long, and so
+    on, squares would be infinite, and 0 · inf is no zero."""
+    problem = at(
+        torch.zeros(1000),
+        lambda p, _, force: force @ p - 0.5 * p @ p,
+        lambda p, _, force: p.sum(),
+    )
+    found = fo.meta.implicit(problem, {"meta": torch.zeros(1000)}, iterations=20)
+    assert found.diagnostics["indefinite"] and not found.grads["meta"].any()
+
+
+@pytest.mark.parametrize("solver", ["cg", "neumann", "identity"])
+def test_where_nothing_moves_the_outer_loss_alone_has_a_slope(solver: Any):
+    problem = fo.meta.Problem(
+        fo.freeze(fo.sgd(lr=0.1), True),
+        lambda p, _, l2: l2 * p**2,
+        lambda p, _, l2: l2**2 * p,
+        1,
+        torch.tensor(2.0),
+    )
+    found = fo.meta.implicit(problem, {"meta": torch.tensor(3.0)}, solver=solver)
+    assert found.grads["meta"] == 12.0 and found.diagnostics["residual"] == 0.0
 
 
 @pytest.mark.parametrize("solver", ["cg", "neumann", "identity"])
@@ -118,8 +147,8 @@ def test_what_is_not_finite_is_no_zero(solver: Any, where: str):
 @pytest.mark.parametrize("solver", ["cg", "neumann", "identity"])
 def test_an_outer_loss_without_the_parameters(name: str, solver: Any):
     problem = at(
-        torch.ones(2),
-        lambda p, _, l2: (p**2).sum() * l2,
+        {"p": torch.ones(2), "nothing": torch.ones(0)},
+        lambda p, _, l2: (p["p"] ** 2).sum() * l2,
         lambda p, _, l2: l2**2,
     )
     how = {"solver": solver} if name == "implicit" else {}
