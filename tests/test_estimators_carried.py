@@ -399,6 +399,12 @@ def test_implicit_refuses_buffers_that_follow_the_parameters():
     found = fo.meta.implicit(unread, L2).grads["meta"]["l2"]
     close(found, f64(18 * 2 * -3 / 1.5**2), 1e-10)
 
+    def reading(p: Tensor, batch: Any, meta: Any, *, buffers: Any) -> Tensor:
+        return ridge(p, batch, meta, buffers=buffers) + 0.1 * p * buffers
+
+    with pytest.raises(fo.GradientLostError, match=words):
+        fo.meta.implicit(replace(unread, inner_loss=reading), L2)
+
     def constant(p: Tensor, batch: Any, meta: Any, *, buffers: Any) -> Tensor:
         ridge(fo.detach(p), batch, meta, buffers=buffers)
         return ridge(p, batch, meta, buffers=buffers.clone())
