@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import funcopt as fo
 from funcopt import tree
+from funcopt.meta.tasks import choose
 
 TASKS = 5
 
@@ -187,6 +188,19 @@ def test_the_usual_recipe_is_wrong_through_affine_norms(name: str):
     assert distance(outside(unrolled), truth) < 1e-12
     inside = fo.meta.value_and_grad(unrolled, tasks="vmap")(theta, case.tasks)[1]
     assert distance(inside, truth) < 1e-12
+
+
+def test_auto_is_the_rule_that_choose_tells():
+    def ways(counts: tuple[int, ...], *shapes: tuple[int, ...], on: str = "cpu") -> Any:
+        theta = {"none": None, "b": torch.zeros(2)}
+        theta |= {str(shape): torch.zeros(shape, device=on) for shape in shapes}
+        return [choose(theta, count) for count in counts]
+
+    assert ways((1, 2, 3), (4, 3)) == ["loop", "loop", "vmap"]
+    assert ways((9,), (32, 32, 3, 3), (4, 3)) == ["loop"]
+    # No convolution, or a narrow one; and another device than the CPU.
+    assert ways((9,), (1024, 1024), (64, 64, 3), (32, 31, 3, 3)) == ["vmap"]
+    assert ways((1, 2, 9), (32, 32, 3, 3), on="meta") == ["loop", "vmap", "vmap"]
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, TASKS, TASKS + 2])
