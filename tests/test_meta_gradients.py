@@ -190,6 +190,36 @@ def test_the_usual_recipe_is_wrong_through_affine_norms(name: str):
     assert distance(inside, truth) < 1e-12
 
 
+@pytest.mark.parametrize("by", ["theta", "tasks"])
+def test_autograd_through_a_meta_gradient_with_norms(by: str):
+    """torch's own derivative, of a batch, is wrong without a word."""
+
+    def loss(p: Any, x: Tensor) -> Tensor:
+        norm = torch.nn.functional.layer_norm(x @ p["w"], (4,), p["g"], p["b"])
+        return norm.tanh().square().mean()
+
+    def task_loss(theta: Any, x: Tensor) -> Tensor:
+        return loss(fo.unroll(fo.sgd(lr=0.1), loss, theta, x, steps=1).params, x)
+
+    made = torch.Generator().manual_seed(1)
+    w, g, b, x = (
+        torch.randn(shape, generator=made, dtype=torch.float64)
+        for shape in ((3, 4), (4,), (4,), (4, 5, 3))
+    )
+
+    def total(s: Any) -> Tensor:
+        moved = {"w": w + (s * w.cos() if by == "theta" else 0.0), "g": g, "b": b}
+        batch = x + s * x.cos() if by == "tasks" else x
+        grads = fo.meta.value_and_grad(task_loss, tasks="vmap")(moved, batch)[1]
+        return torch.cat([v.flatten() for v in grads.values()]).square().sum()
+
+    zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(total(zero), zero)
+    central = (total(1e-5).detach() - total(-1e-5).detach()) / 2e-5
+    assert slope.abs() > 1e-3
+    torch.testing.assert_close(slope, central, rtol=1e-5, atol=1e-8)
+
+
 def test_auto_is_the_rule_that_choose_tells():
     def ways(counts: tuple[int, ...], *shapes: tuple[int, ...], on: str = "cpu") -> Any:
         theta = {"none": None, "b": torch.zeros(2)}
