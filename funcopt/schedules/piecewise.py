@@ -176,7 +176,7 @@ def linear_one_cycle(
 
     Args:
         peak_value: the largest value, ≥ 0.
-        transition_steps: all steps, ≥ 1.
+        transition_steps: all steps, ≥ 1, and enough for one in each phase.
         pct_start: the share of the steps that rise.
         pct_final: the share of the steps that rise and fall.
         div_factor: how many times smaller the first value is, over 0.
