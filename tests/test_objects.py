@@ -351,7 +351,7 @@ for how in sys.argv[1:]:
     with torch.no_grad():
         step(p)
     assert not isinstance(objects.load(), objects.InPython)
-    break
+    os._exit(0)  # to take torch apart takes a second
 """
     ways = (
         "torch.func.vmap(torch.func.grad(step))(p)",
