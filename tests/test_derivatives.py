@@ -112,28 +112,9 @@ def test_gradcheck_of_three_steps(case: Case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", DESCENDING, ids=str)
-def test_second_derivatives_of_three_steps(case: Case):
-    """By all at once: gradgradcheck takes steps for each input, and each output's."""
+def test_gradgradcheck_of_three_steps(case: Case):
     function, point = three_steps(case)
-
-    def slopes(*leaves: Tensor) -> tuple[Tensor, ...]:
-        total = torch.stack([x.sin().sum() for x in function(*leaves)]).sum()
-        return torch.autograd.grad(
-            total, leaves, create_graph=True, materialize_grads=True
-        )
-
-    first, h = slopes(*point), 1e-6
-    for seed in range(3):
-        direction = random_like(point, seed=20 + seed)
-        along = torch.stack([(s * d).sum() for s, d in zip(first, direction)]).sum()
-        second = torch.autograd.grad(
-            along, point, retain_graph=True, materialize_grads=True
-        )
-        ahead, behind = (
-            slopes(*(x + k * d for x, d in zip(point, direction))) for k in (h, -h)
-        )
-        differences = [(a - b) / (2 * h) for a, b in zip(ahead, behind)]
-        assert_close(differences, list(second), 1e-4)
+    assert gradgradcheck(function, point, fast_mode=True)  # a random projection
 
 
 @pytest.mark.costly
