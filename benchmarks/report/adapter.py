@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import measure
+from report import targets
 from report.tables import markdown
+
+Ratios = dict[tuple[str, str], list[float]]  # by class and network
 
 
 def adapter_tables() -> str:
@@ -20,12 +23,35 @@ def adapter_tables() -> str:
         for name in dict.fromkeys(r["name"] for r in steps)
     ]
     header = ["`step()`, times faster than torch.optim's fastest", *sizes]
-    shares = [
-        [what, f"{_least(many, what, 'funcopt') / _least(many, what, 'torch'):.2f}"]
-        for what in ("construction", "state_dict")
+    *small, large = sizes
+    adamw = {("AdamW", size): ratios["AdamW", size] for size in small[:2]}
+    alone = {
+        (r["name"], large): ratios[r["name"], large]
+        for r in steps
+        if r["size"] == large and "fused" not in r["times"]
+    }
+    goals = [
+        _goal("never slower", ratios, targets.BEST),
+        _goal(f"AdamW on {' and '.join(small[:2])}", adamw, targets.SMALL_ADAMW),
+        _goal(f"no fused kernel in torch, {large}", alone, targets.UNFUSED),
     ]
-    small = markdown(["1,000 parameters", "of torch's time (≤ 1.5)"], shares)
-    return f"{markdown(header, rows)}\n\n{small}"
+    for what in ("construction", "state_dict"):
+        share = _least(many, what, "funcopt") / _least(many, what, "torch")
+        goal = f"{what} of 1,000 parameters, of torch's time"
+        met = targets.verdict(share <= targets.OF_TORCHS)
+        goals.append([goal, f"≤ {targets.OF_TORCHS}", f"{share:.2f}", met])
+    verdicts = markdown(["goal", "", "worst", ""], goals)
+    return f"{markdown(header, rows)}\n\n{verdicts}"
+
+
+def _goal(what: str, ratios: Ratios, at_least: float) -> list[str]:
+    """Its row: the least ratio, and the classes that miss it."""
+    least = {key: min(each) for key, each in ratios.items()}
+    short = ", ".join(
+        dict.fromkeys(name for (name, _), r in least.items() if r < at_least)
+    )
+    verdict = targets.verdict(not short) + (f" by {short}" if short else "")
+    return [what, f"≥ {at_least:g} ×", f"{min(least.values()):.2f}", verdict]
 
 
 def _ratios(result: dict[str, Any]) -> list[float]:

@@ -44,6 +44,10 @@ BEST = 1.0
 #: most time of an elementwise rule for each byte moved, AdamW's being 1
 FOREACH, PER_BYTE = 4.0, 1.25
 
+#: classes of torch_optim: AdamW's on the small nets; those without a fused kernel in
+#: torch on the largest; construction and state_dict, the most of torch's time
+SMALL_ADAMW, UNFUSED, OF_TORCHS = 2.0, 3.0, 1.5
+
 #: differentiable AdamW: times faster than per-tensor autograd, and the share of its bytes
 UNROLL = {"Omniglot net": 10.0, "small MLP": 15.0}
 SAVED = 0.45
