@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,9 +29,11 @@ def as_torchopt(opt: Optimizer) -> GradientTransformation:
 
     Returns:
         ``(init, update)`` with ``update(grads, state, params=None, *, inplace=False) ->
-        (updates, state)``: what is to be added to the parameters, which it must be given.
-        Nothing is written over, whatever ``inplace`` says. To add and subtract rounds:
-        parameters may differ from ``opt.update``'s in the last place.
+        (updates, state)``: what is to be added to the parameters, which it must be given,
+        in the containers of grads. Nothing is written over; with ``inplace`` there is no
+        graph, as in TorchOpt. To add and subtract rounds: parameters may differ from
+        ``opt.update``'s in the last place. Where TorchOpt has been imported, the class is
+        its own, which its ``FuncOptimizer``, ``Optimizer`` and ``MetaOptimizer`` ask for.
 
     Raises:
         HyperparameterTypeError: by ``update``, without params.
@@ -46,8 +49,9 @@ def as_torchopt(opt: Optimizer) -> GradientTransformation:
         tensor([-0.5000, -0.5000])
     """
     check_optimizer(opt, "as_torchopt")
-
-    return GradientTransformation(opt.init, functools.partial(_updates, opt))
+    torchopt = sys.modules.get("torchopt.base")
+    made = torchopt.GradientTransformation if torchopt else GradientTransformation
+    return made(opt.init, functools.partial(_updates, opt))
 
 
 def _updates(
@@ -59,13 +63,18 @@ def _updates(
     inplace: bool = False,
     **extra: Any,
 ) -> tuple[Tree, Any]:
-    del inplace
     if params is None:
         raise HyperparameterTypeError(
             f"{opt.name} needs the parameters: update(grads, state, params=params)"
         )
-    new, state = opt.update(updates, state, params, **extra)
-    return tree.map(torch.sub, new, params), state
+    flat, containers = tree.flatten(updates)
+    structure = tree.flatten(params)[1]
+    if tree.paths(containers) == tree.paths(structure):  # a tuple beside a list, say
+        updates = tree.unflatten(structure, flat)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not inplace):
+        new, state = opt.update(updates, state, params, **extra)
+        moves = tree.leaves(tree.map(torch.sub, new, params))
+    return tree.unflatten(containers, moves), state
 
 
 def from_transform(tx: Any) -> Optimizer:

@@ -1,6 +1,7 @@
 """funcopt.torch_optim: the numbers, the state and the groups of torch.optim."""
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -273,10 +274,6 @@ def test_the_profiler_sees_the_name():
     with torch.profiler.profile() as profile:
         train(opt, 1)
     assert "Optimizer.step#AdamW.step" in {e.key for e in profile.key_averages()}
-
-
-def over_pickle(opt: Any) -> Any:
-    return pickle.loads(pickle.dumps(opt))
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "LBFGS", "Lion"])
@@ -881,6 +878,58 @@ def test_torchopts_transforms_both_ways():
         update(g, init(p))
     with pytest.raises(TypeError, match="init and update"):
         fo.from_transform(3)
+
+
+def test_torchopts_own_classes_step_by_ours():
+    """They ask for a class of TorchOpt's; one writes in place, one is differentiated."""
+    torchopt = pytest.importorskip("torchopt")
+    x = torch.linspace(-1.0, 2.0, 6, dtype=torch.float64).view(2, 3)
+    rule = fo.adamw(lr=0.1, weight_decay=0.1)
+    tx = fo.as_torchopt(rule)
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(1)
+        return torch.nn.Linear(3, 2).double()
+
+    module = network()
+
+    def loss(params: Any, *unused: Any) -> Tensor:
+        return torch.func.functional_call(module, params, (x,)).pow(4).mean()
+
+    first = {name: p.detach() for name, p in network().named_parameters()}
+    after = functools.partial(fo.unroll, rule, loss, steps=3, batch=x)
+    expected = after(first).params
+    net = network()
+    running = torchopt.Optimizer(net.parameters(), tx)
+    by_function = torchopt.FuncOptimizer(tx)
+    params = {name: p.clone().requires_grad_() for name, p in first.items()}
+    for _ in range(3):
+        running.zero_grad()
+        net(x).pow(4).mean().backward()
+        running.step()
+        params = by_function.step(loss(params), params)
+    torch.testing.assert_close(dict(net.named_parameters()), expected)
+    torch.testing.assert_close(params, expected)
+    assert not any(s.requires_grad for s in tree_of.leaves(running.state_dict()))
+    net = network()
+    start = [*net.parameters()]
+    meta = torchopt.MetaOptimizer(net, tx)
+    for _ in range(3):
+        meta.step(net(x).pow(4).mean())
+    found = torch.autograd.grad(net(x).pow(4).mean(), start)
+    wanted = torch.func.grad(lambda first: loss(after(first).params))(first)
+    torch.testing.assert_close([*found], [wanted[n] for n in ("weight", "bias")])
+
+
+def test_gradients_of_a_transform_may_lie_in_other_containers():
+    """In a tuple beside a list of parameters, as `posteriors` has them."""
+    init, update = fo.as_torchopt(fo.sgd(lr=0.5))
+    params = [{"w": torch.ones(2)}, torch.ones(3)]
+    updates, _ = update((params[0], params[1]), init(params), params=params)
+    assert type(updates) is tuple and updates[0]["w"].tolist() == [-0.5, -0.5]
+    for other in ((params[0],), ({"v": torch.ones(2)}, params[1])):
+        with pytest.raises(fo.StructureError, match="grads"):
+            update(other, init(params), params=params)
 
 
 @pytest.mark.parametrize("donate", [False, True])
