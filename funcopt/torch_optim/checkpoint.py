@@ -144,7 +144,10 @@ def restore_dtypes(
 def _check_numbers(
     found: Mapping[str, Any], flags: Flags, group: Mapping[str, Any], owner: str
 ) -> None:
-    missing = [name for name in flags.numbers if name in group and name not in found]
+    # Later releases of torch have added flags that say yes or no.
+    needed = [name for name in flags.static if type(group.get(name)) is not bool]
+    wanted = (*flags.numbers, *needed)
+    missing = [name for name in wanted if name in group and name not in found]
     if missing:
         raise CheckpointError(
             f"the checkpoint is another optimizer's: {owner}, steps by "
