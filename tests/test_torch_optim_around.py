@@ -380,20 +380,37 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from test_torch_optim_around import run
-run(Path(sys.argv[1]), int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+folder, *steps = sys.argv[1:]
+run(Path(folder) / "whole", -1, list)
+for i, step in enumerate(steps):
+    if os.fork():  # a process for each; torch is imported, and kernels loaded, once
+        assert os.wait()[1] == signal.SIGKILL, step
+        continue
+    run(Path(folder) / str(i), int(step), die)
+    os._exit(0)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no such signal")
-def test_a_process_that_is_killed(tmp_path: Path):
-    (tmp_path / "whole").mkdir()
-    expected = run(tmp_path / "whole", -1, list)
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path), "14"],
+def test_processes_that_are_killed(tmp_path: Path):
+    steps = random.Random(1).choices(range(LENGTH), k=20)
+    for name in ("whole", "here", *range(len(steps))):
+        (tmp_path / str(name)).mkdir()
+    expected = run(tmp_path / "here", -1, list)
+    assert expected is not None
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path), *map(str, steps)],
         env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+        check=True,
     )
-    assert child.returncode == -signal.SIGKILL and (tmp_path / "last.pt").exists()
-    resumed = run(tmp_path, -1, list)
-    assert expected is not None and resumed is not None
-    assert all(map(torch.equal, resumed, expected))
+    for i, killed in enumerate(steps):
+        folder = tmp_path / str(i)
+        assert (folder / "last.pt").exists() is bool(killed)
+        resumed = run(folder, -1, list)
+        assert resumed is not None
+        assert all(map(torch.equal, resumed, expected)), killed
