@@ -1,4 +1,6 @@
-"""Writes checkpoints of torch.optim as they are today: later releases must load them.
+"""Writes checkpoints as they are today: later releases must load them.
+
+Of torch.optim's classes by torch.optim itself, of the others by funcopt.
 
 ``python tests/golden/make.py`` makes those that are missing; one that was ever released
 is not made anew.
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from funcopt import torch_optim
 
 FOLDER = Path(__file__).parent
 CASES: dict[str, dict[str, Any]] = {
@@ -28,6 +32,13 @@ CASES: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.01, "momentum": 0.9, "nesterov": True},
     "SparseAdam": {},
 }
+#: those that torch.optim does not have
+OWN: dict[str, dict[str, Any]] = {
+    name: {} for name in torch_optim.FACTORIES if name not in CASES
+}
+OWN["SGLD"] = {"temperature": 0.0}  # without noise
+OWN["ScheduleFreeSGD"] = {"lr": 0.01}
+OWN["DoG"] = {"reps_rel": 0.01}  # or it would hardly move
 Params = dict[str, torch.nn.Parameter]
 
 
@@ -61,12 +72,13 @@ def steps(optimizer: Any, params: Params, count: int) -> None:
 
 
 def main() -> None:
-    for name, kwargs in CASES.items():
+    for name, kwargs in {**CASES, **OWN}.items():
         file = FOLDER / f"{name}.pt"
         if file.exists():
             continue
         params = start(name)
-        optimizer = getattr(torch.optim, name)(params.items(), **kwargs)
+        library = torch.optim if name in CASES else torch_optim
+        optimizer = getattr(library, name)(params.items(), **kwargs)
         steps(optimizer, params, 3)
         saved = {
             "optimizer": optimizer.state_dict(),
