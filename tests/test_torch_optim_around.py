@@ -116,13 +116,17 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize(
     "tensor", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float", "tensor"]
 )
+@pytest.mark.parametrize(
+    "rule", ["AdamW", pytest.param("SGD", marks=pytest.mark.slow)]
+)  # some turn beta1, or the momentum
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler(name: str, tensor: bool):
+def test_every_scheduler(name: str, rule: str, tensor: bool):
     both = []
+    kwargs = {"momentum": 0.9} if rule == "SGD" else {}
     for library in LIBRARIES:
         model = network()
         lr: Any = torch.tensor(0.1) if tensor else 0.1
-        opt = library.AdamW(model.parameters(), lr=lr)
+        opt = getattr(library, rule)(model.parameters(), lr=lr, **kwargs)
         scheduler = SCHEDULERS[name](opt)
         for step in range(6):
             opt.zero_grad()
@@ -131,6 +135,10 @@ def test_every_scheduler(name: str, tensor: bool):
             scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
         both.append((weights(model), opt.state_dict()["param_groups"]))
     assert_like(both[0], both[1])
+
+
+def test_no_scheduler_of_torchs_is_left_out():
+    assert {*schedulers.__all__} - {"LRScheduler"} == {*SCHEDULERS} - {"SWALR"}
 
 
 def test_averages_of_weights():
