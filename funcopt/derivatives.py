@@ -61,6 +61,17 @@ def vjp(
     return out.filled(values, others), pullback
 
 
+def vjp_apart(function: Function, given: Trees) -> tuple[Trees, Pullback]:
+    """As `vjp`, of what no transform follows: the result has no graph.
+
+    In grad mode wherever it is called, without which torch's LSTM on a CPU keeps too
+    little for the way back.
+    """
+    with torch.enable_grad():
+        out, pullback = vjp(function, given)
+    return tree.detach(out), pullback
+
+
 def jvp(
     function: Function, given: Trees, tangents: Trees
 ) -> tuple[Trees, dict[str, Tree]]:

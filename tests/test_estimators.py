@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcopt as fo
@@ -1147,6 +1147,34 @@ def test_within_autocast_only_the_losses_are_in_half(name: str):
         found = CALLS[name](given, eta)
     for x, y in zip(tree.leaves(found.grads), tree.leaves(expected.grads)):
         assert y.abs().max() > 1e-4 and torch.allclose(x, y, rtol=1e-5)
+
+
+def recurrent(dtype: torch.dtype = torch.float32) -> fo.meta.Problem:
+    """Of float32 torch's LSTM is one kernel on a CPU, of float64 many small ones."""
+    torch.manual_seed(0)
+    net = nn.LSTM(3, 4).to(dtype)
+    params = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(p: Any, x: Tensor, meta: Any = 1.0) -> Tensor:
+        return (meta * functional_call(net, p, (x,))[0] - 0.2).square().mean()
+
+    x = TRAIN[0].to(dtype)
+    return fo.meta.Problem(fo.sgd(lr=0.5), loss, loss, 2, params, batch=x, outer_batch=x)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CALLS if n != "forward" and SMOOTHED not in SEES[n].values()]
+)
+def test_torchs_lstm(name: str):
+    """Its kernel keeps what the way back needs in grad mode alone."""
+    key = keys_seen(name)[0]
+    exact, given = recurrent(torch.float64), recurrent()
+    etas = {"hyper": {"lr": f64(0.5)}, "init": exact.params, "meta": f64(1.3)}
+    expected = CALLS[name](exact, {key: etas[key]})
+    found = CALLS[name](given, tree.map(Tensor.float, {key: etas[key]}))
+    for x, y in zip(tree.leaves(found.grads), tree.leaves(expected.grads)):
+        assert y.abs().max() > 1e-4
+        assert torch.allclose(x.double(), y, rtol=1e-3, atol=1e-6)
 
 
 class Accelerator(TorchDispatchMode):

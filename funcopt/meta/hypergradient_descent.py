@@ -3,7 +3,7 @@
 import torch
 
 from funcopt import tree
-from funcopt.derivatives import Trees, vjp
+from funcopt.derivatives import Trees, vjp_apart
 from funcopt.inner.step import Step
 from funcopt.meta.estimate import Estimate, check_eta
 from funcopt.meta.problem import (
@@ -89,7 +89,7 @@ def hypergradient_descent(
             params, state = step.updated(known, here)
             return {"params": params, "state": state, "buffers": buffers}
 
-        out, pullback = vjp(stepped, {"eta": eta})
+        out, pullback = vjp_apart(stepped, {"eta": eta})
         carried = {**out, "step": k + 1}
         value, slopes = outer_vjp(problem, eta, carried, k + 1)
         through = pullback({name: slopes[name] for name in ("params", "buffers")})

@@ -6,7 +6,7 @@ import torch
 
 from funcopt import tree
 from funcopt.checks import check_count
-from funcopt.derivatives import Trees, vjp, widened
+from funcopt.derivatives import Trees, vjp_apart, widened
 from funcopt.errors import HyperparameterError
 from funcopt.inner.loop import CARRY
 from funcopt.inner.loss import InnerLoss
@@ -126,7 +126,7 @@ def implicit(
         if buffers is not None:
             check_buffers(problem, eta, end)
         # One graph for all products: each is a pass back through it.
-        inner, pullback = vjp(gradient, {"kept": _kept(params, moving), "eta": eta})
+        inner, pullback = vjp_apart(gradient, {"kept": _kept(params, moving), "eta": eta})
 
         def product(v: Tree) -> Tree:
             return plus(pullback({"grads": v})["kept"], damping, v)
@@ -209,7 +209,7 @@ def weight_update_implicit(
             stepped = step(inputs_at(problem, given, problem.steps - 1))
             return standing(stepped._asdict())
 
-        _, pullback = vjp(last_step, {**standing(end), "eta": eta})
+        _, pullback = vjp_apart(last_step, {**standing(end), "eta": eta})
         at = {"params": slopes["params"], "buffers": slopes["buffers"]}
         grads = tree.map(widened, slopes["eta"])
         for _ in range(iterations):

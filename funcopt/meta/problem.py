@@ -10,7 +10,7 @@ import torch
 
 from funcopt import tree
 from funcopt.checks import check_count, check_function
-from funcopt.derivatives import Trees, vjp, widened
+from funcopt.derivatives import Trees, vjp_apart, widened
 from funcopt.errors import (
     HyperparameterError,
     MetaParameterError,
@@ -280,5 +280,5 @@ def outer_vjp(
         return {"value": outer_value(problem, at, given, k)}
 
     given = {"params": carry["params"], "buffers": carry.get("buffers"), "eta": eta}
-    out, pullback = vjp(value, given)
+    out, pullback = vjp_apart(value, given)
     return out["value"], pullback({"value": torch.ones_like(out["value"])})
