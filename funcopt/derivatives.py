@@ -5,14 +5,15 @@ floating-point and complex tensors (``None``, steps, Python numbers) is carried 
 has no derivative: in cotangents, tangents and gradients ``None`` stands in its place.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
 
 from funcopt import tree
-from funcopt.errors import StructureError
+from funcopt.errors import ExecutionError, StructureError
 from funcopt.types import HALF, Tensor, Tree
 
 Trees: TypeAlias = Mapping[str, Tree]
@@ -20,6 +21,11 @@ Function: TypeAlias = Callable[[Trees], Trees]
 Pullback: TypeAlias = Callable[[Trees], dict[str, Tree]]
 
 _NOTHING = torch.zeros((), device="cpu")
+#: the way out where attention has no such derivative
+MATH = (
+    "For attention use its MATH backend: with torch.nn.attention.sdpa_kernel("
+    "torch.nn.attention.SDPBackend.MATH) around the loss"
+)
 
 
 def is_smooth(leaf: Any) -> bool:
@@ -99,11 +105,28 @@ def jvp(
     # A dual number's tangent is laid out as its value: one expanded cannot be written to.
     start = [*(variables[i].contiguous() for i in moving), _NOTHING]
     directions = [*(along[i] for i in moving), _NOTHING]
-    results: Any = torch.func.jvp(of_moving, (start,), (directions,), has_aux=True)
+    with _explained():
+        results: Any = torch.func.jvp(of_moving, (start,), (directions,), has_aux=True)
     (*values, _), pushed, others = results
     (out,) = made
     alike = [t.to(x.dtype) for x, t in zip(values, pushed)]  # see `with_alike_tangent`
     return out.filled(values, others), out.with_holes(alike)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to do where an operation has no forward derivative."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        words = str(error)
+        if "forward AD" not in words or isinstance(error, ExecutionError):
+            raise
+        raise ExecutionError(
+            "an operation of the loss has no derivative in forward mode "
+            f"({words.splitlines()[0][:200]}). Reverse mode needs none: "
+            f"fo.meta.reverse, fo.meta.step_vjp. {MATH}"
+        ) from error
 
 
 def added(*columns: Sequence[Tensor | None]) -> list[Tensor | None]:

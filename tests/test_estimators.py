@@ -1177,6 +1177,33 @@ def test_torchs_lstm(name: str):
         assert torch.allclose(x.double(), y, rtol=1e-3, atol=1e-6)
 
 
+def attentive() -> fo.meta.Problem:
+    def loss(p: Tensor, x: Tensor) -> Tensor:
+        q = (x @ p)[:, None]
+        return nn.functional.scaled_dot_product_attention(q, q, q).square().mean()
+
+    x, start = random(5, 4, 3, seed=1).float(), random(3, 3, seed=2).float()
+    return fo.meta.Problem(fo.sgd(), loss, loss, 2, start, batch=x, outer_batch=x)
+
+
+@pytest.mark.parametrize("made", [recurrent, attentive])
+def test_a_loss_without_a_forward_derivative_says_so(made: Callable[[], fo.meta.Problem]):
+    """Of `forward`, and of what else goes forward: with what to do instead."""
+    given = made()
+    p, x, loss = given.params, given.batch, given.inner_loss
+    asked = {"loss_fn": loss, "params": p, "batch": x}
+    along, state = tree.map(torch.ones_like, p), fo.sgd().init(p)
+    for call in (
+        lambda: fo.meta.forward(given, {"hyper": {"lr": torch.tensor(0.1)}}),
+        lambda: fo.meta.step_jvp(
+            fo.sgd(), state=state, tangents={"params": along}, **asked
+        ),
+        lambda: fo.meta.hvp(vector=along, **asked),
+    ):
+        with pytest.raises(fo.ExecutionError, match="forward mode.*reverse.*sdpa_kern"):
+            call()
+
+
 class Accelerator(TorchDispatchMode):
     """The device "meta" as one with numbers: what is copied from there is zeros."""
 

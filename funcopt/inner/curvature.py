@@ -45,6 +45,7 @@ def hvp(
 
     Raises:
         StructureError: a vector that does not fit, a loss that is not 0-d.
+        ExecutionError: an operation of the loss has no forward derivative.
 
     Source:
         Pearlmutter, "Fast exact multiplication by the Hessian", 1994.
@@ -104,6 +105,7 @@ def mixed_vp(
 
     Raises:
         StructureError: a vector that does not fit, a name that is none of these.
+        ExecutionError: an operation of the loss has no forward derivative.
 
     Source:
         Stage (ii) of mixed-mode differentiation: Kemaev, Calian, Zintgraf, Farquhar, van

@@ -17,7 +17,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from funcopt.derivatives import SmoothLeaves, Trees, added
+from funcopt.derivatives import MATH, SmoothLeaves, Trees, added
 from funcopt.errors import ExecutionError
 from funcopt.execution import concrete, levels, pullback
 from funcopt.execution.outside import outside
@@ -250,7 +250,5 @@ def explained() -> Iterator[None]:
         raise ExecutionError(
             "grad_mode='mixed' differentiates the inner loss's gradient (on accelerators "
             "by forward derivatives, which grad_mode='reverse' does not need), and an "
-            f"operation of it has none ({words.splitlines()[0][:200]}). For attention "
-            "use its MATH backend: with torch.nn.attention.sdpa_kernel(torch.nn."
-            "attention.SDPBackend.MATH) around the loss"
+            f"operation of it has none ({words.splitlines()[0][:200]}). {MATH}"
         ) from error

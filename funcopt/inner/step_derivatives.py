@@ -120,6 +120,7 @@ def step_jvp(
 
     Raises:
         StructureError: tangents that do not fit, a name that is none of these.
+        ExecutionError: an operation of the loss has no forward derivative.
         Whatever `unroll` raises for the same arguments.
 
     Source:

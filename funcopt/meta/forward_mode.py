@@ -62,6 +62,7 @@ def forward(
         HyperparameterError: a window below 1.
         MetaParameterError: eta of other keys.
         StructureError: a carry of ``forward`` with another eta.
+        ExecutionError: an operation of the loss has no forward derivative.
         Whatever else `reverse` raises.
 
     Source:
