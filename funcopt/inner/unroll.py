@@ -78,9 +78,10 @@ def unroll(
             its graph again: one more forward pass. A number n keeps those of every
             n-th step, and goes over each n steps once more before that; "sqrt" is
             n = √K. The answer is the same to the bit where the same executor makes the
-            steps. The peak is 2√K states and one step's graph. Random
-            numbers of torch's own generators are drawn again as they were; any
-            other source of them is found out by the steps' losses, and raises.
+            steps, under ``grad`` of ``vmap`` to rounding. The peak is 2√K states and one
+            step's graph. Random numbers of torch's own generators are drawn again as
+            they were; any other source of them is found out by the steps' losses, and
+            raises.
         window: cut the graph after every ``window`` steps (truncation): gradients of
             ``params`` and ``state`` reach back to the last cut only. ``losses`` keep the
             graph of their own windows; for memory that does not grow, call `unroll` once
