@@ -1,6 +1,7 @@
 """What each process does in test_ranks.py, and a line of JSON for what came of it.
 
 python tests/ranks.py RANK WORLD FILE CASE CASE ...
+torchrun --nproc-per-node 2 tests/ranks.py CASE CASE ...
 """
 
 import json
@@ -116,6 +117,15 @@ def ended(rank: int, group: Any) -> Any:
     return raised(lambda: meta(mine(rank), theta(), group))
 
 
+def silent(rank: int, group: Any) -> Any:
+    """A process that lives, and does not come while its group's timeout lasts."""
+    short = dist.new_group(timeout=timedelta(seconds=2))
+    meta(mine(rank), theta(), short)  # which works: all are there
+    found = {} if rank else raised(lambda: meta(mine(rank), theta(), short))
+    dist.barrier(group)  # where it waits until the other has given up
+    return found
+
+
 def raised(call: Callable[[], Any]) -> dict[str, str]:
     try:
         call()
@@ -125,7 +135,8 @@ def raised(call: Callable[[], Any]) -> dict[str, str]:
 
 
 def elementwise(rank: int, group: Any) -> Any:
-    """How far two steps on DTensors are from those on plain tensors, and of what kind."""
+    """How far steps on DTensors are from those on plain tensors, and where they lie."""
+    from table import QUICK, slots_of
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -138,21 +149,21 @@ def elementwise(rank: int, group: Any) -> Any:
         return {n: distribute_tensor(x, mesh, places[n]) for n, x in values.items()}
 
     found = {}
-    for name in ("sgd", "adam", "adamw", "rmsprop", "lion"):
-        opt = getattr(fo, name)(lr=0.1, **({"momentum": 0.9} if name == "sgd" else {}))
-        outcomes = []
+    for case in (case for case in QUICK if case.row.elementwise):
+        opt, outcomes = case.optimizer(), []
         for params, grads in ((whole, gradient), (spread(whole), spread(gradient))):
             state = opt.init(params)
             for _ in range(2):
                 params, state = opt.update(grads, state, params)
             outcomes.append((params, state))
-        plain, spread_out = map(tree.leaves, outcomes)
-        distance, kinds = 0.0, []
-        for a, b in zip(plain, spread_out):
-            kinds.append(f"{b.placements}" if isinstance(b, DTensor) else "plain")
-            whole_b = b.full_tensor() if isinstance(b, DTensor) else b
-            distance = max(distance, (a - whole_b).abs().max().item())
-        found[name] = {"distance": distance, "kinds": kinds}
+        distance = 0.0
+        for a, b in zip(*map(tree.leaves, outcomes)):
+            b = b.full_tensor() if isinstance(b, DTensor) else b
+            distance = max(distance, (a - b).abs().max().item())
+        params, state = outcomes[1]
+        spread_out = tree.leaves([params, *(state[name] for name in slots_of(state))])
+        lie = [str(getattr(x, "placements", None)) for x in spread_out]
+        found[str(case)] = {"distance": distance, "placements": lie}
     return found
 
 
@@ -163,16 +174,13 @@ WORLD = 2
 
 def outcomes(script: str, cases: Sequence[str], folder: Path) -> dict[str, Any]:
     """What each rank says of each case, by the script's `main` in this folder."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(fo.__file__).parents[1])}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
     processes = [
         subprocess.Popen(
             [sys.executable, script, str(rank), str(WORLD), folder / "store", *cases],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=environment(),
             cwd=folder,
         )
         for rank in range(WORLD)
@@ -187,19 +195,35 @@ def outcomes(script: str, cases: Sequence[str], folder: Path) -> dict[str, Any]:
     return {name: [each[i][name] for each in lines] for i, name in enumerate(cases)}
 
 
+def by_torchrun(script: str, cases: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The same of processes that torchrun starts."""
+    how = ["--standalone", f"--nproc-per-node={WORLD}", "--redirects=3"]
+    call = [sys.executable, "-m", "torch.distributed.run", *how, "--log-dir", folder]
+    run = subprocess.run(
+        [*call, script, *cases], capture_output=True, text=True, env=environment()
+    )
+    logs = sorted(folder.glob("**/stdout.log"), key=lambda log: log.parent.name)
+    lines = [[*map(json.loads, log.read_text().splitlines())] for log in logs]
+    assert [len(each) for each in lines] == [len(cases)] * WORLD, run.stderr
+    return {name: [each[i][name] for each in lines] for i, name in enumerate(cases)}
+
+
+def environment() -> dict[str, str]:
+    found = {**os.environ, "PYTHONPATH": str(Path(fo.__file__).parents[1])}
+    return found | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
+
+
 def main(cases: Mapping[str, Callable[[int, Any], Any]]) -> None:
     """Print a line of JSON for each case that the command line names."""
-    rank, world, file, *names = sys.argv[1:]
+    names, how = sys.argv[1:], {}
+    if not dist.is_torchelastic_launched():
+        rank, world, file, *names = names
+        how = {"init_method": f"file://{file}", "rank": int(rank)}
+        how["world_size"] = int(world)
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{file}",
-        rank=int(rank),
-        world_size=int(world),
-        timeout=timedelta(seconds=30),
-    )
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30), **how)
     for name in names:  # one after another: to start takes seconds
-        outcome = cases[name](int(rank), dist.group.WORLD)
+        outcome = cases[name](dist.get_rank(), dist.group.WORLD)
         print(json.dumps({name: outcome}), flush=True)
     sys.stdout.flush()
     os._exit(0)  # where the other has ended, there is no orderly end
