@@ -388,9 +388,10 @@ def test_meta_gradients_are_right_in_every_order(norm: str, order: Any, right: b
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
-def test_unroll_is_right_by_itself_in_every_order(norm: str, order: Any):
+@pytest.mark.parametrize("way", [{}, {"grad_mode": "mixed"}, {"remat": "sqrt"}], ids=str)
+def test_unroll_is_right_by_itself_in_every_order(norm: str, order: Any, way: Any):
     def step(p: Params, x: Tensor) -> Params:
-        return fo.unroll(fo.sgd(lr=0.3), problem.loss, p, x, steps=2).params
+        return fo.unroll(fo.sgd(lr=0.3), problem.loss, p, x, steps=2, **way).params
 
     problem = Problem(norm, step)
     assert distance(order(problem), problem.truth()) < 1e-12
