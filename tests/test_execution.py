@@ -33,6 +33,7 @@ import funcopt as fo
 from funcopt import tree
 from funcopt.execution import dispatch, scalars
 from funcopt.execution.native import kernels as native
+from funcopt.execution.native import objects
 from funcopt.hyper import Hyper
 from funcopt.optimizers.madgrad import cube_root
 from funcopt.types import State, Tree
@@ -41,16 +42,6 @@ FAST = ["foreach", "native"]
 QUICK = [torch.float32, torch.bfloat16]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 Result = tuple[Tree, State]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel forgets to write is NaN, not the zeros of fresh memory."""
-
-    def nan_like(column: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.full_like(x, torch.nan) for x in column]
-
-    monkeypatch.setattr(native, "empty_like", nan_like)
 
 
 def assert_bits(found: Tree, expected: Tree) -> None:
@@ -953,6 +944,50 @@ def test_the_argument_beats_the_context_and_contexts_nest():
     with pytest.raises(ZeroDivisionError), fo.execution("reference"):
         raise ZeroDivisionError
     assert executed(opt, p) == "native"
+
+
+class Kernels:
+    """Python's objects as they are read in C or in Python; kernels count, or idle."""
+
+    def __init__(self) -> None:
+        self.objects, self.idle = objects.load(), False
+        self.threads: list[int] = []  #: that each call of a kernel may use
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.objects, name)
+
+    def run(self, *given: Any) -> int:
+        self.threads.append(given[9])
+        return 0 if self.idle else self.objects.run(*given)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    found = Kernels()
+    monkeypatch.setattr(objects, "load", lambda: found)
+    return found
+
+
+@pytest.mark.parametrize("way", ["first", "like the last", "derivative", "in a batch"])
+def test_what_no_kernel_writes_is_poisoned(way: str, kernels: Kernels):
+    """Or no test would see what a kernel leaves out."""
+    opt, (p, g) = fo.adamw(), random_like([torch.empty(2, 5)] * 2, 1)
+    state = opt.init(p)
+
+    def step() -> Tensor:
+        if way == "in a batch":
+            return vmap(lambda p, g: opt.update(g, opt.init(p), p)[0])(p, g)
+        if way == "like the last":
+            return opt.update(g, state, p)[0]
+        with fo.execution("native"):
+            if way == "first":
+                return opt.update(g, state, p)[0]
+            return grad(lambda p: opt.update(g, state, p)[0].square().sum())(p)
+
+    for _ in range(3):  # and what is written into again has numbers in it
+        assert step().isfinite().all()
+    kernels.idle = True
+    assert step().isnan().all()
 
 
 @pytest.mark.parametrize("past_cache", [False, True])
