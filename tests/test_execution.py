@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from decimal import Decimal
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from table import (
 from test_purity import Snapshot, assert_no_sharing
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.func import grad, vmap
+from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from trees import assert_close, assert_moved, mixed, random_like, relative
 
@@ -988,6 +988,93 @@ def test_what_no_kernel_writes_is_poisoned(way: str, kernels: Kernels):
         assert step().isfinite().all()
     kernels.idle = True
     assert step().isnan().all()
+
+
+def unrolled(opt: fo.Optimizer, p: Tree) -> Tensor:
+    state, first = opt.init(p), p
+    for _ in range(3):
+        p, state = opt.update(first, state, p)
+    return torch.stack([x.square().sum() for x in tree.leaves(p)]).sum()
+
+
+def followed(p: Tree) -> Tree:
+    return tree.map(lambda x: x.clone().requires_grad_(), p)
+
+
+OWN = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+#: what is done with an optimizer and three tasks, and how often a kernel is called
+LAUNCHES: dict[str, tuple[Callable[[fo.Optimizer, Tree], Any], int]] = {
+    "pure": (lambda opt, p: opt.update(p, opt.init(p), p), 1),
+    "in place": (
+        lambda opt, p: opt.update(p, opt.init(p), tree.map(torch.clone, p), donate=True),
+        1,
+    ),
+    "vmap": (lambda opt, p: vmap(lambda p: opt.update(p, opt.init(p), p))(p), 1),
+    "vmap, rates of their own": (
+        lambda opt, p: vmap(lambda p, lr: opt.update(p, opt.init(p), p, lr=lr))(p, OWN),
+        1,
+    ),
+    "vmap of vmap": (
+        lambda opt, p: vmap(
+            vmap(lambda p, lr: opt.update(p, opt.init(p), p, lr=lr), (0, None)),
+            (None, 0),
+        )(p, OWN),
+        1,
+    ),
+    "stacked, rates of their own": (
+        lambda opt, p: opt.update(
+            p,
+            opt.init(p),
+            p,
+            lr=tree.map(lambda x: OWN.float().view(3, *[1] * (x.ndim - 1)), p),
+        ),
+        1,
+    ),
+    "three steps and backward": (
+        lambda opt, p: torch.autograd.grad(
+            unrolled(opt, q := followed(p)), tree.leaves(q)
+        ),
+        3 + 3,
+    ),
+    "grad of three steps": (lambda opt, p: grad(lambda p: unrolled(opt, p))(p), 3 + 3),
+    "vmap of grad": (lambda opt, p: vmap(grad(lambda p: unrolled(opt, p)))(p), 3 + 3),
+    "jvp": (lambda opt, p: jvp(lambda p: unrolled(opt, p), (p,), (p,)), 3 + 3),
+    "clipped": (
+        lambda opt, p: (clip := fo.chain(fo.clip_by_global_norm(1.0), opt)).update(
+            p, clip.init(p), p
+        ),
+        1 + 1,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LAUNCHES)
+def test_how_often_a_kernel_is_called(what: str, kernels: Kernels):
+    """Once for a step of all leaves, and tasks; once for the derivative of a step."""
+    run, count = LAUNCHES[what]
+    params = random_like({"w": torch.empty(3, 2, 4), "b": torch.empty(3, 5)}, 1)
+    # of so short a rule torch.func makes the derivative as fast itself
+    with fo.execution("native") if "grad" in what else nullcontext():
+        run(fo.adamw(lr=0.1), params)  # new kernels are tried
+        opt = fo.adamw(lr=0.1)
+        for _ in range(3):
+            kernels.threads.clear()
+            run(opt, params)
+            assert len(kernels.threads) == count
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_kernel_may_use_torchs_threads(threads: int, kernels: Kernels):
+    """All of them where there is enough to do."""
+    opt, before = fo.adamw(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for p, expected in ((dense(70_000), threads), (dense(70), 1)):
+            for _ in range(2):
+                opt.update(p, opt.init(p), p)
+                assert kernels.threads.pop() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("past_cache", [False, True])
