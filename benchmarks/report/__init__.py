@@ -151,7 +151,8 @@ def overhead_table() -> str:
     words = (
         f"`import torch` takes {imports['torch']['median']:.2f} s, "
         f"`import torch, funcopt` {imports['torch, funcopt']['median']:.2f} s: "
-        f"{added:.2f} s more (medians of {imports['torch']['repeats']})."
+        f"{added:.2f} s more (medians of {imports['torch']['repeats']}; ≤ 0.3: "
+        f"{verdict(added <= 0.3)})."
     )
     return "\n\n".join([update, scan, pytree, words])
 
