@@ -58,6 +58,8 @@ ELEMENTWISE_EACH = [case for case in EACH if case.row.elementwise]
 ELEMENTWISE_ENDS = [case for case in ENDS if case.row.elementwise]
 #: those of rules that see their leaf in norms alone
 NORMS = [case for case in CASES if case.row in layerwise.ROWS]
+#: and those that kernels run by sums over the tree
+TOTALS = [case for case in CASES if case.row in parameter_free.ROWS]
 #: those of rules of matrices
 MATRIX = [case for case in CASES if case.row in matrix.ROWS]
 #: those with a twin to race with

@@ -10,7 +10,15 @@ from row import Case
 from table import ENDS
 from torch import Tensor
 from torch.func import grad, jvp, vmap
-from trees import assert_close, assert_moved, assert_same, mixed, random_like, small
+from trees import (
+    assert_close,
+    assert_moved,
+    assert_same,
+    mixed,
+    random_like,
+    small,
+    units_of_largest,
+)
 
 import funcopt as fo
 from funcopt import tree
@@ -272,6 +280,26 @@ def test_kernels_run_the_whole_chain(name: str, dtype: torch.dtype, executor: st
     tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     assert_close(found, steps(opt, params, execution="reference"), tolerance)
     assert_moved(found[0], params, everywhere=False)
+
+
+@pytest.mark.parametrize("executor", ["native", "foreach"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+)
+@pytest.mark.parametrize("name", sorted(EXACT))
+def test_stages_are_a_few_bits_away(name: str, dtype: torch.dtype, executor: str):
+    """By what they add over a leaf of 90,000 numbers, or over the tree."""
+    opt = CHAINS[name]()
+    like = {"w": torch.empty(300, 301, dtype=dtype), "b": torch.empty(7, dtype=dtype)}
+    params = random_like(like, 1)
+    state = opt.init(params)
+    for k in range(3):
+        grads, before = random_like(like, 10 + k), params
+        found, _ = opt.update(grads, state, before, execution=executor)
+        params, state = opt.update(grads, state, before, execution="reference")
+        for key, p in before.items():
+            assert units_of_largest(found[key], params[key], p) <= 2
+    assert_moved(params, random_like(like, 1), everywhere=False)
 
 
 def test_lookahead_goes_back_after_every_k_steps():

@@ -1,13 +1,16 @@
 """Rules that see their leaf in norms alone: kernels sweep it for these, and again."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from exact_roots import ExactRoots
 from row import Case
-from table import NORMS
+from table import NORMS, TOTALS
+from test_execution import assert_bits
 from torch import Tensor
-from trees import assert_moved, mixed, random_like
+from trees import assert_moved, mixed, random_like, units_of_largest
 
 import funcopt as fo
 from funcopt import tree
@@ -75,6 +78,27 @@ def test_every_rule_of_norms_has_kernels(
             assert torch.allclose(x.double(), y.double(), rtol=tolerance, atol=tolerance)
     some_moved = [bool((a != b).any()) for a, b in pairs(found, mixed(dtype))]
     assert all(some_moved)
+
+
+@pytest.mark.parametrize("name", ["native", "foreach"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [*NORMS, *TOTALS], ids=str)
+def test_sums_are_a_few_bits_away(case: Case, dtype: torch.dtype, name: str):
+    """In no more than docs/execution.md says; of a leaf's alone foreach has the bits."""
+    opt = case.optimizer()
+    like = {"w": torch.empty(300, 301, dtype=dtype), "b": torch.empty(7, dtype=dtype)}
+    params = random_like(like, 1)
+    state = opt.init(params)
+    for step in range(case.row.warm + 2):
+        given = random_like(like, 10 + step), state, params
+        found = opt.update(*given, execution=name)
+        before, (params, state) = params, opt.update(*given, execution="reference")
+        for key, p in before.items():
+            assert units_of_largest(found[0][key], params[key], p) <= 2
+        if not case.together and (name == "foreach" or dtype is torch.float32):
+            with ExactRoots() if name == "native" else nullcontext():
+                assert_bits(found, opt.update(*given, execution="reference"))
+        assert_moved(params, before, everywhere=False)
 
 
 def pairs(a: Any, b: Any) -> list[tuple[Tensor, Tensor]]:

@@ -54,6 +54,13 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return (error / expected.double().abs().max()).item()
 
 
+def units_of_largest(found: Tensor, expected: Tensor, before: Tensor) -> float:
+    """The greatest difference in units in the last place of the leaf's largest number."""
+    largest = torch.maximum(expected.abs().max(), before.abs().max()).double()
+    unit = torch.finfo(found.dtype).eps * 2.0 ** largest.log2().floor()
+    return ((found.double() - expected.double()).abs().max() / unit).item()
+
+
 def assert_close(found: Tree, expected: Tree, tolerance: float) -> None:
     """Every leaf within ``tolerance``, relative to the leaf's largest number."""
     leaves, structure = tree.flatten(expected)
