@@ -68,6 +68,7 @@ def described(kernel: Any) -> dict[str, Any]:
         "registers": int(re.findall(r"REG:(\d+)", use)[0]),
         "stack": int(re.findall(r"STACK:(\d+)", use)[0]),
         "approximate": re.findall(r"(?:div|sqrt)\.(?:approx|full)\S*f32", ptx),
+        "atomic": re.findall(r"\b(?:ATOM|RED)[GS]?\b\S*", code),
         "fused": ptx.count("fma.rn.f32"),
     }
 

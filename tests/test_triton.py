@@ -19,13 +19,14 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("triton", reason="Triton has no release for this system")
 
 from row import Case  # noqa: E402
-from table import ELEMENTWISE_ENDS, ELEMENTWISE_MIXES, rule_of  # noqa: E402
+from table import ELEMENTWISE_ENDS, ELEMENTWISE_MIXES, NORMS, rule_of  # noqa: E402
 from test_execution import OPERATIONS  # noqa: E402
 from trees import relative  # noqa: E402
 
 import funcopt as fo  # noqa: E402
 from funcopt.bits import bits, of_bits  # noqa: E402
 from funcopt.execution.executor import BuildError  # noqa: E402
+from funcopt.execution.foreach import Foreach  # noqa: E402
 from funcopt.execution.native import objects  # noqa: E402
 from funcopt.execution.program import Program  # noqa: E402
 from funcopt.execution.rule import Kinds, Rule  # noqa: E402
@@ -156,17 +157,19 @@ def run(
 
 def assert_as_defined(program: Program, streams: Any, rows: Any, units: int = 0) -> None:
     """Streams bit for bit, or within some units in the last place of the largest number;
-    sums, which torch rounds to the leaf's dtype, nearly."""
+    sums as foreach adds them, in float64."""
     found = run(program, program.dtype, streams, rows)
-    for value, column, expected in zip(
-        program.outputs, found, defined(program, streams, rows)
+    added = Foreach(program, program.dtype)(streams, rows, WHICH)
+    for value, column, expected, sums in zip(
+        program.outputs, found, defined(program, streams, rows), added
     ):
-        for x, y in zip(column, expected, strict=True):
+        for x, y, total in zip(column, expected, sums, strict=True):
             if program.is_stream(value):
                 assert relative(x, y) <= units * torch.finfo(y.dtype).eps
             else:
-                tolerance = 1e-11 if program.dtype is torch.float64 else 1e-3
-                torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+                tolerance = 1e-11 if program.dtype is torch.float64 else 1e-6
+                total = torch.as_tensor(total, dtype=torch.float64)
+                torch.testing.assert_close(x, total, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.slow
@@ -206,6 +209,26 @@ def test_a_step_and_its_derivatives(case: Case, dtype: torch.dtype):
     tangents = [column(dtype) for _ in streams]
     rows_of_both = [[*row, *[0.1] * len(row)] for row in rows]
     assert_as_defined(jvp, streams + tangents, rows_of_both, units)
+
+
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        pytest.param(
+            case, dtype, id=f"{case}-{dtype}",
+            marks=[] if case.row.name == "lamb" and k % 2 else pytest.mark.slow,
+        )
+        for k, case in enumerate(NORMS)
+        for dtype in (torch.float32, torch.float64)
+    ],
+)  # fmt: skip
+def test_a_rule_of_norms(case: Case, dtype: torch.dtype):
+    """Up to the order in which squares are added, in float64."""
+    rule, values = rule_and_values(case)
+    kinds = rule.kinds(values)
+    program = rule.program(kinds, dtype)
+    assert len(program.passes) > 1
+    assert_as_defined(program, *arguments(rule, values, kinds, dtype), units=2)
 
 
 def squared(p: Tensor, g: Tensor, lr: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
@@ -253,6 +276,30 @@ def test_leaves_at_any_storage_offset(dtype: torch.dtype):
         around = [x for c in out for y, n in zip(c, sizes)
                   for x in (y[:begin], y[begin + n :])]  # fmt: skip
         assert all((x == 7).all() for x in around)
+
+
+class Spied:
+    """A kernel, and the options of its launches."""
+
+    def __init__(self, kernel: Any, seen: list[dict[str, Any]]) -> None:
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*given: Any, **options: Any) -> None:
+            self.seen.append(options)
+            self.kernel[grid](*given, **options)
+
+        return launch
+
+
+def test_one_launch_for_all_leaves_that_contracts_no_product():
+    """And one for the sums."""
+    executor, seen = Triton(PROGRAM, torch.float32), []
+    executor._kernels = [
+        [kernel and Spied(kernel, seen) for kernel in pair] for pair in executor._kernels
+    ]
+    executor(leaves((3, 5), (0,), (1030,)), ROWS, [0, 1, 0])
+    assert [options["enable_fp_fusion"] for options in seen] == [False, False]
 
 
 def test_donated_leaves_are_written_in_place():

@@ -55,4 +55,5 @@ def test_nothing_is_kept_in_local_memory(kernels: dict[str, Any]):
 def test_arithmetic_is_exact(kernels: dict[str, Any]):
     for name, kernel in kernels.items():
         assert kernel["approximate"] == [], name
+        assert kernel["atomic"] == [], name  # sums are added in one order
     assert kernels["step torch.float32"]["fused"] == 2 * 8  # the two averages, no more
