@@ -28,29 +28,16 @@ import cuda
 import funcopt as fo
 import measure
 from contestants.meta_steps import with_funcopt
+from contestants.rules import RULES as REGISTRY
+from contestants.rules import Rule
 from cuda import Step
 from maml import agreement
 from workloads.problems import sinusoid
 
 Line = dict[str, Any]
 
-RULES: dict[str, fo.Optimizer] = {
-    "sgd": fo.sgd(lr=1e-3),
-    "sgd, momentum": fo.sgd(lr=1e-3, momentum=0.9, nesterov=True, weight_decay=1e-4),
-    "adam": fo.adam(),
-    "adamw": fo.adamw(),
-    "adamw, amsgrad": fo.adamw(amsgrad=True),
-    "adamax": fo.adamax(),
-    "adagrad": fo.adagrad(),
-    "adadelta": fo.adadelta(),
-    "rmsprop": fo.rmsprop(),
-    "rmsprop, centered, momentum": fo.rmsprop(centered=True, momentum=0.9),
-    "radam": fo.radam(),
-    "nadam": fo.nadam(),
-    "asgd": fo.asgd(),
-    "rprop": fo.rprop(),
-    "lion": fo.lion(),
-}
+#: of the registry those of kernels, each element going its own way
+RULES = {name: rule for name, rule in REGISTRY.items() if rule.elementwise}
 OMNIGLOT = [s for c in (1, 64, 64, 64) for s in ((64, c, 3, 3), (64,), (64,), (64,))]
 OMNIGLOT += [(5, 64), (5,)]
 L2 = 200e6  # bytes of buffers in turn, more than a card's cache holds
@@ -125,8 +112,8 @@ def interpreted() -> Iterator[None]:
 def _parts() -> Iterator[tuple[str, Part]]:
     """Everything that is measured, by name."""
     for each in (correctness, bandwidth):
-        for name, opt in RULES.items():
-            yield f"{name}: {each.__doc__}", partial(each, name, opt)
+        for name, rule in RULES.items():
+            yield f"{name}: {each.__doc__}", partial(each, name, rule)
     for part in (medium, omniglot, small, unrolled, tasks, compiled):
         yield str(part.__doc__), part
 
@@ -142,22 +129,24 @@ def _attempt(name: str, part: Part, sizes: Sizes) -> Iterator[Line]:
         yield {"what": name, "error": f"{type(error).__name__}: {words[0]}"}
 
 
-def correctness(name: str, opt: fo.Optimizer, sizes: Sizes) -> Iterator[Line]:
+def correctness(name: str, rule: Rule, sizes: Sizes) -> Iterator[Line]:
     """three steps against float64"""
+    opt = rule.optimizer
     shapes = [*OMNIGLOT[:2], (0,), (1,), (), (3, 1025), (333,)]
     wide = _tree(shapes, "cpu", torch.float64)
     grads = [_tree(shapes, "cpu", torch.float64, seed=i + 1) for i in range(3)]
     params = [x.to(sizes.device, torch.float32) for x in wide]
     params[-1] = torch.cat([params[-1][:1], params[-1]])[1:]  # off by 4 bytes
     expected, found = (wide, opt.init(wide)), (params, opt.init(params))
-    plan = fo.plan(opt, params)
+    data, own = rule.data(wide), rule.data(params)
+    plan = fo.plan(opt, params, **own)
     if {group.choice.name for group in plan.groups} != {sizes.executor}:
         raise RuntimeError(f"not by Triton: {plan}".replace("\n", "; "))
     for g in grads:
-        expected = opt.update(g, expected[1], expected[0], execution="reference")
+        expected = opt.update(g, *expected[::-1], execution="reference", **data)
         cuda.poison(sizes.device)
         narrow = [x.to(sizes.device, torch.float32) for x in g]
-        found = opt.update(narrow, found[1], found[0])
+        found = opt.update(narrow, *found[::-1], **own)
     gaps = [
         (x.cpu() - y).abs().max() / (1 + y.abs().max())
         for x, y in zip(found[0], expected[0])
@@ -167,18 +156,17 @@ def correctness(name: str, opt: fo.Optimizer, sizes: Sizes) -> Iterator[Line]:
     yield {"what": f"{name}: largest error", "value": gap, "most": 1e-5}
 
 
-def bandwidth(name: str, opt: fo.Optimizer, sizes: Sizes) -> Iterator[Line]:
+def bandwidth(name: str, rule: Rule, sizes: Sizes) -> Iterator[Line]:
     """1e9 parameters, as a part of the copy bandwidth"""
-    params = _tree(sizes.large, sizes.device)
+    params, opt = _tree(sizes.large, sizes.device), rule.optimizer
     grads, state = _tree(sizes.large, sizes.device, seed=1), opt.init(params)
-    slots = sum(not isinstance(slot, Tensor) for slot in state.values())
-    moved = sum(4 * x.numel() for x in params) * (3 + 2 * slots)
+    data, moved = rule.data(params), rule.bytes(params)
     source = params[0]
     target = torch.empty_like(source)
     calls: dict[str, Step] = {
         "copy": lambda: target.copy_(source),
-        "pure": lambda: opt.update(grads, state, params),
-        "donated": lambda: opt.update(grads, state, params, donate=True),
+        "pure": lambda: opt.update(grads, state, params, **data),
+        "donated": lambda: opt.update(grads, state, params, donate=True, **data),
     }
     with torch.no_grad():
         times = cuda.medians(calls, sizes.device, sizes.repeats, ahead=True)
@@ -279,9 +267,10 @@ def tasks(sizes: Sizes) -> Iterator[Line]:
         times = _medians(
             {"funcopt": step, "vmap": lambda: step(execution="reference")}, sizes
         )
-    yield _ratio(tasks.__doc__, times, "vmap", 6) | {
-        "launches": cuda.launches(step, sizes.device)
-    }
+    yield _ratio(tasks.__doc__, times, "vmap", 6)
+    launches = cuda.launches(step, sizes.device)
+    if launches is not None:
+        yield {"what": "256 tasks: kernel launches", "value": launches, "most": 1}
 
 
 def compiled(sizes: Sizes) -> Iterator[Line]:
