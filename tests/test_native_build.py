@@ -89,6 +89,27 @@ def test_built_once(cache: Path, compiled: list[Any]):
     assert len(compiled) == 1
 
 
+def test_another_value_compiles_nothing(cache: Path, compiled: list[Any]):
+    """Be it a number, learned, scheduled, each leaf's or task's own; or per element."""
+    made, params = opt(), {"a": P, "b": 2 * P}
+    state = made.init(params)
+
+    def step(lr: Any, p: Any = params) -> torch.Tensor:
+        return made.update(p, state, p, lr=lr, execution="native")[0]["a"]
+
+    rates: list[Any] = [0.5, 0.25, torch.tensor(0.1), torch.tensor(0.2).double()]
+    rates += [{"a": 0.3, "b": torch.tensor(0.4)}, fo.Schedule(lambda t: 0.6 / (1 + t))]
+    found = [step(lr) for lr in rates]
+    found += [*torch.vmap(step)(torch.tensor([0.7, 0.8]))]
+    with torch.no_grad():
+        found.append(step(torch.tensor(0.9, requires_grad=True)))
+    assert len({tuple(p.tolist()) for p in found}) == len(found)
+    assert len(compiled) == 1
+    for factor in (0.1, 0.2):
+        step({"a": factor * P.abs(), "b": factor * P.abs()})
+    assert len(compiled) == 2
+
+
 def test_the_users_alone(cache: Path):
     before = os.umask(0)
     try:
