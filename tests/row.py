@@ -34,8 +34,8 @@ class Row:
     #: how far a native step may be from the reference with torch's root, in units in the
     #: last place of the larger of the parameter before and after; see docs/execution.md
     roots: int = 0
-    #: the same for torch's power of a beta with elements; None where there is none
-    powers: int | None = None
+    #: the same for torch's power of a beta with elements
+    powers: int = 0
     #: how far executors may be apart by a function (atan2, not the root) that kernels
     #: round in their way, and torch by a leaf's layout: in units in the last place of a
     #: leaf's largest number

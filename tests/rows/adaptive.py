@@ -41,6 +41,7 @@ ROWS = [
         mixes(maximize=OFF_ON, weight_decay=DECAY),
         {"lr": 0.1, "betas": (0.8, 0.7, 0.9), "eps": 0.01, "weight_decay": 0.1},
         roots=2,
+        powers=1,
     ),
     Row(
         fo.adopt,
@@ -67,6 +68,7 @@ ROWS = [
             "weight_decay": 0.1,
         },
         roots=2,
+        powers=1,
         arrives={"parabola": {"lr": 1.0}},
     ),
     Row(
