@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -239,11 +240,25 @@ def test_zero_gradients(case: Case, dtype: torch.dtype):
 
 def misgiven(value: Any) -> Iterator[Any]:
     """Out of its range, each place of it alone."""
-    for bad in (-1.0, 1.0, 2.0, -1e-3, 60.0):
+    for bad in (-1.0, 1.0, 2.0, -1e-3, 60.0, 0.0, nan, inf):
         if not isinstance(value, tuple):
             yield bad
         else:
             yield from ((*value[:i], bad, *value[i + 1 :]) for i in range(len(value)))
+
+
+def refused_alike(ours: Any, theirs: Any, values: dict[str, Any]) -> int:
+    """How many bad numbers torch refuses, each of which is to raise the same here."""
+    refused = 0
+    for name, value in values.items():
+        for bad in misgiven(value):
+            try:
+                theirs([torch.ones(2, 2)], **{name: bad})
+            except Exception as error:
+                refused += 1
+                with pytest.raises(type(error)):
+                    ours(**{name: bad})
+    return refused
 
 
 OF_TORCH = [case for case in TWINS if case.row.name != "lion"]
@@ -251,16 +266,13 @@ OF_TORCH = [case for case in TWINS if case.row.name != "lion"]
 
 @pytest.mark.parametrize("case", OF_TORCH, ids=str)
 def test_what_torch_refuses_is_refused_alike(case: Case):
-    refused = 0
-    for name, value in case.floats().items():
-        for bad in misgiven(value):
-            try:
-                case.twin([torch.ones(2, 2)], **{name: bad})
-            except Exception as error:
-                refused += 1
-                with pytest.raises(type(error)):
-                    case.optimizer(**{name: bad})
-    assert refused > 1
+    assert refused_alike(case.optimizer, case.twin, case.floats()) > 1
+
+
+def test_what_torch_refuses_of_those_without_a_row_is_refused_alike():
+    adam = {"lr": 0.1, "betas": (0.9, 0.9), "eps": 0.1}
+    assert refused_alike(fo.sparse_adam, torch.optim.SparseAdam, adam) > 9
+    assert refused_alike(fo.lbfgs, torch.optim.LBFGS, {"lr": 1.0}) > 2
 
 
 @pytest.mark.parametrize("case", TWINS, ids=str)

@@ -51,9 +51,9 @@ def sparse_adam(
             \frac{\text{exp\_avg}_t}{\sqrt{\text{exp\_avg\_sq}_t} + \text{eps}}
 
     Args:
-        lr: learning rate, ≥ 0.
+        lr: learning rate, > 0 (as in torch; a schedule may end at 0).
         betas: decay rates of the two averages, each in [0, 1).
-        eps: added to the root, which is not corrected for the start, ≥ 0.
+        eps: added to the root, which is not corrected for the start, > 0.
         maximize: ascend.
 
     Returns:
@@ -89,9 +89,9 @@ def sparse_adam(
             "sparse_adam",
             dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like),
             {
-                "lr": Hyper(lr),
+                "lr": Hyper(lr, over=True),
                 "betas": Hyper(betas, below=1.0, parts=("beta1", "beta2")),
-                "eps": Hyper(eps),
+                "eps": Hyper(eps, over=True),
             },
             sparse="only",
         )
