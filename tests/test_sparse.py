@@ -10,9 +10,10 @@ from torch import Tensor
 from trees import assert_close
 
 import funcopt as fo
+from funcopt import tree
 from funcopt.types import Tree
 
-STEPS, ROWS = 30, 7
+STEPS, ROWS = 50, 7
 Twin = Callable[..., torch.optim.Optimizer]
 
 #: torch.optim makes some in a way of which torch warns
@@ -25,9 +26,11 @@ CASES: list[tuple[Callable[..., fo.Optimizer], Twin, dict[str, Any]]] = [
     (fo.sgd, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}),
     (fo.sgd, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
     (fo.adagrad, torch.optim.Adagrad, {"lr_decay": 0.1}),
+    (fo.adagrad, torch.optim.Adagrad, {"maximize": True}),
     (fo.adagrad, torch.optim.Adagrad, {"initial_accumulator_value": 0.1, "eps": 0.01}),
     (fo.sparse_adam, torch.optim.SparseAdam, {}),
     (fo.sparse_adam, torch.optim.SparseAdam, {"maximize": True, "betas": (0.8, 0.9)}),
+    (fo.sparse_adam, torch.optim.SparseAdam, {"betas": (0.0, 0.5), "eps": 0.01}),
 ]
 each = pytest.mark.parametrize("factory, twin, flags", CASES)
 
@@ -144,23 +147,32 @@ def test_dense_and_sparse_and_none():
     assert found[1]["step"].tolist() == expected[1]["step"].tolist()
 
 
-@pytest.mark.parametrize("factory", [fo.sgd, fo.adagrad, fo.sparse_adam])
-def test_derivative(factory: Callable[..., fo.Optimizer]):
-    """By parameter, value and rate."""
-    opt = factory(lr=0.1, eps=0.1) if factory is not fo.sgd else fo.sgd()
-    at = torch.tensor([[0, 2]])
+FLOATS: dict[Callable[..., fo.Optimizer], dict[str, Any]] = {
+    fo.sgd: {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},
+    fo.adagrad: {"lr": 0.1, "lr_decay": 0.1, "eps": 0.1},
+    fo.sparse_adam: {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.1},
+}
 
-    def end(p: Tensor, values: Tensor, lr: Tensor) -> Tensor:
-        state = opt.init(p)
-        for _ in range(2):
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("factory", FLOATS)
+def test_derivative(factory: Callable[..., fo.Optimizer], steps: int):
+    """By parameter, values, state and every number."""
+    opt, at, first = factory(**FLOATS[factory]), torch.tensor([[0, 2]]), start()["rows"]
+    _, state = opt.update(sparse_grads(3)["rows"], opt.init(first), first)
+    counts, hyper = state.pop("step"), tree.map(torch.tensor, FLOATS[factory])
+    hyper = tree.map(torch.Tensor.double, hyper)
+    inputs, form = tree.flatten((first, torch.rand(2, 3).double() + 1, state, hyper))
+
+    def end(*inputs: Tensor) -> tuple[Tensor, ...]:
+        p, values, slots, hyper = tree.unflatten(form, inputs)
+        state = {"step": counts, **slots}
+        for _ in range(steps):
             g = coo(at, values * p[at[0]], p.shape)
-            p, state = opt.update(g, state, p, lr=lr)
-        return p
+            p, state = opt.update(g, state, p, **hyper)
+        return p, *(state[slot] for slot in slots)
 
-    inputs = [torch.rand(4, 2), torch.rand(2, 2) + 1, torch.tensor(0.1)]
-    inputs = [x.double().requires_grad_() for x in inputs]
-
-    assert torch.autograd.gradcheck(end, inputs)
+    assert torch.autograd.gradcheck(end, [x.detach().requires_grad_() for x in inputs])
 
 
 CLIPPED: dict[str, Callable[[], Any]] = {
