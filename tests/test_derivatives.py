@@ -138,6 +138,27 @@ def test_central_differences(case: Case):
         assert relative((ahead - behind) / (2 * h), slope) <= 1e-7
 
 
+def test_the_derivative_of_prodigys_bound_on_growth():
+    """From the first step on: by a state alone there is a jump, where its d is d0."""
+    opt = fo.prodigy(beta3=0.7, growth_rate=1.1)
+    given: Any = {"lr": 0.2, "betas": (0.8, 0.9), "eps": 0.01, "d0": 0.7, "beta3": 0.7}
+    hyper = given | {"weight_decay": 0.1, "d_coef": 9.0, "growth_rate": 1.1}
+    hyper = tree.map(lambda x: torch.tensor(x, dtype=torch.float64), hyper)
+
+    def unroll(x: Tree) -> Tree:
+        run = fo.unroll(opt, loss, x["params"], x["data"], steps=5, hyper=x["hyper"])
+        del run.state["step"]
+        return run.params, run.state
+
+    params, data = random_like([torch.zeros(2).double()] * 2, 1)
+    point = {"params": params, "hyper": hyper, "data": data}
+    _, state = unroll(point)
+    assert (state["d"] < 0.5 * state["d_max"]).all()
+    slopes = grad(lambda x: unroll(x)[0].sum())(point)["hyper"]
+    assert slopes["growth_rate"] != 0 and slopes["beta3"] != 0
+    assert gradcheck(*flat(unroll, point))
+
+
 @pytest.mark.parametrize("case", [c for c in ENDS if not c.row.elementwise], ids=str)
 def test_forward_mode_around_tasks_with_states_of_their_own(case: Case):
     """The states have the tasks' axis and no tangent, which torch cannot ask them."""

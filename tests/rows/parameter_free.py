@@ -21,6 +21,7 @@ ROWS = [
                 (False, {"weight_decay": 0.0}),
                 (True, {"weight_decay": 0.1, "growth_rate": 1.1}),
                 (False, {"weight_decay": 0.1, "decoupled_weight_decay": False}),
+                (False, {"weight_decay": 0.1, "beta3": 0.7}),
                 (True, {"weight_decay": 0.1, "use_bias_correction": True}),
             ]
         ],
@@ -31,6 +32,8 @@ ROWS = [
             "weight_decay": 0.1,
             "d0": 0.7,
             "d_coef": 60.0,
+            "beta3": 0.7,
+            "growth_rate": 1.1,
         },
         elementwise=False,
         arrives={"": {"lr": 1.0}},
