@@ -284,10 +284,40 @@ def test_muon_is_finite_without_a_gradient(dtype: torch.dtype):
     assert slope.isfinite().all() and slope.any()
 
 
+AS_TORCHS = [(torch.float64, 1e-12), (torch.float32, 2e-6)]
+ITERATIONS: list[dict[str, Any]] = [
+    {"ns_steps": 0},
+    {"ns_steps": 8, "ns_coefficients": (1.5, -0.5, 0.0)},
+    {"ns_steps": 3, "ns_coefficients": (2.0, -1.5, 0.5), "momentum": 0.0},
+    {"eps": 3.0, "adjust_lr_fn": "original", "nesterov": False},
+]
+
+
+@pytest.mark.parametrize("flags", ITERATIONS, ids=str)
+@pytest.mark.parametrize("dtype, tolerance", AS_TORCHS, ids=str)
+def test_muons_iterations_are_torchs(
+    flags: dict[str, Any], dtype: torch.dtype, tolerance: float
+):
+    """Others than the usual ones; of a norm below eps, too."""
+    shapes = [(4, 3), (2, 5), (1, 3), (3, 3)]
+    params = random_like([torch.empty(s, dtype=dtype) for s in shapes], 1)
+    first, copies = params, [p.clone() for p in params]
+    opt, twin = fo.muon(lr=0.1, **flags), torch.optim.Muon(copies, lr=0.1, **flags)
+    state = opt.init(params)
+    for step in range(50):
+        grads = random_like(params, 10 + step)
+        params, state = opt.update(grads, state, params)
+        for p, g in zip(copies, grads):
+            p.grad = g.clone()
+        twin.step()
+        assert_close(params, copies, tolerance)
+    usual = fo.muon(lr=0.1, nesterov=flags.get("nesterov", True))
+    other, _ = usual.update(first, usual.init(first), first)
+    assert_moved(opt.update(first, opt.init(first), first)[0], other, everywhere=False)
+
+
 @pytest.mark.parametrize("d, eps", [(1.0, (None, 1e-3)), (1.1, (1e-2, 1.2))])
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str
-)
+@pytest.mark.parametrize("dtype, tolerance", AS_TORCHS, ids=str)
 def test_adafactors_bounds_are_torchs(
     d: float, eps: Any, dtype: torch.dtype, tolerance: float
 ):
