@@ -177,6 +177,43 @@ def test_no_rate_no_step(case: Case, params: Tree):
     assert_same(run(case.optimizer(), params, lr=zero)[0], params)
 
 
+ZERO = torch.zeros((), dtype=torch.float64)
+#: what stands around an optimizer and leaves its steps as they are
+DEGENERATE: dict[str, Callable[[fo.Optimizer], fo.Optimizer]] = {
+    "chain": fo.chain,
+    "clips nothing": lambda opt: fo.chain(fo.clip_by_global_norm(1e9), opt),
+    "projects nothing": lambda opt: fo.chain(
+        opt, fo.project(fo.projections.box, low=-1e9, high=1e9)
+    ),
+    "average": lambda opt: fo.chain(opt, fo.ema(0.9), fo.polyak()),
+    "lookahead": lambda opt: fo.chain(opt, fo.lookahead(1, 1.0)),
+    "accumulate": lambda opt: fo.accumulate(opt, 1),
+    "skip_nonfinite": fo.skip_nonfinite,
+    "freeze": lambda opt: fo.freeze(opt, False),
+    "partition": lambda opt: fo.partition({"all": opt}, "all"),
+    "scheduled": fo.scheduled,
+    "sam": lambda opt: fo.sam(opt, 0.0),
+}
+
+
+@given(some_case, parameters(), st.sampled_from(list(DEGENERATE)))
+def test_what_does_nothing_changes_nothing(case: Case, params: Tree, around: str):
+    plain, params = case.optimizer(), case.fit(params)
+    opt, expected = DEGENERATE[around](plain), params
+    state, other = opt.init(params), plain.init(params)
+    for seed in range(3):
+        grads = random_like(params, seed)
+
+        def loss(p: Tree, grads: Tree = grads) -> Tensor:
+            pairs = zip(tree.leaves(p), tree.leaves(grads))
+            return sum(((x * g).sum() for x, g in pairs if g is not None), ZERO)
+
+        more: Any = {"loss_fn": loss} if around == "sam" else {}
+        expected, other = plain.update(grads, other, expected)
+        params, state = opt.update(grads, state, params, **more)
+        assert_same(params, expected)
+
+
 by_sign = [case for case in CASES if case.row in sign.ROWS or case.row.name == "lion"]
 by_sign = [case for case in by_sign if case.row.name != "sophia_g"]
 
