@@ -139,6 +139,29 @@ def test_what_is_not_declared_is_not_traced():
     assert "reference" in text and "needs each leaf whole" in text
 
 
+@pytest.mark.parametrize("dtype", [*(d for d, _ in TOLERANCES), torch.float16], ids=str)
+@pytest.mark.parametrize("case", NORMS, ids=str)
+def test_derivatives_are_finite_where_a_norm_is_zero(case: Case, dtype: torch.dtype):
+    """Of a leaf's gradient, of the leaf, and of both; by all that there is."""
+    opt, some = case.optimizer(), mixed(dtype)
+    state, zeros = opt.init(some), tree.map(torch.zeros_like, some)
+    step, steps = state.pop("step"), case.row.warm + 1
+
+    def outer(x: Any) -> Tensor:
+        params, state = x["params"], {"step": step, **x["slots"]}
+        for _ in range(steps):
+            params, state = opt.update(x["grads"], state, params, **x["hyper"])
+        ends = zip(tree.leaves(params), tree.leaves(some))
+        return torch.stack([(p.float() * (q + 1)).sum() for p, q in ends]).sum()
+
+    for grads, params in ((zeros, some), (some, zeros), (zeros, zeros)):
+        point = {"grads": grads, "params": params, "slots": state}
+        slopes = torch.func.grad(outer)(point | {"hyper": case.tensors()})
+        for path, x in zip(tree.paths(tree.flatten(slopes)[1]), tree.leaves(slopes)):
+            assert x.isfinite().all(), path
+        assert slopes["params"]["layers"][0]["weight"].any()
+
+
 def test_where_there_is_no_ratio_the_step_is_plain():
     """At a zero parameter, and for a zero gradient."""
     zero, g = torch.zeros(2), torch.tensor([3.0, -4.0])
