@@ -8,11 +8,11 @@ import optax
 
 from published.record import optax_stepper, write
 
-#: betas, alpha, weight decay, and the lengths of both warm-ups
+#: betas, alpha, eps, weight decay, and the lengths of both warm-ups
 RUNS = [
-    (0.9, 0.999, 0.9999, 2.0, 0.0, None, None),
-    (0.8, 0.95, 0.99, 5.0, 0.1, 20, 30),
-    (0.8, 0.95, 0.99, 5.0, 0.0, None, 8),
+    (0.9, 0.999, 0.9999, 2.0, 1e-8, 0.0, None, None),
+    (0.8, 0.95, 0.99, 5.0, 1e-8, 0.1, 20, 30),
+    (0.8, 0.95, 0.99, 5.0, 0.01, 0.0, None, 8),
 ]
 
 
@@ -21,6 +21,7 @@ def transform(
     b2: float,
     b3: float,
     alpha: float,
+    eps: float,
     decay: float,
     alpha_warmup: int | None,
     beta3_warmup: int | None,
@@ -43,6 +44,7 @@ def transform(
         b2,
         rising_b3 if beta3_warmup else b3,
         rising_alpha if alpha_warmup else alpha,
+        eps=eps,
         weight_decay=decay,
     )
 
@@ -58,14 +60,13 @@ if __name__ == "__main__":
                     "lr": 0.02,
                     "betas": [b1, b2, b3],
                     "alpha": alpha,
+                    "eps": eps,
                     "weight_decay": decay,
-                    "alpha_warmup": alpha_warmup,
-                    "beta3_warmup": beta3_warmup,
+                    "alpha_warmup": warmups[0],
+                    "beta3_warmup": warmups[1],
                 },
-                optax_stepper(
-                    transform(b1, b2, b3, alpha, decay, alpha_warmup, beta3_warmup)
-                ),
+                optax_stepper(transform(b1, b2, b3, alpha, eps, decay, *warmups)),
             )
-            for b1, b2, b3, alpha, decay, alpha_warmup, beta3_warmup in RUNS
+            for b1, b2, b3, alpha, eps, decay, *warmups in RUNS
         ],
     )
