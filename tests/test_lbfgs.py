@@ -264,6 +264,29 @@ def test_derivatives_are_those_of_the_steps(problem: str, search: Any):
 
 
 @searches
+@pytest.mark.parametrize("updates", [1, 3])
+def test_derivatives_by_gradients_and_what_is_kept(search: Any, updates: int):
+    loss, start, rate = PROBLEMS["rosenbrock"]
+    opt = fo.lbfgs(max_iter=2, history_size=2, line_search_fn=search)
+    params, first = run(opt, loss, start, 2, lr=rate)
+    grads = slopes(loss, params)[0]
+    counts = {key: x for key, x in first.items() if not x.is_floating_point()}
+    kept = {key: x for key, x in first.items() if x.is_floating_point()}
+    lr = torch.tensor(rate, dtype=torch.float64)
+    inputs, form = tree.flatten((params, grads, kept, lr))
+
+    def end(*inputs: Tensor) -> tuple[Tensor, ...]:
+        p, g, slots, lr = tree.unflatten(form, inputs)
+        state = counts | slots
+        for _ in range(updates):
+            p, state = opt.update(g, state, p, lr=lr, loss_fn=loss)
+            g = slopes(loss, p)[0]
+        return p, *(state[key] for key in slots)
+
+    assert torch.autograd.gradcheck(end, [x.detach().requires_grad_() for x in inputs])
+
+
+@searches
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_derivatives_are_finite_where_nothing_moves(search: Any, dtype: torch.dtype):
     opt = fo.lbfgs(max_iter=3, history_size=2, line_search_fn=search)
