@@ -105,13 +105,33 @@ def distance(params: Tree, minimum: Tree) -> float:
     return torch.stack([gap.double() for gap in gaps]).max().item()
 
 
-@pytest.mark.parametrize("search", [None, "strong_wolfe"])
-def test_lbfgs_arrives(search: Any):
-    def loss(p: Tensor) -> Tensor:
-        return (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2
+def apart(p: Tree, minimum: Tree, by: Tensor | None = None) -> Tensor:
+    """Half the sum of squares of what lies between, a matrix weighed ``by`` another."""
+    pairs = zip(tree.leaves(p), tree.leaves(minimum), strict=True)
+    gaps = [x - y for x, y in pairs if x is not None]
+    sides = gaps if by is None else [by @ gap for gap in gaps]
+    return sum(((x * y).sum() / 2 for x, y in zip(gaps, sides)), torch.zeros(()))
 
-    opt, p = fo.lbfgs(lr=1.0 if search else 0.1, line_search_fn=search), f64(0, 0)
-    state = opt.init(p)
+
+#: of the problems' gradients
+LOSSES: dict[str, Callable[[Any], Tensor]] = {
+    "parabola": lambda p: 2 * apart(p, POINT),
+    "rosenbrock": lambda p: (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2,
+    "matrix": lambda p: apart(p, MATRIX, SYMMETRIC),
+    "mixed": lambda p: apart(p, MIXED),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_arrives(search: Any, name: str):
+    problem, loss = PROBLEMS[name], LOSSES[name]
+    opt = fo.lbfgs(lr=1.0 if search else 0.1, line_search_fn=search)
+    if name == "mixed":
+        opt = fo.freeze(opt, FROZEN)
+    params: Any = problem.start
+    state = opt.init(params)
     for _ in range(5 if search else 10):
-        p, state = opt.update(torch.func.grad(loss)(p), state, p, loss_fn=loss)
-    assert distance(p, f64(1, 1)) < NEAR
+        grads = problem.gradient(params)
+        params, state = opt.update(grads, state, params, loss_fn=loss)
+    assert distance(params, problem.minimum) < NEAR
