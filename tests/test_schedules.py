@@ -223,6 +223,9 @@ def of_optax(run: dict[str, Any]) -> fo.Schedule:
     given = dict(run["arguments"])
     if "boundaries_and_scales" in given:
         given["boundaries_and_scales"] = dict(given["boundaries_and_scales"])
+    if "schedules" in given:
+        parts = [{"ours": ours, "arguments": own} for _, ours, own in given["schedules"]]
+        given["schedules"] = [of_optax(part) for part in parts]
     return getattr(schedules, run["ours"])(**given)
 
 

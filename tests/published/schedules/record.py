@@ -11,7 +11,8 @@ import optax
 STEPS = 60
 DICTS = "boundaries_and_scales"
 
-# Of optax, of funcopt, and the settings; a dict of boundaries stands as pairs.
+# Of optax, of funcopt, and the settings; a dict of boundaries stands as pairs, and the
+# parts of what is joined as runs of their own.
 RUNS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "polynomial_schedule",
@@ -157,14 +158,52 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
             "end_value": 0.15,
         },
     ),
+    (
+        "join_schedules",
+        "sequential",
+        {
+            "schedules": [
+                (
+                    "warmup_cosine_decay_schedule",
+                    "warmup_cosine_decay",
+                    {
+                        "init_value": 0.1,
+                        "peak_value": 0.5,
+                        "warmup_steps": 4,
+                        "decay_steps": 17,
+                        "end_value": 0.05,
+                    },
+                ),
+                (
+                    "cosine_decay_schedule",
+                    "cosine_decay",
+                    {"init_value": 0.3, "decay_steps": 20},
+                ),
+                (
+                    "exponential_decay",
+                    "exponential_decay",
+                    {"init_value": 0.2, "transition_steps": 7, "decay_rate": 0.6},
+                ),
+            ],
+            "milestones": [17, 33],
+        },
+    ),
 ]
+
+
+def made(name: str, arguments: dict[str, Any]) -> Any:
+    """optax's schedule."""
+    if DICTS in arguments:
+        arguments = {**arguments, DICTS: dict(arguments[DICTS])}
+    if "schedules" in arguments:
+        parts = [made(part, given) for part, _, given in arguments["schedules"]]
+        return optax.schedules.join_schedules(parts, arguments["milestones"])
+    return getattr(optax.schedules, name)(**arguments)
 
 
 def values(name: str, arguments: dict[str, Any]) -> list[float]:
     """What optax gives at each count."""
-    if DICTS in arguments:
-        arguments = {**arguments, DICTS: dict(arguments[DICTS])}
-    schedule = getattr(optax.schedules, name)(**arguments)
+    schedule = made(name, arguments)
     return [float(schedule(jax.numpy.float64(count))) for count in range(STEPS)]
 
 
