@@ -121,13 +121,29 @@ def ends(found: Any, whole: bool) -> tuple[list[float], list[float]]:
     return [low, high], [low - one, high + one, *odd]
 
 
+def described(maker: str) -> dict[str, str]:
+    """What a docstring says of each argument, in one line."""
+    text = sections(NAMES[maker]).get("Args", "")
+    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, re.M)
+    return {name: " ".join(words.split()) for name, words in found}
+
+
+@pytest.mark.parametrize("name", optimizers.__all__)
+def test_an_optimizer_tells_the_range_of_every_number(name: str):
+    for argument, words in described(name).items():
+        default = inspect.signature(NAMES[name]).parameters[argument].default
+        first = default[0] if isinstance(default, tuple) else default
+        if isinstance(first, float | int) and not isinstance(first, bool):
+            told = RANGE.search(words) or re.search("any number|negative| < ", words)
+            assert told, (argument, words)
+
+
 def ranges() -> dict[tuple[str, str], Any]:
     """Of makers' arguments, the ranges that their docstrings tell."""
     found = {}
     for maker in MADE:
-        text = sections(NAMES[maker]).get("Args", "")
-        for name, words in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, re.M):
-            told = RANGE.search(" ".join(words.split()))
+        for name, words in described(maker).items():
+            told = RANGE.search(words)
             if told and name not in OF_LISTS and (maker, name) != PHASED:
                 found[maker, name] = told
     return found

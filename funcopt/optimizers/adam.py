@@ -122,13 +122,19 @@ def amsgrad(
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
 ) -> Optimizer:
-    """AMSGrad: `adam` with ``amsgrad=True``.
+    r"""AMSGrad: `adam` with ``amsgrad=True``.
+
+    .. math::
+        \text{max\_exp\_avg\_sq}_t = \max(\text{max\_exp\_avg\_sq}_{t-1},
+            \text{exp\_avg\_sq}_t)
+
+    stands under the root in place of exp_avg_sq; all else is as in `adam`.
 
     Args:
-        lr: as all that follow, as in `adam`.
-        betas: decay rates of the two averages.
-        eps: added to the root.
-        weight_decay: factor of the L2 penalty.
+        lr: learning rate, ≥ 0.
+        betas: decay rates of the two averages, each in [0, 1).
+        eps: added to the root, ≥ 0.
+        weight_decay: factor of the L2 penalty, ≥ 0.
         maximize: ascend.
         decoupled_weight_decay: decay the parameter past the moments.
 

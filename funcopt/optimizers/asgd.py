@@ -67,9 +67,10 @@ def asgd(
     Args:
         lr: learning rate, ≥ 0: a float or a 0-d tensor for each leaf, as all that
             ``eta`` and ``mu`` are made of (all but weight_decay).
-        lambd: how fast the parameter decays and the learning rate falls.
-        alpha: power of the fall.
-        t0: the step after which iterates are averaged; before it ``ax`` is the parameter.
+        lambd: how fast the parameter decays and the learning rate falls, any number.
+        alpha: power of the fall, any number.
+        t0: the step after which iterates are averaged, any number; before it ``ax`` is
+            the parameter.
         weight_decay: factor of the L2 penalty, ≥ 0.
         maximize: ascend.
 

@@ -84,7 +84,7 @@ def muon(
         weight_decay: the share of ``lr`` by which a parameter shrinks, ≥ 0.
         momentum: decay rate of the average b, ≥ 0.
         nesterov: orthogonalize u; else :math:`b_t`.
-        ns_coefficients: a, b and c.
+        ns_coefficients: a, b and c, any numbers.
         eps: the least divisor, ≥ 0.
         ns_steps: how often to iterate, 0 to 99.
         adjust_lr_fn: "original" (also None), or "match_rms_adamw" for the factor
