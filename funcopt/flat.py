@@ -260,7 +260,8 @@ def _check_slots(
 def _check_one(key: str, value: Any, name: str) -> None:
     """It must be one number for all leaves; of what range, is seen elsewhere."""
     shape = value.shape if isinstance(value, Tensor) else ()
-    if shape or isinstance(value, (Mapping, Sequence, ByName)):
+    several = isinstance(value, (Mapping, Sequence, ByName))
+    if shape or several and not isinstance(value, str):
         given = f"a tensor of shape {tuple(shape)}" if shape else repr(value)
         raise HyperparameterError(
             f"{name} steps all leaves as one: {key} must be a float, a 0-d tensor or a "
