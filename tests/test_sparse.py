@@ -147,6 +147,22 @@ def test_dense_and_sparse_and_none():
     assert found[1]["step"].tolist() == expected[1]["step"].tolist()
 
 
+@each
+def test_complex_rows_are_rows_of_their_parts(
+    factory: Callable[..., fo.Optimizer], twin: Twin, flags: dict[str, Any]
+):
+    opt, at = factory(lr=0.1, **flags), torch.tensor([[1, 4]])
+    p, values = torch.rand(ROWS, 3, 2).double() - 0.5, torch.randn(3, 2, 3, 2).double()
+    whole = start = torch.view_as_complex(p)
+    state, other = opt.init(p), opt.init(whole)
+    for v in values:
+        p, state = opt.update(coo(at, v, p.shape), state, p)
+        v = torch.view_as_complex(v)
+        whole, other = opt.update(coo(at, v, whole.shape), other, whole)
+        assert torch.equal(torch.view_as_real(whole), p)
+    assert (whole != start)[at[0]].all()
+
+
 FLOATS: dict[Callable[..., fo.Optimizer], dict[str, Any]] = {
     fo.sgd: {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},
     fo.adagrad: {"lr": 0.1, "lr_decay": 0.1, "eps": 0.1},
