@@ -16,6 +16,8 @@ from torch.testing import assert_close
 import funcopt as fo
 from funcopt import tree
 from funcopt.meta import compiled
+from funcopt.meta.flat_graph import replay
+from funcopt.meta.tasks import _MAKERS
 
 TASKS = 5
 
@@ -61,14 +63,14 @@ OPTIMIZERS = {
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """The flat graphs, which are run as they are: no kernels are made of them."""
+    """The flat graphs that ``compile="trace"`` runs."""
     graphs: list[torch.fx.GraphModule] = []
 
-    def keep(graph: torch.fx.GraphModule, inputs: Any) -> torch.fx.GraphModule:
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         graphs.append(graph)
-        return graph
+        return replay(graph, inputs)
 
-    monkeypatch.setattr(compiled, "_kernels", keep)
+    monkeypatch.setitem(_MAKERS, "trace", keep)
     return graphs
 
 
@@ -87,7 +89,7 @@ def test_the_graph_is_the_eager_meta_step(
     settings: Any = {"tasks": path, "chunk_size": chunk, "has_aux": True}
     task_loss = adapted(OPTIMIZERS[name])
     eager = fo.meta.value_and_grad(task_loss, **settings)
-    compiled = fo.meta.value_and_grad(task_loss, **settings, compile=True)
+    compiled = fo.meta.value_and_grad(task_loss, **settings, compile="trace")
     for seed in (3, 30):  # the second time without a trace
         expected = eager(theta(), tasks(seed=seed))
         assert expected[1]["lr"].abs() > 1e-4 and expected[1]["init"]["gap"] is None
@@ -143,7 +145,7 @@ def test_one_graph_for_each_kind_of_inputs(traced: Any):
         calls.append(task.shape)
         return (theta * task).square().sum()
 
-    meta = fo.meta.value_and_grad(task_loss, tasks="vmap", compile=True)
+    meta = fo.meta.value_and_grad(task_loss, tasks="vmap", compile="trace")
     kinds = [
         f64(3, 2, seed=1),
         f64(4, 2, seed=1),
@@ -162,7 +164,7 @@ def test_one_graph_for_each_structure_device_and_default_dtype(traced: Any):
         (only,) = theta.values()
         return (only * task * torch.ones(2)).sum()
 
-    meta = fo.meta.value_and_grad(task_loss, tasks="vmap", compile=True)
+    meta = fo.meta.value_and_grad(task_loss, tasks="vmap", compile="trace")
     for _ in range(2):
         for name in ("a", "b"):
             assert meta({name: ONE}, TABLE)[1] == {name: 2.0}
@@ -187,7 +189,7 @@ def test_threads_compile_one_after_another(traced: Any):
         inside.pop()
         return adapted(fo.sgd())(theta, batch)[0]
 
-    meta_loss = fo.meta.value_and_grad(slow, tasks="vmap", compile=True)
+    meta_loss = fo.meta.value_and_grad(slow, tasks="vmap", compile="trace")
 
     def call(count: int) -> None:
         found[count] = meta_loss(theta(), tasks(count))
@@ -205,7 +207,9 @@ def test_threads_compile_one_after_another(traced: Any):
 
 def test_the_oldest_graph_makes_room(traced: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiled, "_MOST_GRAPHS", 2)
-    meta = fo.meta.value_and_grad(lambda t, x: (t * x).sum(), tasks="vmap", compile=True)
+    meta = fo.meta.value_and_grad(
+        lambda t, x: (t * x).sum(), tasks="vmap", compile="trace"
+    )
     for count in (3, 4, 3, 5, 3, 4):  # of the last two used, one is 3
         meta(torch.ones(()), torch.ones(count))
     assert len(traced) == 4
@@ -214,7 +218,9 @@ def test_the_oldest_graph_makes_room(traced: Any, monkeypatch: pytest.MonkeyPatc
 def test_closed_over_tensors_are_read_at_each_call(traced: Any):
     scale = torch.tensor(2.0)  # a number: as a constant it would be frozen
     meta = fo.meta.value_and_grad(
-        lambda t, x: (t * x * scale * torch.tensor(1.0)).sum(), tasks="vmap", compile=True
+        lambda t, x: (t * x * scale * torch.tensor(1.0)).sum(),
+        tasks="vmap",
+        compile="trace",
     )
     for value in (2.0, 3.0):
         scale.fill_(value)
@@ -229,7 +235,7 @@ def test_closed_over_numbers_are_written_as_often_as_without_a_trace(traced: Any
         count.add_(1)
         return (t * x).sum() * count
 
-    meta = fo.meta.value_and_grad(task_loss, tasks="loop", compile=True)
+    meta = fo.meta.value_and_grad(task_loss, tasks="loop", compile="trace")
     assert meta(torch.ones(()), torch.ones(4))[0] == 2.5 and count == 4
 
 
@@ -239,7 +245,7 @@ def test_closed_over_tensors_that_are_cast_are_compiled_for_anew(traced: Any):
         fo.meta.value_and_grad(
             lambda t, x: (t * x * module.weight).sum(), tasks="vmap", compile=compile
         )
-        for compile in (False, True)
+        for compile in (False, "trace")
     )
     given = torch.ones(2), f64(3, 2, seed=1)
     for _ in range(2):  # single, then double
@@ -255,7 +261,7 @@ def test_autocast_is_part_of_what_is_compiled(traced: Any):
 
     eager, meta = (
         fo.meta.value_and_grad(task_loss, tasks="vmap", compile=compile)
-        for compile in (False, True)
+        for compile in (False, "trace")
     )
     given = f64(2, 2, seed=1).float(), f64(3, 4, 2, seed=2).float()
     for dtype in (None, torch.bfloat16, None):
@@ -277,7 +283,7 @@ def test_what_autocast_is_off_for_stays_so_in_a_graph(traced: Any):
 
     eager, meta = (
         fo.meta.value_and_grad(task_loss, tasks="vmap", compile=compile)
-        for compile in (False, True)
+        for compile in (False, "trace")
     )
     given = f64(3, 2, seed=1).float(), f64(2, 3, 2, seed=2).float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -296,7 +302,7 @@ def test_kernels_are_given_numbers_as_they_are_in_memory(
 
         return run
 
-    monkeypatch.setattr(compiled, "_kernels", plain)
+    monkeypatch.setitem(_MAKERS, True, plain)
     z = torch.complex(f64(4, 3, seed=1), f64(4, 3, seed=2))
     held = z[0].conj().imag
     meta = fo.meta.value_and_grad(
@@ -316,7 +322,7 @@ def sums_of_groups(theta: Tensor, task: Tensor) -> Tensor:
 
 def test_what_writes_into_a_copy_is_given_one_of_each_task(traced: Any):
     """Not what all share, expanded: kernels would write in one place for all of them."""
-    meta = fo.meta.value_and_grad(sums_of_groups, tasks="vmap", compile=True)
+    meta = fo.meta.value_and_grad(sums_of_groups, tasks="vmap", compile="trace")
     meta(f64(3, seed=1), f64(5, 3, seed=2))
     (graph,) = traced
     (node,) = (
@@ -424,7 +430,7 @@ def test_the_second_derivative_of_a_distance(traced: Any, path: Any):
 
     found, expected = (
         fo.meta.value_and_grad(task_loss, tasks=path, compile=compile)(theta(), tasks())
-        for compile in (True, False)
+        for compile in ("trace", False)
     )
     assert_close(found, expected, rtol=1e-12, atol=1e-12)
     (graph,) = traced
@@ -437,7 +443,7 @@ def test_numbers_drawn_anew_at_each_call(traced: Any):
         return (theta * task * torch.rand(3)).sum()
 
     meta = fo.meta.value_and_grad(
-        task_loss, tasks="vmap", randomness="different", compile=True
+        task_loss, tasks="vmap", randomness="different", compile="trace"
     )
     first, second = (meta(torch.ones(3), torch.ones(4, 3))[1] for _ in range(2))
     assert (first != second).all()
@@ -454,7 +460,8 @@ def test_torch_cond(traced: Any):
         return wave(fo.unroll(fo.adam(lr=0.5), wave, theta, task, steps=2).params, task)
 
     eager, meta = (
-        fo.meta.value_and_grad(task_loss, tasks="loop", compile=c) for c in (False, True)
+        fo.meta.value_and_grad(task_loss, tasks="loop", compile=c)
+        for c in (False, "trace")
     )
     for start in (1.0, -1.0):
         given = torch.full((3,), start, dtype=torch.float64), f64(TASKS, 3, seed=9)
@@ -493,7 +500,7 @@ CLOSED = torch.ones((), requires_grad=True)
 
 
 def with_loop(task_loss: Callable[..., Any]) -> Callable[..., Any]:
-    return fo.meta.value_and_grad(task_loss, tasks="loop", compile=True)
+    return fo.meta.value_and_grad(task_loss, tasks="loop", compile="trace")
 
 
 ONE, TWO, TABLE = torch.tensor(1.0), torch.ones(2), torch.ones(3, 2)
@@ -504,7 +511,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: with_loop(asks_for_a_value)(ONE, TWO),
         fo.CompileError,
         r"meta-step cannot be compiled: .*, at .*test_compiled_meta.py:\d+ \(return "
-        r"\(t \* x\)\.sum\(\) \* t\.detach\(\)\.item\(\)\).*torch\.where.*compile=True",
+        r"\(t \* x\)\.sum\(\) \* t\.detach\(\)\.item\(\)\).*torch\.where.*leave out comp",
     ),
     "a branch": (
         lambda: with_loop(branches)(ONE, TWO),
@@ -532,7 +539,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "of the user's own",
     ),
     "a choice for a batch of tasks": (
-        lambda: fo.meta.value_and_grad(chooses, tasks="vmap", compile=True)(TWO, TABLE),
+        lambda: fo.meta.value_and_grad(chooses, tasks="vmap", compile="trace")(
+            TWO, TABLE
+        ),
         fo.ExecutionError,
         r"cannot differentiate torch\.cond.*torch\.where, or give tasks='loop'",
     ),
@@ -575,7 +584,7 @@ def test_what_is_refused(name: str, traced: Any):
 def test_what_is_refused_is_so_after_a_graph_was_made(traced: Any):
     held = torch.ones(())
     meta = fo.meta.value_and_grad(
-        lambda t, x: held * times(t, x), tasks="vmap", compile=True
+        lambda t, x: held * times(t, x), tasks="vmap", compile="trace"
     )
     meta(ONE, TWO)
     for theta, kind in ((ONE.as_subclass(Odd), fo.LeafError), (1.0, fo.LeafError)):
@@ -597,9 +606,9 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch):
     def fails(*_: Any) -> None:
         raise RuntimeError("\n  no g++\n a long trace")
 
-    words = "failed on meta-step: RuntimeError: no g"
+    words = "failed on the graph of meta-step: RuntimeError: no g.*compile='trace'"
     for kernels in (fails, lambda *_: fails):  # at once, or when they are run
-        monkeypatch.setattr(compiled, "_kernels", kernels)
+        monkeypatch.setitem(_MAKERS, "trace", kernels)
         with pytest.raises(fo.CompileError, match=words):
             with_loop(times)(ONE, TWO)
         with torch.no_grad(), pytest.raises(fo.CompileError):

@@ -398,6 +398,7 @@ CASES = [
         ("unknown grad_mode", lambda x: unroll(x, grad_mode="exact"), "'exact'"),
         ("unknown path", lambda x: tasks_of(x, torch.ones(3), tasks="pmap"), "'pmap'"),
         ("empty chunks", lambda x: tasks_of(x, torch.ones(3), chunk_size=0), "0"),
+        ("unknown compile", lambda x: tasks_of(x, x, compile="jit"), "'trace'", "'jit'"),
         (
             "unknown randomness",
             lambda x: tasks_of(x, torch.ones(3), randomness="some", tasks="loop"),

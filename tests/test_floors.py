@@ -143,6 +143,7 @@ FLOORS = {
     "funcopt.torch_optim.bridges": 6.8,
     "funcopt.torch_optim": 7,
     "funcopt.meta": 8.5,
+    "funcopt.meta.flat_graph": 7.7,
     "funcopt.meta.inductor": 7.8,
     "funcopt.meta.compiled": 7.9,
     "funcopt.meta.ranks": 7.9,

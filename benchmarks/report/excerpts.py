@@ -36,13 +36,14 @@ def compiled() -> str:
         return "Not measured yet."
     rows = []
     for r in results["compiled"]:
-        plain, ours = (r["milliseconds"][n]["median"] for n in ("funcopt", "compiled"))
-        first, again = r["first_call_seconds"], r["warm_seconds"]
-        row = [r["problem"], f"{plain:.3g} ms", f"{ours:.3g} ms"]
-        row += [f"{first:.0f} s", f"{again:.0f} s"]
-        rows.append([*row, f"{1e3 * first / (plain - ours):,.0f}"])
-    header = ["meta-step", "as it is", "compiled", "first call", "in a new process"]
-    return markdown([*header, "won back after, meta-steps"], rows)
+        plain, again = r["milliseconds"]["funcopt"]["median"], r["again_seconds"]
+        for way, name in (("traced", '`"trace"`'), ("compiled", "`True`")):
+            ours, first = r["milliseconds"][way]["median"], r["first_call_seconds"][way]
+            row = [r["problem"], name, f"{plain:.3g} ms", f"{ours:.3g} ms"]
+            row += [f"{first:.2g} s", f"{again[way]:.0f} s" if way in again else ""]
+            rows.append([*row, f"{1e3 * first / (plain - ours):,.0f}"])
+    header = ["meta-step", "`compile=`", "as it is", "so", "first call"]
+    return markdown([*header, "in a new process", "won back after, meta-steps"], rows)
 
 
 def held() -> str:

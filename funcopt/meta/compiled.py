@@ -4,7 +4,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +15,11 @@ from funcopt.checks import check_no_graph
 from funcopt.errors import CompileError, LeafError
 from funcopt.execution import autocast, executor_choice, levels
 from funcopt.types import PLAIN, Tensor, Tree
+
+#: makes of a flat graph, and of inputs like its own, what runs it
+Maker: TypeAlias = Callable[
+    [torch.fx.GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]
+]
 
 _MOST_GRAPHS = 16
 #: what traces and compiles changes what is the whole process's
@@ -58,9 +63,10 @@ class Compiled:
     """``function`` of trees of tensors, compiled for each structure, shape and stride.
 
     The function is run once, on tensors without values; the transforms of torch.func and
-    the backward passes in it leave one flat graph of aten operations, and Inductor makes
-    kernels of that. Dynamo, which would trace the transforms themselves, has no part in
-    it: it takes longer than all the rest, and there are no guards to fail.
+    the backward passes in it leave one flat graph of aten operations, and ``make`` gives
+    what runs that: Inductor's kernels (`kernels`), or torch's operations (`replay`).
+    Dynamo, which would trace the transforms themselves, has no part in it: it takes
+    longer than all the rest, and there are no guards to fail.
 
     What the function reads beside its arguments is read that once: Python's values are
     frozen, tensors are kept by reference. Where one of those has been cast or moved
@@ -72,9 +78,10 @@ class Compiled:
         LeafError: an input is a tensor subclass.
     """
 
-    def __init__(self, function: Callable[..., Tree], name: str) -> None:
+    def __init__(self, function: Callable[..., Tree], name: str, make: Maker) -> None:
         self.function = function
         self.name = name
+        self.make = make
         self._graphs: tuple[Graph, ...] = ()  # the last used first
 
     def __call__(self, *trees: Tree) -> Tree:
@@ -106,7 +113,7 @@ class Compiled:
             if type(x) not in PLAIN and not levels.inside():
                 raise LeafError(
                     f"{self.name} is compiled for plain tensors, but was given a "
-                    f"{type(x).__name__}; leave out compile=True"
+                    f"{type(x).__name__}; leave out compile"
                 )
         what = f"a compiled {self.name}"
         check_no_graph(inputs, what, "an input")
@@ -126,7 +133,7 @@ class Compiled:
             raise CompileError(
                 f"{self.name} cannot be compiled: {_reason(error)}{_place(error)}. A "
                 "compiled function sees no values: write the choice with torch.where, "
-                "keep numbers as tensors, or leave out compile=True"
+                "keep numbers as tensors, or leave out compile"
             ) from error
         self._check(inputs, held)
         devices = sorted({x.device.type for x in (*inputs, *held)})
@@ -134,16 +141,16 @@ class Compiled:
         settings = _settings(devices)
         try:
             with autocast.choosing(autocast.OFF):  # what it chose is in the graph
-                run = _kernels(traced, [*inputs, *map(_resolved, held)])
+                run = self.make(traced, [*inputs, *map(_resolved, held)])
             graph = Graph(
                 run, structures, kinds, settings, devices, held, held_kinds, rebuild
             )
             results = _run(graph, inputs)
         except Exception as error:
             raise CompileError(
-                f"torch's compiler failed on {self.name}: {_reason(error)}. On a CPU it "
-                "needs a C++ compiler (on the PATH, or named by CXX); or leave out "
-                "compile=True"
+                f"torch failed on the graph of {self.name}: {_reason(error)}. On a CPU "
+                "compile=True needs a C++ compiler (on the PATH, or named by CXX); "
+                "compile='trace' needs none"
             ) from error
         self._graphs = (graph, *self._graphs)[:_MOST_GRAPHS]
         return rebuild(results)
@@ -257,9 +264,10 @@ class _Lifting(TorchDispatchMode):
         return self._inputs[id(x)]
 
 
-def _kernels(
+def kernels(
     graph: torch.fx.GraphModule, inputs: list[Tensor]
 ) -> Callable[..., Sequence[Tensor]]:
+    """The graph compiled by Inductor."""
     from funcopt.meta.inductor import kernels  # the compiler takes long to import
 
     return kernels(graph, inputs)
@@ -267,12 +275,7 @@ def _kernels(
 
 def _run(graph: Graph, inputs: list[Tensor]) -> Sequence[Tensor]:
     with torch.no_grad(), autocast.choosing(autocast.OFF):
-        given = [*inputs, *map(_resolved, graph.held)]
-        if "cuda" not in graph.devices:
-            return graph.run(*given)
-        # The next replay writes over what this one gives.
-        torch.compiler.cudagraph_mark_step_begin()
-        return [x.clone() for x in graph.run(*given)]
+        return graph.run(*inputs, *map(_resolved, graph.held))
 
 
 def _reason(error: Exception) -> str:

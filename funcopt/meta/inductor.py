@@ -1,8 +1,8 @@
 """How torch's compiler, Inductor, makes kernels of a flat graph."""
 
 import inspect
-import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.virtualized import V
 
+from funcopt.meta import flat_graph
 from funcopt.types import Tensor
 
 
@@ -19,15 +20,22 @@ def kernels(
     graph: torch.fx.GraphModule, inputs: Sequence[Tensor]
 ) -> Callable[..., Sequence[Tensor]]:
     """The graph compiled, for inputs like these."""
-    options = _ON_CUDA if any(x.is_cuda for x in inputs) else _ON_CPU
-    patched = config.patch({**options, **_EVERYWHERE})
+    on_cuda = any(x.is_cuda for x in inputs)
+    patched = config.patch({**(_ON_CUDA if on_cuda else _ON_CPU), **_EVERYWHERE})
     with torch.no_grad(), patched, V.set_choices_handler(_InOrder()):
-        return torch._inductor.standalone_compile(
+        run = torch._inductor.standalone_compile(
             graph,
             [x.detach() for x in inputs],
             dynamic_shapes="from_example_inputs",
             **_taken(torch._inductor.standalone_compile, donate_graph_module=True),
         )
+    return partial(_replayed, run) if on_cuda else run
+
+
+def _replayed(run: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> list[Tensor]:
+    """Copies of the results of a CUDA graph: its next replay writes over them."""
+    torch.compiler.cudagraph_mark_step_begin()
+    return [x.clone() for x in run(*inputs)]
 
 
 def _taken(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
@@ -54,42 +62,14 @@ class _InOrder(InductorChoices):
 
 
 class _Once(CustomGraphPass):
-    """What is computed twice from the same is computed once.
-
-    Each step of an inner loop computes anew what does not depend on it, and Inductor
-    looks for that only in graphs that it has differentiated itself.
-    """
+    """`compute_once`, as Inductor does in graphs that it has differentiated itself."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        *nodes, output = graph.nodes
-        # Results that are equal stay tensors of their own.
-        given = {_memory(node) for node in output.all_input_nodes}
-        known: dict[str, torch.fx.Node] = {}
-        for node in nodes:
-            if _gives_the_same_again(node) and _memory(node) not in given:
-                first = known.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
-                if first is not node:
-                    node.replace_all_uses_with(first)
-                    graph.erase_node(node)
+        flat_graph.compute_once(graph)
 
     def uuid(self) -> bytes:
         """What the compiler's cache on disk knows this pass by."""
-        return get_hash_for_files((__file__,))
-
-
-def _gives_the_same_again(node: torch.fx.Node) -> bool:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return target is operator.getitem
-    random = torch.Tag.nondeterministic_seeded in target.tags
-    known = target.namespace in ("aten", "prims")
-    return known and not random and not target._schema.is_mutable
-
-
-def _memory(node: torch.fx.Node) -> Any:
-    """The same of a tensor and its views."""
-    value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else node
+        return get_hash_for_files((flat_graph.__file__,))
 
 
 # The ends of loops are scalar: less to compile, which runs no slower. What is kept rather

@@ -19,10 +19,13 @@ from funcopt.flat_function import FlatFunction
 from funcopt.func.norms import exact_norms
 from funcopt.inner.loss import loss_and_aux
 from funcopt.list_vmap import Randomness, list_vmap
-from funcopt.meta.compiled import Compiled
+from funcopt.meta.compiled import Compiled, Maker, kernels
+from funcopt.meta.flat_graph import replay
 from funcopt.meta.ranks import Part, over_ranks
 from funcopt.types import Tensor, Tree
 
+#: ``compile`` → what runs the graph
+_MAKERS: dict[Any, Maker] = {True: kernels, "trace": replay}
 #: theta and a batch of tasks → the means of losses and gradients, and each task's aux
 Ways: TypeAlias = Mapping[str, Callable[[Tree, Tree], tuple[Tensor, Tree, Tree]]]
 
@@ -34,7 +37,7 @@ def value_and_grad(
     chunk_size: int | None = None,
     has_aux: bool = False,
     randomness: Randomness = "error",
-    compile: bool = False,
+    compile: bool | Literal["trace"] = False,
     process_group: Any = None,
 ) -> Callable[[Tree, Tree], tuple[Any, Tree]]:
     r"""The meta-loss and the meta-gradient over a batch of tasks.
@@ -60,9 +63,11 @@ def value_and_grad(
             the "same" for all, or an "error" (under vmap), as in ``torch.func.vmap``.
             In a loop and in chunks "same" rewinds the CPU's generator only.
         compile: run the whole of it (inner gradients, updates, meta-gradient) as one
-            compiled graph; of "loop", one task's, and of chunks, one chunk's. The first
-            call with a structure, shapes, strides and dtypes takes seconds to minutes,
-            later ones none; the guide says when it pays.
+            graph; of "loop", one task's, and of chunks, one chunk's. True has torch's
+            compiler make kernels of it: the first call with a structure, shapes, strides
+            and dtypes takes up to a minute. "trace" leaves out the compiler, and runs
+            the graph by torch's own operations: without Python, autograd and vmap around
+            them, after a second or two. The guide says when it pays.
             ``task_loss`` may then ask for no value (``.item()``, ``if`` on a tensor);
             Python numbers that it closes over are frozen, tensors are read at each
             call; the results have no graph, so call it under ``torch.no_grad()`` where
@@ -119,14 +124,17 @@ def value_and_grad(
         )
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
+    if compile not in (False, *_MAKERS):
+        raise HyperparameterError(f"compile is True, False or 'trace', not {compile!r}")
 
     mean = _Mean(task_loss, tasks, chunk_size, has_aux, randomness, process_group)
     ways: Ways = {"loop": mean.alone, "vmap": mean.together}
     plain = partial(mean, ways)
     if not compile:
         return plain
-    whole = Compiled(plain, "meta-step")
-    by_parts = partial(mean, {n: Compiled(way, "meta-step") for n, way in ways.items()})
+    compiled_as = partial(Compiled, name="meta-step", make=_MAKERS[compile])
+    whole = compiled_as(plain)
+    by_parts = partial(mean, {name: compiled_as(way) for name, way in ways.items()})
 
     def compiled(theta: Tree, batch: Tree) -> tuple[Any, Tree]:
         if process_group is not None:
