@@ -100,9 +100,13 @@ def view_as_result(x: Tensor) -> Tensor:
     return x.view(2, 3)
 
 
-def lazy_conjugates(x: Tensor) -> Tensor:
+def lazy_conjugate(x: Tensor) -> Tensor:
     y = torch.complex(x, x + 1)
     return (y.conj() * y).real
+
+
+def lazy_minus(x: Tensor) -> Tensor:
+    return torch._neg_view(x) * x  # pyright: ignore[reportPrivateImportUsage]
 
 
 def other_bits(x: Tensor) -> Tensor:
@@ -137,7 +141,8 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], int, int]] = {
     "running statistics": (running_statistics, 7, 13),
     "idle views": (idle_views, 3, 5),
     "a view as result": (view_as_result, 1, 1),
-    "lazy conjugates": (lazy_conjugates, 7, 7),
+    "a lazy conjugate": (lazy_conjugate, 7, 7),
+    "a lazy minus": (lazy_minus, 3, 3),
     "other bits": (other_bits, 2, 3),
     "other places": (other_places, 3, 3),
     "other strides": (other_strides, 3, 3),
