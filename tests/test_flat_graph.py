@@ -156,7 +156,12 @@ def operations(graph: torch.fx.GraphModule) -> int:
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_done_for_nothing_is_left_out(name: str):
     function, left, before = CASES[name]
-    graph = make_fx(function, tracing_mode="fake")(X.clone())
+
+    def listed(x: Tensor) -> list[Tensor]:
+        made = function(x)
+        return made if isinstance(made, list) else [made]
+
+    graph = make_fx(listed, tracing_mode="fake")(X.clone())
     assert operations(graph) == before, graph.graph
     run = replay(graph, [X])
     assert operations(graph) == left, graph.graph
@@ -164,4 +169,13 @@ def test_what_is_done_for_nothing_is_left_out(name: str):
         torch.manual_seed(seed)
         found = run(X)
         torch.manual_seed(seed)
-        assert_close(found, function(X), rtol=0, atol=0)
+        assert_close(found, listed(X), rtol=0, atol=0)
+
+
+def test_results_are_tensors_of_their_own_that_autograd_takes():
+    graph = make_fx(lambda x: [x, x.view(3, 2)], tracing_mode="fake")(X.clone())
+    found = replay(graph, [X])(X)
+    for x in found:
+        x.requires_grad_().square().sum().backward()
+        assert x.grad is not None and not x.is_inference()
+        assert x.untyped_storage()._cdata != X.untyped_storage()._cdata
