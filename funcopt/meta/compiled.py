@@ -14,6 +14,7 @@ from funcopt import tree
 from funcopt.checks import check_no_graph
 from funcopt.errors import CompileError, LeafError
 from funcopt.execution import autocast, executor_choice, levels
+from funcopt.meta.flat_graph import shorten
 from funcopt.types import PLAIN, Tensor, Tree
 
 #: makes of a flat graph, and of inputs like its own, what runs it
@@ -141,6 +142,7 @@ class Compiled:
         settings = _settings(devices)
         try:
             with autocast.choosing(autocast.OFF):  # what it chose is in the graph
+                shorten(traced)
                 run = self.make(traced, [*inputs, *map(_resolved, held)])
             graph = Graph(
                 run, structures, kinds, settings, devices, held, held_kinds, rebuild

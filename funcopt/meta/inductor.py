@@ -9,10 +9,8 @@ import torch
 import torch._inductor
 from torch._inductor import config
 from torch._inductor.choices import InductorChoices
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.virtualized import V
 
-from funcopt.meta import flat_graph
 from funcopt.types import Tensor
 
 
@@ -21,7 +19,7 @@ def kernels(
 ) -> Callable[..., Sequence[Tensor]]:
     """The graph compiled, for inputs like these."""
     on_cuda = any(x.is_cuda for x in inputs)
-    patched = config.patch({**(_ON_CUDA if on_cuda else _ON_CPU), **_EVERYWHERE})
+    patched = config.patch(_ON_CUDA if on_cuda else _ON_CPU)
     with torch.no_grad(), patched, V.set_choices_handler(_InOrder()):
         run = torch._inductor.standalone_compile(
             graph,
@@ -61,19 +59,12 @@ class _InOrder(InductorChoices):
         return InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score)
 
 
-class _Once(CustomGraphPass):
-    """`compute_once`, as Inductor does in graphs that it has differentiated itself."""
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        flat_graph.compute_once(graph)
-
-    def uuid(self) -> bytes:
-        """What the compiler's cache on disk knows this pass by."""
-        return get_hash_for_files((flat_graph.__file__,))
-
-
-# The ends of loops are scalar: less to compile, which runs no slower. What is kept rather
-# than computed twice is Inductor's to choose.
-_ON_CPU = {"cpp.enable_loop_tail_vec": False}
+# One file of C++ for all kernels, and one for what calls them: where each kernel has its
+# own, reading torch's headers takes longer than all else. No processes are started to
+# compile several at once, which costs two cores more than it gives.
+_ON_CPU = {
+    "cpp_wrapper": True,
+    "cpp_wrapper_build_separate": True,
+    "compile_threads": 1,
+}
 _ON_CUDA = {"triton.cudagraphs": True}  # as mode="reduce-overhead"; not run on a GPU yet
-_EVERYWHERE = {"post_grad_custom_pre_pass": _Once()}
