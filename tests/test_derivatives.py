@@ -107,14 +107,14 @@ def test_gradgradcheck_of_a_step(case: Case):
 @pytest.mark.parametrize("case", DESCENDING, ids=str)
 def test_gradcheck_of_three_steps(case: Case):
     function, point = three_steps(case)
-    assert gradcheck(function, point)
+    assert gradcheck(function, point, check_undefined_grad=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", DESCENDING, ids=str)
 def test_gradgradcheck_of_three_steps(case: Case):
     function, point = three_steps(case)
-    assert gradgradcheck(function, point, fast_mode=True)  # a random projection
+    assert gradgradcheck(function, point, fast_mode=True, check_undefined_grad=False)
 
 
 @pytest.mark.costly

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
@@ -25,6 +26,33 @@ def test_torch_2_11_knows_fewer_options(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch._inductor, "standalone_compile", older)
     graph = make_fx(exps)(X)
     assert_close(kernels(graph, [X])(X), exps(X))
+
+
+@pytest.mark.parametrize(
+    "torchs, asked, expected",
+    [
+        ("AVX512", None, True),
+        ("AVX512", False, False),
+        ("AVX2", None, None),
+        ("AVX2", True, True),
+        ("DEFAULT", None, None),
+    ],
+)
+def test_what_torch_runs_by_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, torchs: str, asked: Any, expected: Any
+):
+    """What the user has set is left as it is."""
+    seen = []
+
+    def compiled(graph: Any, *_: Any, **__: Any) -> Any:
+        seen.append(config.cpp.vec_isa_ok)
+        return graph
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: torchs)
+    monkeypatch.setattr(torch._inductor, "standalone_compile", compiled)
+    with config.patch({"cpp.vec_isa_ok": asked}):
+        kernels(make_fx(exps)(X), [X])
+    assert seen == [expected]
 
 
 @pytest.mark.slow

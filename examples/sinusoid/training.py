@@ -53,7 +53,7 @@ def train(method: Method, shots: int, seed: int, budget: Budget) -> Outcome:
     theta = family.init(methods.initial(generator))
     outer = fo.adam()
     state = outer.init(theta)
-    meta_loss = fo.meta.value_and_grad(family.task_loss)
+    meta_loss = fo.meta.value_and_grad(family.task_loss, compile="trace")
     losses: list[float] = []
     skipped, seconds, started = 0, 0.0, time.perf_counter()
     with tqdm(desc=method.title, total=budget.iterations) as bar:

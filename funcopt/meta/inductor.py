@@ -19,7 +19,7 @@ def kernels(
 ) -> Callable[..., Sequence[Tensor]]:
     """The graph compiled, for inputs like these."""
     on_cuda = any(x.is_cuda for x in inputs)
-    patched = config.patch(_ON_CUDA if on_cuda else _ON_CPU)
+    patched = config.patch(_ON_CUDA if on_cuda else _on_cpu())
     with torch.no_grad(), patched, V.set_choices_handler(_InOrder()):
         run = torch._inductor.standalone_compile(
             graph,
@@ -59,12 +59,23 @@ class _InOrder(InductorChoices):
         return InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score)
 
 
-# One file of C++ for all kernels, and one for what calls them: where each kernel has its
-# own, reading torch's headers takes longer than all else. No processes are started to
-# compile several at once, which costs two cores more than it gives.
-_ON_CPU = {
-    "cpp_wrapper": True,
-    "cpp_wrapper_build_separate": True,
-    "compile_threads": 1,
-}
+def _on_cpu() -> dict[str, Any]:
+    """One file of C++ for all kernels, and one for what calls them.
+
+    Where each kernel has its own, reading torch's headers takes longer than all else. No
+    processes are started to compile several at once, which costs two cores more than it
+    gives. And where torch itself runs by AVX512, Inductor need not build programs to find
+    out that torch and this machine can, and could by AVX2 as well.
+    """
+    options = {
+        "cpp_wrapper": True,
+        "cpp_wrapper_build_separate": True,
+        "compile_threads": 1,
+    }
+    checked = config.cpp.vec_isa_ok is not None
+    if not checked and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        options["cpp.vec_isa_ok"] = True
+    return options
+
+
 _ON_CUDA = {"triton.cudagraphs": True}  # as mode="reduce-overhead"; not run on a GPU yet
