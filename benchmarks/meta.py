@@ -67,16 +67,17 @@ def compiled() -> list[dict[str, Any]]:
     results = []
     for name in tqdm(COMPILED, desc="compiled", leave=False):
         with tempfile.TemporaryDirectory() as cache:
-            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+            places = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TMPDIR"), cache)
             call = [sys.executable, __file__, "--compile", name]
-            cold = _json_of(call, environment)
-            warm = _json_of([*call, "--warm"], environment)
+            cold = _json_of(call, places)
+            warm = _json_of([*call, "--warm"], places)
             again = {"again_seconds": warm["first_call_seconds"]}
             results.append({**cold, **again})
     return results
 
 
-def _json_of(call: list[str], environment: dict[str, str]) -> dict[str, Any]:
+def _json_of(call: list[str], places: dict[str, str]) -> dict[str, Any]:
+    environment = {**os.environ, **places}
     done = subprocess.run(call, stdout=subprocess.PIPE, check=True, env=environment)
     return json.loads(done.stdout)
 

@@ -62,14 +62,16 @@ class _InOrder(InductorChoices):
 def _on_cpu() -> dict[str, Any]:
     """One file of C++ for all kernels, and one for what calls them.
 
-    Where each kernel has its own, reading torch's headers takes longer than all else. No
-    processes are started to compile several at once, which costs two cores more than it
-    gives. And where torch itself runs by AVX512, Inductor need not build programs to find
-    out that torch and this machine can, and could by AVX2 as well.
+    Where each kernel has its own, reading torch's headers takes longer than all else. So
+    few files are compiled neither by processes started for them, nor with headers that
+    were compiled before, which takes ten seconds and saves two. And where torch itself
+    runs by AVX512, Inductor need not build programs to find out that torch and this
+    machine can, and could by AVX2 as well.
     """
     options = {
         "cpp_wrapper": True,
         "cpp_wrapper_build_separate": True,
+        "cpp_cache_precompile_headers": False,
         "compile_threads": 1,
     }
     checked = config.cpp.vec_isa_ok is not None
