@@ -29,7 +29,7 @@ test-fast: $(VENV)/installed-test  ## the tests that take under a few seconds ea
 docs: $(VENV)/installed-docs  ## build/docs/index.html, a warning is an error
 	$(BUILD_DOCS)
 
-bench: $(VENV)/installed-benchmarks  ## the main benchmarks, on a CPU (40 minutes)
+bench: $(VENV)/installed-benchmarks  ## the main benchmarks, on a CPU (an hour)
 	for name in maml step unroll ensemble cold overhead; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 

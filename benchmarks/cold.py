@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from report.targets import COLD
 
-REPEATS = 11
+REPEATS = 31
 
 
 def main() -> None:

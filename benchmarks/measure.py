@@ -32,20 +32,15 @@ def interleaved(
     *,
     repeats: int,
     fill: float = 0.1,
-    seconds: float | None = None,
     bar: tqdm[Any] | None = None,
 ) -> dict[str, Times]:
     """Time the calls in turn, A B C A B C, so that a slow moment of the machine hits all.
 
     A sample is the mean over as many consecutive calls as fill about ``fill`` seconds, as
     in training; garbage of the one before it is collected first. One round is untimed.
-    With ``seconds`` for all of them there are fewer repeats of slow ones, at least 5.
     """
     alone = {name: _seconds(call) for name, call in calls.items()}
     numbers = {name: max(1, round(fill / time)) for name, time in alone.items()}
-    if seconds is not None:
-        round_ = sum(numbers[name] * time for name, time in alone.items())
-        repeats = min(repeats, max(5, round(seconds / round_)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
     gc.freeze()  # what is there now is no garbage: to look through it takes 0.1 s

@@ -67,7 +67,7 @@ def compiled() -> list[dict[str, Any]]:
     results = []
     for name in tqdm(COMPILED, desc="compiled", leave=False):
         with tempfile.TemporaryDirectory() as cache:
-            places = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TMPDIR"), cache)
+            places = {"TORCHINDUCTOR_CACHE_DIR": cache, "TMPDIR": cache}
             call = [sys.executable, __file__, "--compile", name]
             cold = _json_of(call, places)
             warm = _json_of([*call, "--warm"], places)

@@ -1,7 +1,7 @@
 """One step of every optimizer against torch.optim, and AdamW against optax and TorchOpt.
 
     pip install -e ".[benchmarks]"
-    python benchmarks/step.py                  # eight minutes on two cores
+    python benchmarks/step.py                  # half an hour on two cores
     python benchmarks/step.py --only adamw     # rules to measure anew, the rest is kept
 
 AdamW on one thread and on two, the registry on two; each thread count and rule in a
@@ -34,8 +34,6 @@ from report.targets import ADAMW, DONATED, LARGE, PURE, REGISTRY, STEP, TORCH
 from workloads import sizes
 
 REPEATS = 31
-#: Of the registry: seconds for all contenders on one tree, in 5 to 15 samples.
-SECONDS = 1.2
 #: A first step that takes longer is not compared.
 PATIENCE = 4.0
 CHECKED = 7  # steps: past the fifth, where RAdam begins to rectify
@@ -131,13 +129,12 @@ def case(part: str, rule: Rule, tree: str) -> dict[str, Any]:
         return {**found, "seconds": first}
     for name in names:
         made.setdefault(name, MAKERS[name](rule, params, grads))
-    how: dict[str, Any] = {"repeats": REPEATS, "fill": 0.03}
+    how: dict[str, Any] = {"repeats": REPEATS, "fill": 0.03 if part == ADAMW else 0.01}
     if part != ADAMW:  # AdamW in the same run, for the time per byte
         adamw = RULES["adamw"]
         if rule is not adamw:
             made[ADAMW] = steppers.ours(adamw, params, grads, donate=True)
         found["bytes of AdamW"] = adamw.bytes(params)
-        how = {"repeats": 15, "fill": 0.01, "seconds": SECONDS}
     calls = {name: stepper.step for name, stepper in made.items()}
     # The clock first: what float64 frees changes how fast memory is had afterwards.
     found["milliseconds"] = measure.interleaved(calls, **how)
