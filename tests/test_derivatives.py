@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from row import Case
-from table import ENDS, MIXES
+from row import Case, showing
+from table import CASES, ENDS, MIXES
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
@@ -20,8 +20,10 @@ from funcopt.types import State, Tree
 
 FlatFunction = Callable[..., tuple[Tensor, ...]]
 
-# The sign of a gradient is one step's affair: the costly tests leave maximize out.
-DESCENDING = [case for case in MIXES if not case.flags["maximize"]]
+# How two flags meet is one step's affair, and so is the sign of a gradient: of many steps
+# none of the flags, and what shows each of them.
+DOWNHILL = [case for case in CASES if not case.flags["maximize"]]
+DESCENDING = showing([*ENDS[::2], *reversed(DOWNHILL)], 1)
 
 
 def loss(params: Tree, weights: Tree) -> Tensor:
