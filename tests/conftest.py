@@ -88,6 +88,13 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture
+def settled() -> None:
+    """What earlier tests have left is not looked through by this one's collections."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
 def float64_scalars() -> Iterator[None]:
     """torch keeps the scalars of its state in the default dtype."""
     default = torch.get_default_dtype()

@@ -1091,6 +1091,7 @@ WINDOWED: dict[str, Any] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.usefixtures("settled")
 def test_no_tensor_is_left_over_from_a_meta_step(name: str):
     """Long trainings by windows of a step, short ones whole."""
     opt, eta = ETAS["rule" if "rule" in SEES[name] else next(iter(SEES[name]))]
@@ -1101,19 +1102,18 @@ def test_no_tensor_is_left_over_from_a_meta_step(name: str):
     )  # fmt: skip
     how, carry, counts = WINDOWED.get(name, {}), None, []
 
-    def alive() -> list[Tensor]:
+    def alive() -> int:
         gc.collect()
-        return [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+        return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
 
-    others = alive()  # of earlier tests: held, so that none goes meanwhile
     last = 1000 if name in WINDOWED or name == "reverse" else 100
     for step in range(last):
         estimate = CALLS[name](given, eta, carry=carry, **how)
         eta = tree.map(lambda x, g: x - 1e-9 * g, eta, estimate.grads)
         carry = estimate.carry
         if step in (20, last - 1):
-            counts.append(len(alive()))
-    assert counts[0] == counts[1] > max(10, len(others))
+            counts.append(alive())
+    assert counts[0] == counts[1] > 10
 
 
 @pytest.mark.parametrize("name", [x for x in CALLS if "hyper" in keys_seen(x)])

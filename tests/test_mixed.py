@@ -669,6 +669,7 @@ CARRY = 3 * WIDTH * WIDTH * 8  # bytes of the parameters
 GIVEN = CARRY + BATCH * WIDTH * 8 + BATCH * 8
 
 
+@pytest.mark.usefixtures("settled")
 def test_mixed_keeps_the_carries_and_a_gradient():
     """Reverse: the graph of every inner backward pass."""
     reverse = kept_bytes(fo.sgd(), 1)
@@ -683,6 +684,7 @@ def test_mixed_keeps_the_carries_and_a_gradient():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("mode", ["reverse", "mixed"])
 def test_sqrt_keeps_a_root_of_the_carries(mode: str):
     for steps in (1, 4, 16, 64):
